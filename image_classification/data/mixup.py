@@ -1,0 +1,36 @@
+"""Mixup: convex combinations of pairs of examples."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def mixup(images: Tensor, targets: Tensor, alpha: float, seed: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Blend a batch with a permutation of itself: lambda x + (1 - lambda) x[permutation], on images and targets alike.
+
+    One lambda ~ Beta(alpha, alpha) and one permutation per batch, both drawn from `seed` alone: a sequence of
+    integers of 0 or more, such as (seed, rank, epoch, iteration). The same seed gives the same blend, and no global
+    random state moves. Zhang et al. 2018, arXiv:1710.09412, algorithm of figure 1.
+
+    Args:
+        images: [B, ...], floating point.
+        targets: [B, K], floating point: one-hot labels, smoothed or not.
+        alpha: 0 returns the batch itself.
+
+    Raises:
+        ValueError: alpha is negative, or targets are not one row of probabilities per image.
+    """
+    if alpha < 0:
+        raise ValueError(f"mixup's alpha is 0 or more, got {alpha}")
+    if targets.ndim != 2 or len(targets) != len(images) or not targets.is_floating_point():
+        raise ValueError(
+            f"mixup blends one-hot targets [{len(images)}, classes], got {targets.dtype} {list(targets.shape)}"
+        )
+    if alpha == 0:
+        return images, targets
+    random = np.random.default_rng(seed)
+    share = float(random.beta(alpha, alpha))
+    permutation = torch.from_numpy(random.permutation(len(images))).to(images.device)
+    return images.lerp(images[permutation], 1 - share), targets.lerp(targets[permutation], 1 - share)
