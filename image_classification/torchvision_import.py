@@ -1,8 +1,8 @@
 """The one place that imports torchvision: `from image_classification.torchvision_import import torchvision`.
 
-The wheel's compiled library needs libtorch_cuda.so. Beside a CPU-only torch it is skipped without a word, and the
-import then fails because nobody declared the operators that torchvision registers fake kernels for. We declare
-those two operators ourselves. Models, transforms and folders work; `ops.nms` and `io.decode_jpeg` do not.
+The wheel's compiled library needs libtorch_cuda.so. Beside a CPU-only torch it is skipped without a word, and
+the import then fails because nobody declared the operators that torchvision registers fake kernels for. We
+declare those two ourselves. Models, transforms and folders work; `ops.nms` and `io.decode_jpeg` do not.
 """
 
 import importlib

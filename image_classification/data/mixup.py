@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 def mixup(images: Tensor, targets: Tensor, alpha: float, seed: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Blend a batch with a permutation of itself: lambda x + (1 - lambda) x[permutation], on images and targets alike.
+    """Blend a batch with a permutation of itself: lambda x + (1 - lambda) x[permutation], on both tensors.
 
-    One lambda ~ Beta(alpha, alpha) and one permutation per batch, both drawn from `seed` alone: a sequence of
-    integers of 0 or more, such as (seed, rank, epoch, iteration). The same seed gives the same blend, and no global
-    random state moves. Zhang et al. 2018, arXiv:1710.09412, algorithm of figure 1.
+    One lambda ~ Beta(alpha, alpha) and one permutation per batch, both drawn from `seed` alone: integers of 0
+    or more, such as (seed, rank, epoch, iteration). The same seed gives the same blend, and no global random
+    state moves. Zhang et al. 2018, arXiv:1710.09412, section 2.
 
     Args:
         images: [B, ...], floating point.
@@ -25,9 +25,8 @@ def mixup(images: Tensor, targets: Tensor, alpha: float, seed: Sequence[int]) ->
     if alpha < 0:
         raise ValueError(f"mixup's alpha is 0 or more, got {alpha}")
     if targets.ndim != 2 or len(targets) != len(images) or not targets.is_floating_point():
-        raise ValueError(
-            f"mixup blends one-hot targets [{len(images)}, classes], got {targets.dtype} {list(targets.shape)}"
-        )
+        got = f"{targets.dtype} {list(targets.shape)}"
+        raise ValueError(f"mixup blends one-hot targets, float [{len(images)}, classes], got {got}")
     if alpha == 0:
         return images, targets
     random = np.random.default_rng(seed)

@@ -8,15 +8,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class DataOptions:
     """One rank's view of a data set.
 
-    `root` holds train/CLASS/* and val/CLASS/*. Shares and probabilities lie in [0, 1]. `batch_size` is per rank.
-    `workers` are loader processes, or DALI threads; 0 decodes in this process. `seed` is the same on every rank.
-    `training=False` says that only the validation set will be read, so that a training set of less than one global
-    batch is no error.
+    `root` holds train/CLASS/* and val/CLASS/*. `crop_scale` is the least area share of the random crop, `hflip`
+    the probability of a flip. `batch_size` is per rank. `workers` are loader processes, or DALI threads.
+    `seed` is the same on every rank. `training=False` says that only the validation set will be read: a
+    training set smaller than one global batch is no error then.
     """
 
     root: Path
@@ -31,7 +33,7 @@ class DataOptions:
     world_size: int = 1
     num_classes: int = 1000
     memory_format: torch.memory_format = torch.contiguous_format
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
     skip_bad_images: bool = False
     training: bool = True
 
@@ -58,8 +60,8 @@ class DataOptions:
 class Loader(Protocol):
     """The batches of one split on one rank.
 
-    A train loader gives every rank the same number of full batches. A validation loader gives each image to exactly
-    one rank; the last batch may be partial and ranks may differ in their number of batches.
+    A train loader gives every rank the same number of full batches. A validation loader gives each image to
+    exactly one rank: the last batch may be partial, and ranks may differ in their number of batches.
     """
 
     num_images: int
@@ -76,8 +78,8 @@ class Loader(Protocol):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The epoch's batches from number `start` on, exactly as if the first ones had been read.
 
-        Images are float32 [B, 3, S, S], normalized; labels are int64 [B]; both are on the options' device. One
-        iteration at a time: a new one ends the one before it.
+        Images are float32 [B, 3, S, S], normalized; labels are int64 [B]; both are on the options' device.
+        One iteration at a time: a new one ends the one before it.
         """
         ...
 

@@ -34,8 +34,8 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
 def build(arch: str, config: str = "classic", num_classes: int = 1000) -> nn.Module:
     """A new classifier: float32 images [B, 3, H, W] -> logits [B, num_classes].
 
-    Convolutions are drawn as `config` says, all else as torchvision draws it, from torch's global generator: the
-    same seed gives the same weights.
+    Convolutions are drawn as `config` says, all else as torchvision draws it, from torch's global generator:
+    the same seed gives the same weights.
 
     Raises:
         ValueError: an unknown name, or fewer than one class.

@@ -1,40 +1,37 @@
-"""Initial weights of convolutions: He et al. 2015 (arXiv:1502.01852), with the fan counted four ways."""
+"""Initial weights of convolutions: He et al. 2015 (arXiv:1502.01852), with the fan counted in three ways."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from torch import nn
 
 
-@dataclass(frozen=True)
-class Fan:
-    """Which connections of a convolution set its scale: std = sqrt(2 / fan).
-
-    Fan-in counts a filter's inputs, which lie in its own group, so it is the same either way. Fan-out counts the
-    filters that read an input: all of them as torch counts, those of its group where `per_group` is set.
-    """
-
-    out: bool
-    per_group: bool
-
-    def of(self, conv: nn.Conv2d) -> int:
-        filters, inputs_per_group, height, width = conv.weight.shape
-        if not self.out:
-            return inputs_per_group * height * width
-        return (filters // conv.groups if self.per_group else filters) * height * width
+def fan_in(conv: nn.Conv2d) -> int:
+    """Inputs that one output reads. They lie in its own group, so counting them per group changes nothing."""
+    return conv.weight[0].numel()
 
 
-MODEL_CONFIGS: dict[str, Fan] = {
-    "classic": Fan(out=True, per_group=False),
-    "fanin": Fan(out=False, per_group=False),
-    "grp-fanin": Fan(out=False, per_group=True),
-    "grp-fanout": Fan(out=True, per_group=True),
+def fan_out(conv: nn.Conv2d) -> int:
+    """Outputs that read one input, as torch counts them: as if there were one group."""
+    return conv.out_channels * conv.weight[0, 0].numel()
+
+
+def fan_out_of_group(conv: nn.Conv2d) -> int:
+    """Outputs that read one input: those of its group."""
+    return fan_out(conv) // conv.groups
+
+
+MODEL_CONFIGS: dict[str, Callable[[nn.Conv2d], int]] = {
+    "classic": fan_out,
+    "fanin": fan_in,
+    "grp-fanin": fan_in,
+    "grp-fanout": fan_out_of_group,
 }
-"""Name -> how convolutions are drawn."""
+"""Name -> the fan that scales a convolution's weights."""
 
 
-def initialize_(model: nn.Module, fan: Fan) -> None:
+def initialize_(model: nn.Module, fan: Callable[[nn.Conv2d], int]) -> None:
     """Draw every convolution's weight from N(0, 2 / fan), with torch's global generator, in module order."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight, std=math.sqrt(2 / fan.of(module)))
+            nn.init.normal_(module.weight, std=math.sqrt(2 / fan(module)))

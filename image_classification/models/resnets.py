@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from image_classification.torchvision_import import torchvision
 
-_resnet = torchvision.models.resnet
+_resnet: Any = torchvision.models.resnet
 
 _SQUEEZED_UNITS = 16
 
@@ -14,8 +14,9 @@ _SQUEEZED_UNITS = 16
 class SEBottleneck(_resnet.Bottleneck):
     """A bottleneck whose last feature maps are scaled by what they hold over the whole image.
 
-    Squeeze-and-excitation (Hu et al. 2018, arXiv:1709.01507) with 16 hidden units in every block, where the paper
-    takes a sixteenth of the block's channels. Beside the names of torchvision's Bottleneck it has `se.fc1`, `se.fc2`.
+    Squeeze-and-excitation (Hu et al. 2018, arXiv:1709.01507) with 16 hidden units in every block, where the
+    paper takes a sixteenth of the block's channels. To the names of torchvision's Bottleneck it adds `se.fc1`
+    and `se.fc2`.
     """
 
     def __init__(self, inplanes: int, planes: int, *args: Any, **kwargs: Any) -> None:
@@ -33,8 +34,8 @@ class SEBottleneck(_resnet.Bottleneck):
 class ConvexResNet(_resnet.ResNet):
     """A residual network of which only `fc` trains: logistic regression on fixed features, a convex problem.
 
-    Batch norms stay in eval mode whatever `train()` is told; else the features would depend on the batch and the
-    loss would be another function at every step.
+    Batch norms stay in eval mode whatever `train()` is told; else the features would depend on the batch and
+    the loss would be another function at every step.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
