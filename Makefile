@@ -21,8 +21,8 @@ $(INSTALLED): $(REQUIREMENTS)
 	@echo "Installing into .venv: about 2.5 GB, one to three minutes."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip --quiet --disable-pip-version-check install -r requirements.txt -r tests/requirements.txt
-	! $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' || \
-	  $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-deps -r tests/requirements-triton.txt
+	if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \
+	  $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-deps -r tests/requirements-triton.txt; fi
 	@touch $@
 
 lint: $(INSTALLED)  ## ruff and mypy
