@@ -1,0 +1,50 @@
+"""Which beta/alpha makes the optimum land on a given number of bits a value.
+
+E^alpha C^beta is a poor steering wheel: along uniform widths log E falls in a straight line with the width, log C
+grows ever more slowly, and so the best of them is an end of the range, or both are (bang-bang). Turning beta/alpha
+moves the optimum little, then far. This module says exactly where it jumps, and over what.
+"""
+
+
+import numpy as np
+
+from search.optimum import hull_walk, lower_hull, slope
+from search.tables import Tables
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Above this beta/alpha the optimum takes `bits_a_value` bits a value, or fewer as it grows further.
+
+    Infinite where no beta/alpha is enough, because some assignment has no error at all.
+    """
+
+    power: float
+    bits_a_value: float
+
+
+def power_reaching(tables: Tables, bits_a_value: float) -> Landing:
+    """The least beta/alpha above which the optimum takes at most `bits_a_value` bits a value.
+
+    The optimum is a corner of the hull of all (bytes, E), whatever the powers. Of those corners, the one with
+    the least log E + (beta/alpha) log C lies on the lower left hull of the points (log C, log E), and the slopes of its
+    edges are the values of -beta/alpha at which the optimum goes from one corner to the next. So the hull of a
+    hull answers exactly, and the corners that it leaves out are averages that no powers reach.
+
+    Raises ValueError where even the cheapest assignment takes more.
+    """
+    choices_PL = hull_walk(tables)
+    error_P, nbytes_P = tables.totals(choices_PL)
+    with np.errstate(divide="ignore"):
+        log_error_P = np.log(error_P).tolist()
+    log_ratio_P = np.log((nbytes_P + tables.dense_bytes) / (4 * tables.values)).tolist()
+    corners = lower_hull(log_ratio_P, log_error_P)
+    bits_C = [tables.bits_a_value(tables.bits(choices_PL[corner])) for corner in corners]
+    if bits_a_value < bits_C[0]:
+        raise ValueError(
+            f"no beta/alpha takes fewer than the cheapest {bits_C[0]:g} bits a value, got {bits_a_value:g}"
+        )
+    landing = max(c for c, bits in enumerate(bits_C) if bits <= bits_a_value)
+    if landing == len(corners) - 1:
+        return Landing(0.0, bits_C[landing])
+    return Landing(-slope(log_ratio_P, log_error_P, *corners[landing : landing + 2]), bits_C[landing])

@@ -1,0 +1,162 @@
+"""What the search sees of the world: per layer and width an error and a number of bytes.
+
+Tensors, codecs and ranks end here. `measure` looks at the gradients once; whatever chooses bit widths
+afterwards only looks numbers up.
+
+Shapes: L layers, K widths, P assignments of a width to every layer. An assignment is a row of L column
+indices into the tables (a `choice_L`); outside this package it is a row of L bit widths (`bits`).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class MeasuredCodec(Protocol):
+    """The two questions that the search asks a codec of one bit width."""
+
+    def wire_bytes(self, count: int) -> int: ...
+
+    def expected_squared_error(self, values: Tensor) -> float: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """Every layer's error and encoded bytes at every width, checked once, at birth.
+
+    layers       L names
+    widths       K bit widths, ascending
+    error        float64 [L, K], the root of the expected squared L2 error
+    nbytes       int64 [L, K], encoded bytes, scales included
+    dense_bytes  bytes of what is never compressed
+    values       number of values of the whole model, compressed or not
+    numel        L numbers of values; what only weighs errors against bytes does without
+
+    Nothing asks that more bits mean less error or more bytes: codecs are free to disappoint.
+    Raises ValueError where a shape or a value makes no sense, and names it.
+    """
+
+    layers: Sequence[str]
+    widths: Sequence[int]
+    error: Floats
+    nbytes: Ints
+    dense_bytes: int
+    values: int
+    numel: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        for field, kind in (("layers", str), ("widths", int), ("numel", int)):
+            object.__setattr__(self, field, tuple(kind(entry) for entry in getattr(self, field)))
+        object.__setattr__(self, "error", _frozen(self.error, np.float64))
+        object.__setattr__(self, "nbytes", _frozen(self.nbytes, np.int64))
+        shape = (len(self.layers), len(self.widths))
+        if 0 in shape:
+            raise ValueError(f"a search needs at least one layer and one width, got {shape}")
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError("layers must have distinct names, got one of them twice")
+        if list(self.widths) != sorted(set(self.widths)) or not 1 <= self.widths[0] <= self.widths[-1] <= 8:
+            raise ValueError(f"widths must ascend within 1 to 8 bits, got {list(self.widths)}")
+        for field in ("error", "nbytes"):
+            found = getattr(self, field).shape
+            if found != shape:
+                raise ValueError(f"{field} must be [layers, widths] = {shape}, got {found}")
+        self._check_entries("error", np.isfinite(self.error) & (self.error >= 0), "finite and not negative")
+        self._check_entries("nbytes", self.nbytes > 0, "above 0")
+        if self.dense_bytes < 0 or self.values < 1:
+            raise ValueError(
+                f"dense_bytes must be at least 0 and values above 0, got {self.dense_bytes} and {self.values}"
+            )
+        if self.numel and (len(self.numel) != len(self.layers) or min(self.numel) < 1):
+            raise ValueError(f"numel must be above 0 for each of {shape[0]} layers, got {self.numel}")
+
+    def _check_entries(self, field: str, good_LK: NDArray[np.bool_], rule: str) -> None:
+        if not good_LK.all():
+            layer, column = np.argwhere(~good_LK)[0]
+            raise ValueError(
+                f"{field} must be {rule}, got {getattr(self, field)[layer, column]} "
+                f"for {self.layers[layer]} at {self.widths[column]} bits"
+            )
+
+    def choice(self, bits: Sequence[int]) -> Ints:
+        """Column indices [L] of L bit widths. Raises ValueError where a width is not in the tables."""
+        if len(bits) != len(self.layers) or not set(bits) <= set(self.widths):
+            raise ValueError(
+                f"an assignment gives each of {len(self.layers)} layers one of the widths "
+                f"{list(self.widths)}, got {list(bits)}"
+            )
+        return np.array([self.widths.index(b) for b in bits], dtype=np.int64)
+
+    def bits(self, choice_L: Ints) -> tuple[int, ...]:
+        """Bit widths of L column indices."""
+        return tuple(self.widths[column] for column in choice_L)
+
+    def totals(self, choice_PL: Ints) -> tuple[Floats, Ints]:
+        """Total error [P] and encoded bytes [P] of P assignments."""
+        rows = np.arange(len(self.layers))
+        return self.error[rows, choice_PL].sum(axis=-1), self.nbytes[rows, choice_PL].sum(axis=-1)
+
+    def total_error(self, bits: Sequence[int]) -> float:
+        """E of one assignment, rounded once."""
+        return math.fsum(self.error[np.arange(len(self.layers)), self.choice(bits)])
+
+    def encoded_bytes(self, bits: Sequence[int]) -> int:
+        """Bytes of the compressed layers under one assignment, scales included."""
+        return int(self.totals(self.choice(bits))[1])
+
+    def ratio(self, bits: Sequence[int]) -> float:
+        """C of one assignment: all bytes sent over what float32 would take."""
+        return (self.encoded_bytes(bits) + self.dense_bytes) / (4 * self.values)
+
+    def bits_a_value(self, bits: Sequence[int]) -> float:
+        """Encoded bits, scales included, for each value of the compressed layers. Needs `numel`."""
+        if not self.numel:
+            raise ValueError("bits a value need the layers' sizes, got Tables without numel")
+        return 8 * self.encoded_bytes(bits) / sum(self.numel)
+
+
+def measure(
+    m: Mapping[str, Tensor],
+    codec_at: Callable[[int], MeasuredCodec],
+    widths: Sequence[int],
+    dense_bytes: int,
+    values: int,
+) -> Tables:
+    """Encode (or, where there is a closed form, calculate) every layer once per width.
+
+    m            layer name to the gradients' running sum m = 0.8 m + g, any shape
+    codec_at     bit width to codec
+    widths       ascending bit widths
+    dense_bytes  bytes of what is never compressed
+    values       number of values of the whole model
+
+    The error of layer l at b bits is sqrt(E|m - Q_b(m)|^2). Raises ValueError where m is not finite, naming
+    the layer.
+    """
+    for name, values_of_layer in m.items():
+        if not values_of_layer.isfinite().all():
+            raise ValueError(f"the search's gradient must be finite, got NaN or infinity in {name}")
+    codecs = [codec_at(width) for width in widths]
+    flat = [values_of_layer.detach().reshape(-1) for values_of_layer in m.values()]
+    return Tables(
+        layers=tuple(m),
+        widths=tuple(widths),
+        error=np.array([[math.sqrt(codec.expected_squared_error(row)) for codec in codecs] for row in flat]),
+        nbytes=np.array([[codec.wire_bytes(row.numel()) for codec in codecs] for row in flat]),
+        dense_bytes=dense_bytes,
+        values=values,
+        numel=tuple(row.numel() for row in flat),
+    )
+
+
+def _frozen(array: NDArray, dtype: type) -> NDArray:
+    copy: NDArray = np.array(array, dtype=dtype)
+    copy.setflags(write=False)
+    return copy
