@@ -5,6 +5,7 @@ grows ever more slowly, and so the best of them is an end of the range, or both 
 moves the optimum little, then far. This module says exactly where it jumps, and over what.
 """
 
+from dataclasses import dataclass
 
 import numpy as np
 
