@@ -1,0 +1,171 @@
+"""Several hosts on one machine, joined by links of a chosen rate.
+
+A host is a network namespace with one interface, eth0, at 10.77.0.1 and up; a bridge in a namespace of its own
+joins them. tc's token bucket limits both directions of each link. The addresses exist inside these namespaces only:
+labs meet neither one another nor the machine's own network.
+
+It knows processes, links and the kernel's byte counters. What runs on the hosts is its caller's business. There is
+no added latency and no loss. Needs Linux, root and iproute2; a rate holds as long as the machine's cores keep up.
+"""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+
+_serial = itertools.count()
+
+
+@dataclass(frozen=True)
+class Lab:
+    """The hosts of one lab, numbered from 0; made by `lab()`, which also removes them."""
+
+    hosts: int
+    name: str = field(default_factory=lambda: f"netlab-{os.getpid()}-{next(_serial)}")
+
+    def namespace(self, host: int) -> str:
+        """What `ip netns` calls the host."""
+        return f"{self.name}-{host}"
+
+    def sent_bytes(self, host: int) -> int:
+        """Bytes that the host has put on its link so far, headers included, by the kernel's counter."""
+        counter = "/sys/class/net/eth0/statistics/tx_bytes"
+        return int(_call("ip", "netns", "exec", self.namespace(host), "cat", counter))
+
+    def run(
+        self, command: Sequence[str], *, timeout_s: float, environment: Mapping[str, str] | None = None
+    ) -> list[str]:
+        """Run the command once on every host, as rank i on host i, and return what each wrote to its standard output.
+
+        RANK, WORLD_SIZE and the other variables that torch.distributed reads are set; `environment` comes on top.
+        Standard error goes to the caller's. Raises ChildProcessError as soon as one rank fails, and TimeoutError
+        after `timeout_s`. No process outlives the call.
+        """
+        deadline = time.monotonic() + timeout_s
+        with ExitStack() as stack:
+            outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(self.hosts)]
+            stack.callback(self._stop)
+            ranks = []
+            for rank, output in enumerate(outputs):
+                ranks.append(
+                    subprocess.Popen(
+                        ["ip", "netns", "exec", self.namespace(rank), *command],
+                        env=os.environ | self._rank_environment(rank) | dict(environment or {}),
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                    )
+                )
+                stack.callback(ranks[-1].wait)
+                stack.callback(ranks[-1].kill)
+            while None in (statuses := [rank.poll() for rank in ranks]) and not any(statuses):
+                if time.monotonic() > deadline:
+                    slow = [rank for rank, status in enumerate(statuses) if status is None]
+                    raise TimeoutError(f"ranks {slow} of {self.hosts} not done after {timeout_s:g} s: {command}")
+                time.sleep(0.02)
+            for rank, status in enumerate(statuses):
+                if status:
+                    raise ChildProcessError(f"rank {rank} of {self.hosts} ended with status {status}: {command}")
+            for output in outputs:
+                output.seek(0)
+            return [output.read() for output in outputs]
+
+    def _rank_environment(self, rank: int) -> dict[str, str]:
+        return {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(self.hosts),
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "10.77.0.1",
+            "MASTER_PORT": "29500",
+            "GLOO_SOCKET_IFNAME": "eth0",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        }
+
+    def _build(self, rate: str | None) -> None:
+        switch = f"{self.name}-switch"
+        _call("ip", "netns", "add", switch)
+        _call("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
+        _call("ip", "-n", switch, "link", "set", "bridge", "up")
+        for host in range(self.hosts):
+            namespace, port = self.namespace(host), f"port{host}"
+            _call("ip", "netns", "add", namespace)
+            _call("ip", "-n", namespace, "link", "set", "lo", "up")
+            peer = ("peer", "name", port, "netns", switch)
+            _call("ip", "link", "add", "eth0", "netns", namespace, "type", "veth", *peer)
+            # Without an IPv6 address the kernel sends nothing of its own: the counter counts what the ranks send.
+            _call("ip", "-n", namespace, "link", "set", "eth0", "addrgenmode", "none")
+            _call("ip", "-n", namespace, "addr", "add", f"10.77.0.{host + 1}/24", "dev", "eth0")
+            _call("ip", "-n", namespace, "link", "set", "eth0", "up")
+            _call("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
+            if rate is not None:
+                # A burst holds a few of the 64 KiB segments that the kernel hands down in one piece.
+                bucket = ("tbf", "rate", rate, "burst", "256kb", "latency", "100ms")
+                _call("tc", "-n", namespace, "qdisc", "add", "dev", "eth0", "root", *bucket)
+                _call("tc", "-n", switch, "qdisc", "add", "dev", port, "root", *bucket)
+
+    def _namespaces(self) -> list[str]:
+        names = [line.split()[0] for line in _call("ip", "netns", "list").splitlines()]
+        return [name for name in names if name.startswith(f"{self.name}-")]
+
+    def _stop(self) -> None:
+        """Kill whatever runs on the hosts, also what has left its parent or session."""
+        for namespace in self._namespaces():
+            while pids := _call("ip", "netns", "pids", namespace).split():
+                for pid in pids:
+                    with suppress(ProcessLookupError):
+                        os.kill(int(pid), signal.SIGKILL)
+
+    def _remove(self) -> None:
+        self._stop()
+        for namespace in self._namespaces():
+            _call("ip", "netns", "del", namespace)
+
+
+@contextmanager
+def lab(hosts: int, rate: str | None = None) -> Iterator[Lab]:
+    """A lab of 1 to 250 hosts whose links carry `rate` each way, in tc's words ("100mbit", "1gbit"); None for no limit.
+
+    On the way out everything that still runs on the hosts is killed and the namespaces are removed: after an
+    exception and after SIGTERM too, which is why it has to be entered in the main thread. Raises OSError where the
+    machine cannot have such a lab; `available()` asks beforehand.
+    """
+    if not 1 <= hosts <= 250:
+        raise ValueError(f"a lab has 1 to 250 hosts, got {hosts}")
+    if os.geteuid() != 0:
+        raise PermissionError("a lab is made of network namespaces, and making these needs root")
+    made = Lab(hosts)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        try:
+            made._build(rate)
+            yield made
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            made._remove()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def available() -> str | None:
+    """None where a lab can be made here, else the reason why not."""
+    try:
+        with lab(hosts=1, rate="1gbit"):
+            return None
+    except OSError as error:
+        return str(error)
+
+
+def _call(*words: str) -> str:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise OSError(f"a lab needs the command {words[0]}: install iproute2") from None
+    if done.returncode:
+        raise OSError(f"{' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout
