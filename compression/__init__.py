@@ -1,0 +1,31 @@
+"""Gradient compression: tensors and ranks; no images, no models.
+
+codec (arithmetic) x collectives (network) x averager (how ranks agree), three modules that do not know one another,
+joined to a model's backward by an exchange.
+
+    exchange = compression.attach(ddp_model, compression.build("maxmin", bits=4, error_feedback=True))
+"""
+
+from compression.collectives import Collectives, Metered, Solo, TorchDistributed
+from compression.exchange import Exchange, Report, attach
+from compression.layers import DENSE, Layer
+from compression.recorder import Recorder
+from compression.registry import COMPRESSORS, Compressor, build, codec, with_bits
+
+__all__ = [
+    "COMPRESSORS",
+    "DENSE",
+    "Collectives",
+    "Compressor",
+    "Exchange",
+    "Layer",
+    "Metered",
+    "Recorder",
+    "Report",
+    "Solo",
+    "TorchDistributed",
+    "attach",
+    "build",
+    "codec",
+    "with_bits",
+]

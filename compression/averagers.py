@@ -1,0 +1,306 @@
+"""Averagers: how ranks agree on the mean of their gradients.
+
+An averager knows layers, a codec and collectives; it knows neither models nor the hooks that call it. Whatever it
+does, every rank ends with the same bits.
+
+What an averager remembers (residuals) belongs to one rank, is kept by layer, and changes only when a step is
+settled: what a step computed is pending until it is known to be finite on every rank.
+
+W ranks, N values.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from compression import kernels
+from compression.codecs.quantizers import Quantizer
+from compression.collectives import Collectives
+from compression.layers import DENSE, Layer, Plan, Segment, cut, plan
+from compression.randomness import stream_keys
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of some layers in one flat buffer: layer `names[i]` begins at `offsets[i]`.
+
+    `flat` is contiguous, float32 for every averager but `Dense`, which takes any floating-point type.
+    """
+
+    flat: Tensor
+    names: tuple[str, ...]
+    offsets: tuple[int, ...]
+
+
+class Averager(Protocol):
+    """Averages gradients over the ranks, in place."""
+
+    @property
+    def lossless(self) -> bool:
+        """Whether it leaves the gradients' type and unit alone, and so takes them with the loss scale in."""
+
+    @property
+    def encoded_bytes(self) -> int:
+        """Bytes made so far, counted once however often they travel."""
+
+    def average_(self, gradients: Gradients, step: int) -> None:
+        """Replace this rank's gradients by the average over ranks. `step` counts optimizer steps."""
+
+    def settle(self, applied: bool) -> None:
+        """Keep what the step computed to remember, or forget it where the step was not applied."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank remembers, as tensors by layer name."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`; ValueError where it does not fit the layers."""
+
+
+class Stateless:
+    """Averagers that remember nothing."""
+
+    def settle(self, applied: bool) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state:
+            raise ValueError(f"this compression remembers nothing, but the checkpoint holds {sorted(state)}")
+
+
+class Dense(Stateless):
+    """All-reduce as it is: 2 (W - 1) / W x bytes of N. Bit-identical to DDP without a hook."""
+
+    lossless = True
+
+    def __init__(self, collectives: Collectives) -> None:
+        self.collectives = collectives
+        self.encoded_bytes = 0
+
+    def average_(self, gradients: Gradients, step: int) -> None:
+        self.encoded_bytes += gradients.flat.nbytes
+        gradients.flat.mul_(1.0 / self.collectives.world_size)  # as DDP: multiplied, and before the sum
+        self.collectives.sum_(gradients.flat)
+
+
+class Sanity(Stateless):
+    """Sends nothing, and every gradient is zero.
+
+    The negative control (training must not learn) and the upper bound of what compression can save.
+    """
+
+    lossless = False
+    encoded_bytes = 0
+
+    def average_(self, gradients: Gradients, step: int) -> None:
+        gradients.flat.zero_()
+
+
+class WarmUp:
+    """The first steps in float32, then another averager."""
+
+    def __init__(self, inner: Averager, dense: Dense, steps: int) -> None:
+        self.inner, self.dense, self.steps = inner, dense, steps
+        self.lossless = False
+        self._compressed = False
+
+    @property
+    def encoded_bytes(self) -> int:
+        return self.inner.encoded_bytes + self.dense.encoded_bytes
+
+    def average_(self, gradients: Gradients, step: int) -> None:
+        self._compressed = step >= self.steps
+        (self.inner if self._compressed else self.dense).average_(gradients, step)
+
+    def settle(self, applied: bool) -> None:
+        if self._compressed:
+            self.inner.settle(applied)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.inner.load_state_dict(state)
+
+
+class Memory:
+    """Values remembered from step to step for some layers, float32, and their pending successors.
+
+    `spans` maps a layer's name to how many values are kept of it.
+    """
+
+    def __init__(self, spans: Mapping[str, int]) -> None:
+        self.offsets: dict[str, int] = {}
+        self.values = 0
+        for name, count in spans.items():
+            self.offsets[name] = self.values
+            self.values += count
+        self.spans = dict(spans)
+        self.current: Tensor | None = None
+        self.pending: Tensor | None = None
+
+    def allocate(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(current, pending) on a device, zeros at first use."""
+        if self.current is None:
+            self.current = torch.zeros(self.values, device=device)
+        if self.pending is None:
+            self.current = self.current.to(device)
+            self.pending = torch.zeros(self.values, device=device)
+        return self.current, self.pending
+
+    def settle(self, applied: bool) -> None:
+        if applied and self.pending is not None:
+            self.current, self.pending = self.pending, self.current
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if self.current is None:
+            return {}
+        return {
+            name: self.current[at : at + self.spans[name]].clone().cpu()
+            for name, at in self.offsets.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        sizes = {name: values.numel() for name, values in state.items()}
+        if sizes and sizes != self.spans:
+            differing = sorted(
+                name for name in {*sizes, *self.spans} if sizes.get(name) != self.spans.get(name)
+            )
+            raise ValueError(
+                f"the residuals in the checkpoint do not fit the layers: {differing[0]} has "
+                f"{sizes.get(differing[0], 0)} values there and {self.spans.get(differing[0], 0)} here"
+            )
+        self.current = self.pending = None
+        if sizes:
+            self.current = torch.cat([state[name].to(torch.float32).reshape(-1) for name in self.offsets])
+
+
+@dataclass(frozen=True)
+class _Route:
+    """The plans of one group of layers: of all shares, and of this rank's own."""
+
+    all_shares: Plan
+    my_share: Plan
+
+
+class TwoHop:
+    """Quantized averaging in two hops, at 2 (W - 1) / W x encoded bytes of N a rank.
+
+    Hop one: every layer is cut into W shares, and each rank sends its encoding of share r to rank r, which decodes
+    and adds them up in rank order. Hop two: each rank encodes the average of its share and sends it to all. All
+    decode the same bytes, so that all end with the same bits. Layers that are not compressed travel as float32 in
+    the same messages.
+
+    With error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847) what the first encoding
+    lost is added to the next gradient, and what the second lost to the owner's next average (DoubleSqueeze, Tang
+    et al. 2019, arXiv:1905.05957). The encoding is then scaled into a projection: see `kernels.reference.project`.
+
+    `widths` gives each compressed layer its own bits; missing ones take the codec's. A dense layer is never cut
+    differently when widths change, so residuals outlive a change of widths.
+    """
+
+    lossless = False
+
+    def __init__(
+        self,
+        codec: Quantizer,
+        layers: Sequence[Layer],
+        collectives: Collectives,
+        seed: int,
+        error_feedback: bool = False,
+    ) -> None:
+        self.codec, self.collectives, self.seed = codec, collectives, seed
+        self.encoded_bytes = 0
+        self.layers = {layer.name: layer for layer in layers}
+        self.shares = {
+            layer.name: cut(layer.numel, codec.bucket_size, collectives.world_size, layer.index)
+            for layer in layers
+        }
+        self.widths = {layer.name: codec.bits if layer.compressed else DENSE for layer in layers}
+        self._routes: dict[tuple[tuple[str, ...], tuple[int, ...]], _Route] = {}
+        self._memories: tuple[Memory, Memory] | None = None
+        if error_feedback:
+            mine = {name: shares[collectives.rank] for name, shares in self.shares.items()}
+            compressed = [layer for layer in layers if layer.compressed]
+            self._memories = (
+                Memory({layer.name: layer.numel for layer in compressed}),
+                Memory({layer.name: mine[layer.name][1] - mine[layer.name][0] for layer in compressed}),
+            )
+
+    def set_widths(self, widths: Mapping[str, int]) -> None:
+        """Bits per layer from now on; DENSE sends a layer in float32. Unnamed layers keep theirs."""
+        for name, bits in widths.items():
+            if name not in self.layers or not self.layers[name].compressed:
+                raise ValueError(f"{name} is not a compressed layer of this model")
+            if bits != DENSE:
+                self.codec.with_bits(bits)  # checks the range
+        self.widths.update(widths)
+        self._routes.clear()
+
+    def average_(self, gradients: Gradients, step: int) -> None:
+        route = self._route(gradients)
+        flat, network = gradients.flat, self.collectives
+        fast = kernels.for_device(flat.device)
+        family, share_of_mean = self.codec.family, 1.0 / network.world_size
+
+        wire = torch.empty(route.all_shares.wire_bytes, dtype=torch.uint8, device=flat.device)
+        fast.encode(family, route.all_shares, flat, self._keys(route.all_shares, step, 1), wire, *self._memory(0, flat))
+        self.encoded_bytes += wire.nbytes
+        received = network.exchange(wire, route.all_shares.message_bytes)
+        mean = torch.empty(route.my_share.values, device=flat.device)
+        for rank in range(network.world_size):
+            fast.decode(family, route.my_share, received[rank], mean, share_of_mean, accumulate=rank > 0)
+
+        message = torch.empty(route.my_share.wire_bytes, dtype=torch.uint8, device=flat.device)
+        fast.encode(family, route.my_share, mean, self._keys(route.my_share, step, 2), message, *self._memory(1, flat))
+        wire = network.gather(message, route.all_shares.message_bytes)
+        fast.decode(family, route.all_shares, wire, flat)
+
+    def settle(self, applied: bool) -> None:
+        for memory in self._memories or ():
+            memory.settle(applied)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._memories is None:
+            return {}
+        residual, share_residual = self._memories
+        return {"residual": residual.state_dict(), "share_residual": share_residual.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self._memories is None:
+            if state:
+                raise ValueError("the checkpoint holds residuals, and --error-feedback is off")
+            return
+        for memory, name in zip(self._memories, ("residual", "share_residual"), strict=True):
+            memory.load_state_dict(state.get(name, {}))
+
+    def _keys(self, route: Plan, step: int, hop: int) -> Any:
+        return stream_keys(self.seed, step, route.layers, hop, self.collectives.rank)
+
+    def _memory(self, hop: int, flat: Tensor) -> tuple[Tensor, ...]:
+        return self._memories[hop].allocate(flat.device) if self._memories is not None else ()
+
+    def _route(self, gradients: Gradients) -> _Route:
+        key = (gradients.names, gradients.offsets)
+        if key not in self._routes:
+            self._routes[key] = self._plan(gradients)
+        return self._routes[key]
+
+    def _plan(self, gradients: Gradients) -> _Route:
+        rank = self.collectives.rank
+        layers = [self.layers[name] for name in gradients.names]
+        where = [memory.offsets for memory in self._memories] if self._memories else [{}, {}]
+        segments, owned, packed = [], [], 0
+        for layer, offset in zip(layers, gradients.offsets, strict=True):
+            start, stop = self.shares[layer.name][rank]
+            segments.append(Segment(layer, offset, where[0].get(layer.name, 0)))
+            owned.append(Segment(layer, packed - start, where[1].get(layer.name, 0) - start))
+            packed += stop - start
+        rules = (self.shares, self.widths, self.codec.bucket_size, self.codec.record_bytes)
+        owners = range(self.collectives.world_size)
+        return _Route(plan(segments, owners, *rules), plan(owned, [rank], *rules))

@@ -1,0 +1,156 @@
+"""Collectives: the few verbs by which ranks exchange bytes, over torch.distributed or alone.
+
+The one place that calls the network, so that bytes are counted in one place too (`Metered`). Nothing here knows
+what the bytes mean. Every rank makes the same calls in the same order; sizes are known to all beforehand.
+
+W ranks. Bytes sent per rank follow from the algorithms: a ring all-reduce sends 2 (W - 1) / W of the tensor, an
+exchange all messages but the rank's own, a gather the rank's message W - 1 times.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Collectives(Protocol):
+    """What averagers need of a network."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def sum_(self, values: Tensor) -> None:
+        """Add up over the ranks, in place."""
+
+    def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Message r goes to rank r. uint8 [sum(sizes)] -> uint8 [W, sizes[rank]]: row r came from rank r."""
+
+    def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Everyone gets everyone's message. uint8 [sizes[rank]] -> uint8 [sum(sizes)], in rank order."""
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank."""
+
+
+@dataclass(frozen=True)
+class Solo:
+    """A world of one rank: everything is already where it belongs."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def sum_(self, values: Tensor) -> None:
+        pass
+
+    def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
+        return messages.view(1, -1)
+
+    def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
+        return message
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def collect(self, value: Any) -> list[Any]:
+        return [value]
+
+
+class TorchDistributed:
+    """Collectives over a torch process group (gloo on CPUs, NCCL on GPUs).
+
+    `group` should be used by one thread only: gloo matches collectives by the order in which they are issued.
+    A gather is an all-to-all of copies: gloo's all-gather wants equal sizes, and shares differ by a bucket.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+
+    def sum_(self, values: Tensor) -> None:
+        dist.all_reduce(values, group=self.group)
+
+    def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
+        mine = sizes[self.rank]
+        received = torch.empty(self.world_size * mine, dtype=messages.dtype, device=messages.device)
+        self._all_to_all(received, messages, [mine] * self.world_size, sizes)
+        return received.view(self.world_size, mine)
+
+    def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
+        received = torch.empty(sum(sizes), dtype=message.dtype, device=message.device)
+        self._all_to_all(received, message.repeat(self.world_size), sizes, [len(message)] * self.world_size)
+        return received
+
+    def _all_to_all(self, out: Tensor, messages: Tensor, to: Sequence[int], sizes: Sequence[int]) -> None:
+        dist.all_to_all_single(out, messages, list(to), list(sizes), group=self.group)
+
+    def broadcast(self, value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, group_src=0, group=self.group)
+        return box[0]
+
+    def collect(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+@dataclass
+class Traffic:
+    """What a rank handed to the network, and how long it waited for it."""
+
+    bytes_sent: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
+class Metered:
+    """Counts what passes through another `Collectives`; results are the inner one's."""
+
+    inner: Collectives
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @property
+    def rank(self) -> int:
+        return self.inner.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.inner.world_size
+
+    def sum_(self, values: Tensor) -> None:
+        start = time.perf_counter()
+        self.inner.sum_(values)
+        self._count(2 * values.nbytes * (self.world_size - 1) / self.world_size, start)
+
+    def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
+        start = time.perf_counter()
+        received = self.inner.exchange(messages, sizes)
+        self._count(sum(sizes) - sizes[self.rank], start)
+        return received
+
+    def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
+        start = time.perf_counter()
+        received = self.inner.gather(message, sizes)
+        self._count(sizes[self.rank] * (self.world_size - 1), start)
+        return received
+
+    def broadcast(self, value: Any) -> Any:
+        return self.inner.broadcast(value)
+
+    def collect(self, value: Any) -> list[Any]:
+        return self.inner.collect(value)
+
+    def _count(self, sent: float, start: float) -> None:
+        self.traffic.bytes_sent += sent
+        self.traffic.seconds += time.perf_counter() - start

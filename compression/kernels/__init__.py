@@ -1,0 +1,15 @@
+"""The arithmetic of the codecs, several times: `reference` (torch, clear) and `cpu` (numba, fast).
+
+All give the same bits from the same inputs. Which one runs follows from where the tensors are.
+"""
+
+from types import ModuleType
+
+import torch
+
+from compression.kernels import cpu, reference
+
+
+def for_device(device: torch.device) -> ModuleType:
+    """The fastest kernels for tensors on `device`; all share the signatures of `reference`."""
+    return cpu if device.type == "cpu" else reference

@@ -1,0 +1,165 @@
+"""Layers, how they are cut into shares, and plans: where every quantization bucket lies.
+
+Only arithmetic on sizes happens here; no gradient is ever touched.
+
+Vocabulary: a *layer* is one parameter of the model. A *bucket* is a run of `bucket_size` consecutive values of a
+layer that share one set of scales (the last may be shorter). The *owner* of a bucket is the rank that adds it up
+over all ranks. A *record* is what one bucket becomes on the wire, a *message* all records for one owner.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+DENSE = 32  # the width of a layer that travels as float32
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A trainable parameter: its place in the model's order, its name, its shape, whether it is compressed."""
+
+    index: int
+    name: str
+    shape: tuple[int, ...]
+    compressed: bool
+
+    @property
+    def numel(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+def compressible(shape: Sequence[int], bucket_size: int) -> bool:
+    """The rule of what is compressed: two or more dimensions and at least one whole quantization bucket.
+
+    Decided by shape, never by name: biases and batch-norm parameters have one dimension.
+    """
+    numel = int(np.prod(shape, dtype=np.int64))
+    return len(shape) >= 2 and numel >= max(bucket_size, 1)
+
+
+def layers_of(parameters: Iterable[tuple[str, Sequence[int]]], bucket_size: int) -> tuple[Layer, ...]:
+    """Layers from (name, shape) pairs of the trainable parameters, in the model's order."""
+    return tuple(
+        Layer(index, name, tuple(shape), compressible(shape, bucket_size))
+        for index, (name, shape) in enumerate(parameters)
+    )
+
+
+def bucket_length(numel: int, bucket_size: int) -> int:
+    """Values in a full bucket: `bucket_size`, or the whole layer where it is -1."""
+    return max(numel, 1) if bucket_size == -1 else bucket_size
+
+
+def cut(numel: int, bucket_size: int, world_size: int, first: int) -> list[tuple[int, int]]:
+    """The share of each rank: (start, stop) in values, `world_size` of them, together the whole layer.
+
+    Cuts lie on bucket boundaries, the shares differ by one bucket at most, and the larger ones begin at rank
+    `first` mod `world_size`, so that small layers spread over the ranks. Depends on nothing else, so that what a
+    rank remembers of its share outlives any regrouping of layers.
+    """
+    length = bucket_length(numel, bucket_size)
+    buckets = -(-numel // length)
+    base, larger = divmod(buckets, world_size)
+    shares = [(0, 0)] * world_size
+    start = 0
+    for turn in range(world_size):
+        stop = start + (base + (turn < larger)) * length
+        shares[(first + turn) % world_size] = (min(start, numel), min(stop, numel))
+        start = stop
+    return shares
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where M buckets of many layers lie, in a flat buffer of values and on the wire. int64 [M] each.
+
+    One plan drives one kernel call over all its buckets, whatever their layers, lengths and widths.
+    """
+
+    position: Ints  # of the first value, in the flat buffer
+    count: Ints  # of values
+    bits: Ints  # per value; DENSE is float32 as it is
+    wire_at: Ints  # byte offset of the record
+    slot: Ints  # which row of the stream keys is this layer's
+    element: Ints  # index, in the layer, of the first value
+    memory_at: Ints  # of the first value, in what is remembered from step to step (residuals)
+    layers: Ints  # [slots]: the layer index of each slot
+    message_bytes: tuple[int, ...]  # length of each owner's message; the wire holds them one after the other
+    values: int  # in the flat buffer
+
+    @property
+    def wire_bytes(self) -> int:
+        return sum(self.message_bytes)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A layer's place: where its first value lies in the flat buffer, and in what is remembered.
+
+    Of a buffer that holds only a share, both say where the layer's first value would lie, and may be negative.
+    """
+
+    layer: Layer
+    offset: int
+    memory: int
+
+
+def plan(
+    segments: Sequence[Segment],
+    owners: Sequence[int],
+    shares: Mapping[str, Sequence[tuple[int, int]]],
+    bits: Mapping[str, int],
+    bucket_size: int,
+    record_bytes: Callable[[int, int], int],
+) -> Plan:
+    """The plan of all buckets of `segments` that belong to `owners`, one message per owner.
+
+    `shares[name][rank]` is the layer's cut. Within a message the records follow the order of `segments`.
+    `record_bytes(count, bits)` is the format's; a DENSE record is 4 bytes a value.
+    """
+    rows: list[NDArray[np.int64]] = []
+    message_bytes = []
+    at = 0
+    for owner in owners:
+        message_start = at
+        for slot, segment in enumerate(segments):
+            start, stop = shares[segment.layer.name][owner]
+            if start == stop:
+                continue
+            width = bits[segment.layer.name]
+            length = bucket_length(segment.layer.numel, bucket_size)
+            element = np.arange(start, stop, length, dtype=np.int64)
+            count = np.minimum(length, stop - element)
+            first, last = (4 * int(n) if width == DENSE else record_bytes(int(n), width) for n in count[[0, -1]])
+            nbytes = np.full(len(count), first, np.int64)
+            nbytes[-1] = last
+            row = np.empty((7, len(count)), np.int64)
+            row[0] = segment.offset + element
+            row[1] = count
+            row[2] = width
+            row[3] = at + np.cumsum(nbytes) - nbytes
+            row[4] = slot
+            row[5] = element
+            row[6] = segment.memory + element
+            rows.append(row)
+            at += int(nbytes.sum())
+        message_bytes.append(at - message_start)
+    table = np.concatenate(rows, axis=1) if rows else np.empty((7, 0), np.int64)
+    positions, counts, bits_of, wire_at, slots, elements, memory_at = (np.ascontiguousarray(column) for column in table)
+    return Plan(
+        positions,
+        counts,
+        bits_of,
+        wire_at,
+        slots,
+        elements,
+        memory_at,
+        layers=np.array([segment.layer.index for segment in segments], np.int64),
+        message_bytes=tuple(message_bytes),
+        values=int(counts.sum()),
+    )
+

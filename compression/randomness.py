@@ -1,0 +1,56 @@
+"""Randomness without state: every random number is a hash of where it is used.
+
+A stream is named by (seed, step, layer, hop, rank); an element of it by its index in the layer. So the errors of
+different ranks, hops and steps are independent and average out, every kernel draws the same numbers whatever its
+order of work, no generator is saved or advanced, and a resumed run goes on exactly. Nothing here is
+cryptographic.
+
+The element hash is two rounds of xor-shift and multiply on 32 bits (the constants are the low-bias pair
+0x21f0aaad, 0x735a2d97 found by the hash-prospector search, github.com/skeeto/hash-prospector); it is written
+again in each kernel, and the tests hold the copies equal.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_MASK = (1 << 64) - 1
+
+
+def _splitmix64(state: int) -> int:
+    """One step of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014, figure 16)."""
+    state = (state + 0x9E3779B97F4A7C15) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return state ^ (state >> 31)
+
+
+def stream_key(*parts: int) -> int:
+    """A 64-bit key for the stream that `parts` name; order matters."""
+    key = 0
+    for part in parts:
+        key = _splitmix64(key ^ (part & _MASK))
+    return key
+
+
+def stream_keys(seed: int, step: int, layers: NDArray[np.int64], hop: int, rank: int) -> NDArray[np.uint32]:
+    """Keys of the streams of many layers. uint32 [L, 2]: the low and the high half of each layer's key."""
+    head = stream_key(seed, step, hop, rank)
+    keys = np.array([_splitmix64(head ^ int(layer)) for layer in layers], np.uint64).reshape(-1)
+    return np.stack([keys & np.uint64(0xFFFFFFFF), keys >> np.uint64(32)], axis=1).astype(np.uint32)
+
+
+def uniform(elements: torch.Tensor, key_low: torch.Tensor, key_high: torch.Tensor) -> torch.Tensor:
+    """Multiples of 2^-24 in [0, 1), float32: what the stream of the key holds at `elements`.
+
+    All arguments are int64 tensors that broadcast against one another; the keys are halves below 2^32.
+    """
+    mask = 0xFFFFFFFF
+    bits = (elements + key_low) & mask
+    bits ^= bits >> 16
+    bits = (bits * 0x21F0AAAD) & mask
+    bits ^= key_high
+    bits ^= bits >> 15
+    bits = (bits * 0x735A2D97) & mask
+    bits ^= bits >> 15
+    return (bits >> 8).to(torch.float32) * 2.0**-24
