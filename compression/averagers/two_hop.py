@@ -1,183 +1,18 @@
-"""Averagers: how ranks agree on the mean of their gradients.
-
-An averager knows layers, a codec and collectives; it knows neither models nor the hooks that call it. Whatever it
-does, every rank ends with the same bits.
-
-What an averager remembers (residuals) belongs to one rank, is kept by layer, and changes only when a step is
-settled: what a step computed is pending until it is known to be finite on every rank.
-
-W ranks, N values.
-"""
+"""Averaging of codes that a network cannot add."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from compression import kernels
+from compression.averagers.base import Gradients, Memory
 from compression.codecs.quantizers import Quantizer
 from compression.collectives import Collectives
 from compression.layers import DENSE, Layer, Plan, Segment, cut, plan
 from compression.randomness import stream_keys
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Gradients of some layers in one flat buffer: layer `names[i]` begins at `offsets[i]`.
-
-    `flat` is contiguous, float32 for every averager but `Dense`, which takes any floating-point type.
-    """
-
-    flat: Tensor
-    names: tuple[str, ...]
-    offsets: tuple[int, ...]
-
-
-class Averager(Protocol):
-    """Averages gradients over the ranks, in place."""
-
-    @property
-    def lossless(self) -> bool:
-        """Whether it leaves the gradients' type and unit alone, and so takes them with the loss scale in."""
-
-    @property
-    def encoded_bytes(self) -> int:
-        """Bytes made so far, counted once however often they travel."""
-
-    def average_(self, gradients: Gradients, step: int) -> None:
-        """Replace this rank's gradients by the average over ranks. `step` counts optimizer steps."""
-
-    def settle(self, applied: bool) -> None:
-        """Keep what the step computed to remember, or forget it where the step was not applied."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What this rank remembers, as tensors by layer name."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`; ValueError where it does not fit the layers."""
-
-
-class Stateless:
-    """Averagers that remember nothing."""
-
-    def settle(self, applied: bool) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state:
-            raise ValueError(f"this compression remembers nothing, but the checkpoint holds {sorted(state)}")
-
-
-class Dense(Stateless):
-    """All-reduce as it is: 2 (W - 1) / W x bytes of N. Bit-identical to DDP without a hook."""
-
-    lossless = True
-
-    def __init__(self, collectives: Collectives) -> None:
-        self.collectives = collectives
-        self.encoded_bytes = 0
-
-    def average_(self, gradients: Gradients, step: int) -> None:
-        self.encoded_bytes += gradients.flat.nbytes
-        gradients.flat.mul_(1.0 / self.collectives.world_size)  # as DDP: multiplied, and before the sum
-        self.collectives.sum_(gradients.flat)
-
-
-class Sanity(Stateless):
-    """Sends nothing, and every gradient is zero.
-
-    The negative control (training must not learn) and the upper bound of what compression can save.
-    """
-
-    lossless = False
-    encoded_bytes = 0
-
-    def average_(self, gradients: Gradients, step: int) -> None:
-        gradients.flat.zero_()
-
-
-class WarmUp:
-    """The first steps in float32, then another averager."""
-
-    def __init__(self, inner: Averager, dense: Dense, steps: int) -> None:
-        self.inner, self.dense, self.steps = inner, dense, steps
-        self.lossless = False
-        self._compressed = False
-
-    @property
-    def encoded_bytes(self) -> int:
-        return self.inner.encoded_bytes + self.dense.encoded_bytes
-
-    def average_(self, gradients: Gradients, step: int) -> None:
-        self._compressed = step >= self.steps
-        (self.inner if self._compressed else self.dense).average_(gradients, step)
-
-    def settle(self, applied: bool) -> None:
-        if self._compressed:
-            self.inner.settle(applied)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.inner.load_state_dict(state)
-
-
-class Memory:
-    """Values remembered from step to step for some layers, float32, and their pending successors.
-
-    `spans` maps a layer's name to how many values are kept of it.
-    """
-
-    def __init__(self, spans: Mapping[str, int]) -> None:
-        self.offsets: dict[str, int] = {}
-        self.values = 0
-        for name, count in spans.items():
-            self.offsets[name] = self.values
-            self.values += count
-        self.spans = dict(spans)
-        self.current: Tensor | None = None
-        self.pending: Tensor | None = None
-
-    def allocate(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(current, pending) on a device, zeros at first use."""
-        if self.current is None:
-            self.current = torch.zeros(self.values, device=device)
-        if self.pending is None:
-            self.current = self.current.to(device)
-            self.pending = torch.zeros(self.values, device=device)
-        return self.current, self.pending
-
-    def settle(self, applied: bool) -> None:
-        if applied and self.pending is not None:
-            self.current, self.pending = self.pending, self.current
-
-    def state_dict(self) -> dict[str, Tensor]:
-        if self.current is None:
-            return {}
-        return {
-            name: self.current[at : at + self.spans[name]].clone().cpu()
-            for name, at in self.offsets.items()
-        }
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        sizes = {name: values.numel() for name, values in state.items()}
-        if sizes and sizes != self.spans:
-            differing = sorted(
-                name for name in {*sizes, *self.spans} if sizes.get(name) != self.spans.get(name)
-            )
-            raise ValueError(
-                f"the residuals in the checkpoint do not fit the layers: {differing[0]} has "
-                f"{sizes.get(differing[0], 0)} values there and {self.spans.get(differing[0], 0)} here"
-            )
-        self.current = self.pending = None
-        if sizes:
-            self.current = torch.cat([state[name].to(torch.float32).reshape(-1) for name in self.offsets])
 
 
 @dataclass(frozen=True)

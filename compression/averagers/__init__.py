@@ -1,0 +1,24 @@
+"""Averagers: how ranks agree on the mean of their gradients.
+
+An averager knows layers, a codec and collectives; it knows neither models nor the hooks that call it. Whatever it
+does, every rank ends with the same bits.
+
+What an averager remembers (residuals) belongs to one rank, is kept by layer, and changes only when a step is
+settled: what a step computed is pending until it is known to be finite on every rank.
+
+One file per way of agreeing:
+
+| what travels | can the network add it? | averager | bytes sent per rank |
+| --- | --- | --- | --- |
+| float32, half | yes | Dense: all-reduce | 2 (W-1)/W x width x N |
+| b-bit codes | no | TwoHop: exchange, decode and add, encode again, gather | 2 (W-1)/W x encoded |
+
+W ranks, N values.
+"""
+
+from compression.averagers.base import Averager, Gradients, Memory, Stateless
+from compression.averagers.dense import Dense, Sanity
+from compression.averagers.two_hop import TwoHop
+from compression.averagers.warm_up import WarmUp
+
+__all__ = ["Averager", "Dense", "Gradients", "Memory", "Sanity", "Stateless", "TwoHop", "WarmUp"]

@@ -1,0 +1,34 @@
+"""Warm-up: the first steps uncompressed, while gradients are large and change fast."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from compression.averagers.base import Averager, Gradients
+from compression.averagers.dense import Dense
+
+
+class WarmUp:
+    """The first steps in float32, then another averager."""
+
+    def __init__(self, inner: Averager, dense: Dense, steps: int) -> None:
+        self.inner, self.dense, self.steps = inner, dense, steps
+        self.lossless = False
+        self._compressed = False
+
+    @property
+    def encoded_bytes(self) -> int:
+        return self.inner.encoded_bytes + self.dense.encoded_bytes
+
+    def average_(self, gradients: Gradients, step: int) -> None:
+        self._compressed = step >= self.steps
+        (self.inner if self._compressed else self.dense).average_(gradients, step)
+
+    def settle(self, applied: bool) -> None:
+        if self._compressed:
+            self.inner.settle(applied)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.inner.load_state_dict(state)
