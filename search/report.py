@@ -1,0 +1,141 @@
+"""What a search leaves behind: three JSON files, and a page of text for the terminal.
+
+It reads a `SearchResult` and calculates nothing that decides anything. The plot is in `plot.py`.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from search.run import SearchResult
+from search.scheme import scheme_of, write_json
+from search.steering import power_reaching
+
+NEARLY_ALL = 0.8  # share of layers at one end of the range from which an optimum is called bang-bang
+
+
+def write_logs(
+    result: SearchResult, workspace: str | Path, when: int | str, uncompressed: Collection[str]
+) -> Path:
+    """Write `epochN.json`, `compress_scheme_N.json` and `search_N.json` to WORKSPACE/adapt_logs.
+
+    N is `when`: the epoch, or "calibration". `uncompressed` are the names of what is never compressed. Returns
+    the folder, made where missing. Every file is there whole or not at all.
+    """
+    folder = Path(workspace) / "adapt_logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"epoch{when}.json", result.error_by_layer(), indent=1)
+    scheme = scheme_of(result.bits_by_layer(), uncompressed)
+    write_json(folder / f"compress_scheme_{when}.json", scheme, indent=1)
+    write_json(folder / f"search_{when}.json", result.to_json())
+    return folder
+
+
+def as_text(result: SearchResult, when: int | str) -> str:
+    """The search as a table: uniform widths, differential evolution and the optimum, then the widths installed."""
+    tables = result.tables
+    title = f"Search, epoch {when}" if isinstance(when, int) else f"Search, {when}"
+    lines = [
+        f"{title}: {len(tables.layers)} layers of {sum(tables.numel):,} values, "
+        f"(total error)^{result.alpha:g} x (ratio)^{result.beta:g}",
+        *_columns(list(_comparison(result))),
+        f"Differential evolution is {_percent(result.gap)} above the optimum after "
+        f"{result.de.evaluations:,} evaluations in {result.de.seconds:.2f} s.",
+        *_budget(result),
+        f"Installed: {_NAMES[result.installed_by]}.",
+        *_columns(list(_widths(result))),
+        *_steering(result),
+    ]
+    return "\n".join(lines)
+
+
+_NAMES = {"de": "differential evolution", "optimum": "optimum", "budget": "least error in budget"}
+
+
+def _comparison(result: SearchResult) -> Iterator[Sequence[str]]:
+    tables, best = result.tables, result.optimum.objective
+    yield "", "total error", "ratio", "bits/value", "objective", "above optimum"
+    rows = [
+        (f"uniform {width} bits", value, (width,) * len(tables.layers))
+        for width, value in result.uniform.items()
+    ]
+    rows += [
+        (_NAMES[by], found.objective, found.bits)
+        for by, found in (("de", result.de), ("optimum", result.optimum))
+    ]
+    if result.budget is not None:
+        rows.append((_NAMES["budget"], result.installed.objective, result.budget.bits))
+    for name, objective, bits in rows:
+        above = 0.0 if objective == best else objective / best - 1 if best else math.inf
+        yield (
+            name,
+            f"{tables.total_error(bits):.4g}",
+            f"{tables.ratio(bits):.4f}",
+            f"{tables.bits_a_value(bits):.3f}",
+            f"{objective:.5g}",
+            _percent(above),
+        )
+
+
+def _budget(result: SearchResult) -> Iterator[str]:
+    if result.budget is not None:
+        proof = (
+            "which is the least possible"
+            if result.budget.gap == 0
+            else f"at most {_percent(result.budget.gap)} above the least possible"
+        )
+        yield (
+            f"Within the budget: total error {result.budget.error:.4g} at {result.budget.bits_a_value:.3f} "
+            f"bits a value, {proof}."
+        )
+
+
+def _widths(result: SearchResult) -> Iterator[Sequence[str]]:
+    """Layers by installed width: a line for each width, however many layers there are."""
+    yield "bits", "layers", "values", "error", ""
+    tables, bits, errors = result.tables, result.installed.bits, list(result.error_by_layer().values())
+    for width in sorted(set(bits)):
+        rows = [row for row, b in enumerate(bits) if b == width]
+        names = ", ".join(tables.layers[row] for row in rows[:2])
+        more = f" and {len(rows) - 2} more" if len(rows) > 2 else ""
+        values = sum(tables.numel[row] for row in rows) / sum(tables.numel)
+        error = sum(errors[row] for row in rows) / (sum(errors) or 1)
+        yield str(width), str(len(rows)), _percent(values), _percent(error), names + more
+
+
+def _steering(result: SearchResult) -> Iterator[str]:
+    """Where the optimum is nearly uniform at an end: that it is, and what other powers would do."""
+    tables, widths = result.tables, result.tables.widths
+    width, count = Counter(result.optimum.bits).most_common(1)[0]
+    if width not in (widths[0], widths[-1]) or count < NEARLY_ALL * len(tables.layers) or len(widths) == 1:
+        return
+    end = "largest" if width == widths[-1] else "smallest"
+    yield (
+        f"The optimum has {count} of {len(tables.layers)} layers at {width} bits, the {end} width: along uniform "
+        f"widths this objective is bang-bang. Other powers move it in jumps; a budget of bits a value does not."
+    )
+    rows = [("for at most", "beta/alpha above", "gives")]
+    for target in widths[:-1]:
+        at_most = tables.bits_a_value((target,) * len(tables.layers))
+        landing = power_reaching(tables, at_most)
+        above = "none" if math.isinf(landing.power) else f"{landing.power:.4g}"
+        rows.append((f"{at_most:.3f} bits/value", above, f"{landing.bits_a_value:.3f}"))
+    yield from _columns(rows)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells, the headings first, as aligned lines: names, which have no heading, to the left."""
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  "
+        + "  ".join(
+            cell.rjust(size) if heading else cell.ljust(size)
+            for cell, heading, size in zip(row, rows[0], sizes, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g} %"

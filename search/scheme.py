@@ -1,0 +1,111 @@
+"""Schemes: files that say which layers travel at which bit width, written by a search and read back.
+
+A scheme is a JSON object of widths to lists of layer names, with "32" for what is not compressed:
+{"4": ["layer1.0.conv1.weight", "fc.weight"], "32": ["bn1.weight"]}.
+"""
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+UNCOMPRESSED = "32"
+WIDTHS = tuple(str(bits) for bits in range(1, 9))
+
+
+def scheme_of(bits_by_layer: Mapping[str, int], uncompressed: Collection[str]) -> dict[str, list[str]]:
+    """A scheme from the compressed layers' widths and the names of everything else."""
+    widths = sorted(set(bits_by_layer.values()))
+    scheme = {str(width): [name for name, bits in bits_by_layer.items() if bits == width] for width in widths}
+    return {**scheme, UNCOMPRESSED: list(uncompressed)}
+
+
+def load_scheme(path: str | Path, compressed: Collection[str], parameters: Collection[str]) -> dict[str, int]:
+    """Bit widths of the compressed layers from a scheme, in the order of `compressed`.
+
+    compressed  names that need a width
+    parameters  names of all parameters of the model; the scheme need not list those that are not compressed
+
+    Raises ValueError, in one line, where the file cannot be read, is no scheme, or does not fit the model.
+    """
+    bits_by_name: dict[str, int] = {}
+    for width, names in _entries(Path(path)):
+        if width not in (*WIDTHS, UNCOMPRESSED):
+            raise ValueError(
+                f"{path}: a width is 1 to 8 bits, or 32 for what is not compressed, got {width!r}"
+            )
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                f"{path}: width {width} needs a list of layer names, got {json.dumps(names)[:60]}"
+            )
+        for name in names:
+            _check_name(path, name, width, name in bits_by_name, compressed, parameters)
+            bits_by_name[name] = int(width)
+    missing = [name for name in compressed if name not in bits_by_name]
+    if missing:
+        raise ValueError(
+            f"{path}: a scheme gives every compressed layer a width, but {_these(missing)} has none; "
+            f"add it under 1 to 8, or search again with this model and bucket size"
+        )
+    return {name: bits_by_name[name] for name in compressed}
+
+
+def write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    """Write beside and rename: a reader finds the whole file, the one before, or none."""
+    text = json.dumps(content, indent=indent, allow_nan=False)
+    beside = path.with_name(path.name + ".part")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _entries(path: Path) -> tuple[tuple[str, Any], ...]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ValueError(
+            f"{path}: cannot read the scheme ({reason}); give a compress_scheme_N.json that a search wrote"
+        ) from None
+    try:
+        # Pairs instead of a dict, which would keep the last of two entries and hide the first.
+        entries = json.loads(text, object_pairs_hook=tuple)
+    except (ValueError, RecursionError):
+        entries = None
+    if not isinstance(entries, tuple):
+        raise ValueError(
+            f"{path}: a scheme is a JSON object of widths to lists of layer names, and this file is none; "
+            f"give a compress_scheme_N.json that a search wrote"
+        )
+    return entries
+
+
+def _check_name(
+    path: str | Path,
+    name: str,
+    width: str,
+    seen: bool,
+    compressed: Collection[str],
+    parameters: Collection[str],
+) -> None:
+    if seen:
+        raise ValueError(f"{path}: a layer has one width, but {name} is listed twice; remove one")
+    if name not in parameters:
+        raise ValueError(
+            f"{path}: the model has no layer {name} (width {width}); remove it, or give the scheme of this model"
+        )
+    if width == UNCOMPRESSED and name in compressed:
+        raise ValueError(
+            f"{path}: {name} is compressed, and width 32 is for what is not; give it 1 to 8 bits"
+        )
+    if width != UNCOMPRESSED and name not in compressed:
+        raise ValueError(
+            f"{path}: {name} is not compressed and has no width, got {width}; move it to 32, or remove it"
+        )
+
+
+def _these(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
