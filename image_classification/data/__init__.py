@@ -1,24 +1,82 @@
-"""Data: from a folder of images to the batches of one rank."""
+"""Data: from a folder of images, or from nothing, to the batches of one rank.
 
+A backend is one file and one row of BACKENDS. All of them read the same options and give the same `Loader`; the
+folder backends give the same images, in the same order and views, from any number of workers and any start.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
+from image_classification.data import dali, pillow, synthetic
+from image_classification.data.digits import digits_folder
+from image_classification.data.images import BadImage
+from image_classification.data.mixup import mixup
 from image_classification.data.options import DataOptions, Loader
 
-__all__ = ["BACKENDS", "DataOptions", "Loader", "build", "resolve_backend", "root"]
+__all__ = [
+    "ALIASES",
+    "BACKENDS",
+    "DEFAULT_BACKEND",
+    "BadImage",
+    "DataOptions",
+    "Loader",
+    "build",
+    "mixup",
+    "resolve_backend",
+    "root",
+]
 
-BACKENDS = ("pytorch", "syntetic", "dali-gpu", "dali-cpu")
+BACKENDS: dict[str, Callable[[DataOptions], tuple[Loader, Loader]]] = {
+    "pytorch": pillow.build,
+    "syntetic": synthetic.build,
+    "dali-gpu": dali.build_gpu,
+    "dali-cpu": dali.build_cpu,
+}
+"""Name -> what builds the train and the validation loader."""
+
+ALIASES = {"synthetic": "syntetic"}
+
+DEFAULT_BACKEND = "dali-cpu"
+
+_DALI_PACKAGE = "nvidia-dali-cuda130"
 
 
 def root(argument: str) -> Path:
-    """The data folder that the command line's DIR means: `digits` is the embedded data set."""
-    raise NotImplementedError
+    """The folder that the command line's DIR means: `digits` is the embedded data set, `./digits` a folder."""
+    return digits_folder() if argument == "digits" else Path(argument)
 
 
 def resolve_backend(requested: str | None) -> tuple[str, str | None]:
-    """The backend's name, and a warning where it is not the default one. None: the flag was not given."""
-    raise NotImplementedError
+    """The backend that serves, and a warning where it is not the default one.
+
+    Args:
+        requested: a name or an alias, or None for whatever serves best.
+
+    Raises:
+        ValueError: an unknown name, or a backend whose package is not installed.
+    """
+    name = ALIASES.get(requested or "", requested) or DEFAULT_BACKEND
+    if name not in BACKENDS:
+        raise ValueError(f"unknown data backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    if not name.startswith("dali") or _dali_is_installed():
+        return name, None
+    if requested is None:
+        return "pytorch", f"NVIDIA DALI is not installed ({_DALI_PACKAGE}): the slower pytorch backend loads the data"
+    raise ValueError(
+        f"data backend {name} needs NVIDIA DALI, which is not installed: pip install {_DALI_PACKAGE}, or use pytorch"
+    )
+
+
+def _dali_is_installed() -> bool:
+    return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
 
 
 def build(options: DataOptions) -> tuple[Loader, Loader]:
-    """The train and the validation loader of one rank."""
-    raise NotImplementedError
+    """The train and the validation loader of one rank.
+
+    Raises:
+        ValueError: what is wrong with the folder, or with the backend.
+    """
+    name, _ = resolve_backend(options.backend)
+    return BACKENDS[name](options)

@@ -1,0 +1,57 @@
+"""The embedded data set: scikit-learn's handwritten digits as a folder of PNG files.
+
+1,797 gray images of 8x8 pixels from the UCI repository (Alpaydin and Kaynak 1998), enlarged to 32x32.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+_SIDE = 32
+_BRIGHTEST = 16
+
+
+def digits_folder() -> Path:
+    """The data set's folder below the user's cache ($XDG_CACHE_HOME, else ~/.cache), written at first use.
+
+    train/0 to train/9 hold 1,437 images, val/0 to val/9 hold 360: of each digit every fifth.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "gradient-compression-trainer" / "digits-v1"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _write_atomically(folder)
+    return folder
+
+
+def _write_atomically(folder: Path) -> None:
+    """Write beside and rename: whoever sees the folder sees all of it, and of two writers one wins."""
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _write(beside)
+        beside.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write(folder: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / _BRIGHTEST)).astype(np.uint8)
+    for place, index in enumerate(np.argsort(digits.target, kind="stable").tolist()):
+        split = "val" if place % 5 == 0 else "train"
+        parent = folder / split / str(digits.target[index])
+        parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(pixels[index]).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+        image.save(parent / f"{index:04}.png")

@@ -1,0 +1,113 @@
+"""Folders: what a data set on disk holds, found and checked by listing alone."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""torchvision's IMG_EXTENSIONS, in any case of letters. Files that end otherwise are ignored."""
+
+_LAYOUT = "expected DIR/train/CLASS/* and DIR/val/CLASS/*"
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The images of one split, in torchvision's ImageFolder order.
+
+    Names are a numpy array, not a list: a list of a million strings would be copied into every worker as soon as
+    their reference counts move.
+    """
+
+    folder: Path
+    classes: tuple[str, ...]
+    names: np.ndarray
+    """Bytes [N]: CLASS/FILE, relative to the folder."""
+    labels: np.ndarray
+    """int64 [N]: positions in `classes`."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> Path:
+        return self.folder / os.fsdecode(self.names[index])
+
+
+def list_splits(root: Path, num_classes: int) -> tuple[Split, Split]:
+    """The train and the validation split below `root`; classes are the sorted folder names.
+
+    Raises:
+        ValueError: a missing or empty folder, classes that differ between the splits, more than `num_classes`.
+        OSError: a folder that cannot be read.
+    """
+    if not root.is_dir():
+        raise ValueError(
+            f"data folder {root} {'is not a folder' if root.exists() else 'does not exist'}; {_LAYOUT}, "
+            "or the word digits for the embedded data set"
+        )
+    for name in ("train", "val"):
+        if not (root / name).is_dir():
+            raise ValueError(f"data folder {root} has no folder {name}; {_LAYOUT}")
+    classes = {name: _class_folders(root / name) for name in ("train", "val")}
+    only_train, only_val = (sorted(set(classes[a]) - set(classes[b])) for a, b in (("train", "val"), ("val", "train")))
+    if only_train or only_val:
+        raise ValueError(
+            f"{root}/train and {root}/val name different classes: only train has {_some(only_train)}, "
+            f"only val has {_some(only_val)}; give both the same class folders"
+        )
+    if len(classes["train"]) > num_classes:
+        raise ValueError(
+            f"{root}/train holds {len(classes['train'])} classes, more than the {num_classes} that the model "
+            f"tells apart; use --num-classes {len(classes['train'])}"
+        )
+    return _list_images(root / "train", classes["train"]), _list_images(root / "val", classes["val"])
+
+
+def _class_folders(folder: Path) -> tuple[str, ...]:
+    names = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
+    if not names:
+        raise ValueError(f"{folder} holds no class folders; {_LAYOUT}")
+    return names
+
+
+def _list_images(folder: Path, classes: tuple[str, ...]) -> Split:
+    names: list[bytes] = []
+    labels: list[int] = []
+    empty: list[str] = []
+    for label, name in enumerate(classes):
+        found = _images_below(folder, name)
+        names.extend(found)
+        labels.extend([label] * len(found))
+        if not found:
+            empty.append(name)
+    if empty:
+        raise ValueError(
+            f"{folder} has class folders without an image: {_some(empty)}; add images "
+            f"({' '.join(IMAGE_SUFFIXES)}) or remove the folders from train and val"
+        )
+    return Split(folder, classes, np.array(names), np.array(labels, dtype=np.int64))
+
+
+def _images_below(folder: Path, name: str) -> list[bytes]:
+    """CLASS/FILE of every image in a class folder and the folders below it."""
+    found: list[bytes] = []
+    for parent, _, files in sorted(os.walk(folder / name, followlinks=True, onerror=_raise)):
+        below = os.path.relpath(parent, folder)
+        found.extend(
+            os.fsencode(os.path.join(below, file))
+            for file in sorted(files)
+            if file.lower().endswith(IMAGE_SUFFIXES)
+        )
+    return found
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    if not names:
+        return "none"
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,85 @@
+"""Samples: one split as a function of (epoch, index), the same wherever and whenever it is called."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from image_classification.data.folders import Split
+from image_classification.data.images import BadImage, open_image, render
+from image_classification.data.options import DataOptions
+from image_classification.data.views import View, train_view, val_view
+
+T = TypeVar("T")
+
+# First word of every seed, so that the order of an epoch and the view of an image never share a stream.
+_ORDER, _VIEW = 1, 2
+
+
+@dataclass(frozen=True)
+class Sample(Generic[T]):
+    """What `load` made of a file, its label, and how many undecodable files it passed over on the way."""
+
+    content: T
+    label: int
+    skipped: int
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The images of one split, in the order and the views that the options ask for.
+
+    An undecodable file is an error that names it. With `skip_bad_images` a training sample shows the next file of
+    the list that decodes in its place, with that file's label, so that every rank keeps its number of batches;
+    a validation sample is left out, so that no image counts twice.
+    """
+
+    split: Split
+    options: DataOptions
+    train: bool
+
+    def order(self, epoch: int) -> np.ndarray:
+        """int64 [N]: the order in which all ranks together read the images."""
+        if not self.train:
+            return np.arange(len(self.split))
+        return np.random.default_rng((_ORDER, self.options.seed, epoch)).permutation(len(self.split))
+
+    def view(self, epoch: int, index: int, width: int, height: int) -> View:
+        """What sample `index` shows of an image of this size in this epoch."""
+        if not self.train:
+            return val_view(width, height, self.options.image_size)
+        seed = (_VIEW, self.options.seed, epoch, index)
+        return train_view(width, height, self.options.crop_scale, self.options.hflip, seed)
+
+    def load(
+        self, epoch: int, index: int, prepare: Callable[[bytes, Image.Image, View], T]
+    ) -> Sample[T] | None:
+        """Prepare sample `index`, from its file's bytes, opened image and view. None: left out.
+
+        Raises:
+            BadImage: the file does not decode, and bad images are not to be skipped, or none decodes.
+            OSError: the file cannot be read; that is never skipped, for it may not last.
+        """
+        for skipped in range(len(self.split)):
+            file = (index + skipped) % len(self.split)
+            path = self.split.path(file)
+            data = path.read_bytes()
+            try:
+                image = open_image(data)
+                content = prepare(data, image, self.view(epoch, index, *image.size))
+            except BadImage as error:
+                if not self.options.skip_bad_images:
+                    raise BadImage(
+                        f"{path} is not a readable image ({error}); replace or remove it, or skip bad images"
+                    ) from error
+                if not self.train:
+                    return None
+            else:
+                return Sample(content, int(self.split.labels[file]), skipped)
+        raise BadImage(f"{self.split.folder} holds no readable image")
+
+    def rendered(self, epoch: int, index: int) -> Sample[np.ndarray] | None:
+        """Sample `index` as uint8 pixels [image_size, image_size, 3], by Pillow."""
+        return self.load(epoch, index, lambda _, image, view: render(image, view, self.options.image_size))
