@@ -5,14 +5,16 @@ from pathlib import Path
 import numpy as np
 
 from search.optimum import hull_walk
-from search.run import SearchResult
+from search.run import NAMES, SearchResult
+
+STYLES = {"de": ("x", "tab:orange"), "optimum": ("o", "tab:green"), "budget": ("D", "tab:red")}
 
 
 def plot(result: SearchResult, path: str | Path) -> None:
     """Write a PNG with two panels, whole or not at all.
 
-    Left: each layer's bit width, from evolution, from the optimum, and installed. Right: total error over ratio; the
-    hull of all assignments, the uniform widths, and the three. Draws on Agg: no display, no global state.
+    Left: each layer's bit width, as each way found it, and as installed. Right: total error over ratio, with the
+    hull of all assignments and the uniform widths. Drawn by Agg: no display, no global state.
     """
     from matplotlib.figure import Figure  # takes half a second, which only a search should pay
 
@@ -20,10 +22,6 @@ def plot(result: SearchResult, path: str | Path) -> None:
     figure = Figure(figsize=(13, 5), layout="constrained")
     by_layer, plane = figure.subplots(1, 2, width_ratios=(3, 2))
 
-    chosen = {"differential evolution": (result.de.bits, "x", "tab:orange", 40)}
-    chosen["optimum"] = (result.optimum.bits, "o", "tab:green", 40)
-    if result.budget is not None:
-        chosen["least error in budget"] = (result.budget.bits, "D", "tab:red", 25)
     by_layer.step(
         range(len(tables.layers)),
         result.installed.bits,
@@ -33,22 +31,18 @@ def plot(result: SearchResult, path: str | Path) -> None:
         zorder=1,
     )
     error_P, nbytes_P = tables.totals(hull_walk(tables))
-    plane.plot(
-        (nbytes_P + tables.dense_bytes) / (4 * tables.values),
-        error_P,
-        color="0.6",
-        label="hull of all",
-        zorder=1,
-    )
-    for name, (bits, marker, color, size) in chosen.items():
-        by_layer.scatter(range(len(bits)), bits, size, color, marker, label=name)
-        plane.scatter(tables.ratio(bits), tables.total_error(bits), size, color, marker, label=name, zorder=3)
-    for width in tables.widths:
-        uniform = (width,) * len(tables.layers)
-        point = tables.ratio(uniform), tables.total_error(uniform)
-        plane.scatter(
-            *point, 25, "tab:blue", "s", label="uniform widths" if width == tables.widths[0] else None
-        )
+    ratio_P = (nbytes_P + tables.dense_bytes) / (4 * tables.values)
+    plane.plot(ratio_P, error_P, color="0.6", label="hull of all assignments", zorder=1)
+
+    for by, bits in result.found().items():
+        marker, color = STYLES[by]
+        style = {"marker": marker, "color": color, "label": NAMES[by]}
+        by_layer.scatter(range(len(bits)), bits, **style)
+        plane.scatter(tables.ratio(bits), tables.total_error(bits), zorder=3, **style)
+    uniform = [(width,) * len(tables.layers) for width in tables.widths]
+    points = [(tables.ratio(bits), tables.total_error(bits)) for bits in uniform]
+    plane.scatter(*zip(*points, strict=True), marker="s", color="tab:blue", label="uniform widths")
+    for width, point in zip(tables.widths, points, strict=True):
         plane.annotate(str(width), point, xytext=(5, 4), textcoords="offset points", color="tab:blue")
 
     by_layer.set(xlabel="layer, in the model's order", ylabel="bits", yticks=tables.widths)

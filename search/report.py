@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from search.run import SearchResult
+from search.objective import Objective
+from search.run import NAMES, SearchResult
 from search.scheme import scheme_of, write_json
 from search.steering import power_reaching
 
@@ -43,30 +44,21 @@ def as_text(result: SearchResult, when: int | str) -> str:
         f"Differential evolution is {_percent(result.gap)} above the optimum after "
         f"{result.de.evaluations:,} evaluations in {result.de.seconds:.2f} s.",
         *_budget(result),
-        f"Installed: {_NAMES[result.installed_by]}.",
+        f"Installed: {NAMES[result.installed_by]}.",
         *_columns(list(_widths(result))),
         *_steering(result),
     ]
     return "\n".join(lines)
 
 
-_NAMES = {"de": "differential evolution", "optimum": "optimum", "budget": "least error in budget"}
-
-
 def _comparison(result: SearchResult) -> Iterator[Sequence[str]]:
     tables, best = result.tables, result.optimum.objective
+    objective_of = Objective(tables, result.alpha, result.beta)
     yield "", "total error", "ratio", "bits/value", "objective", "above optimum"
-    rows = [
-        (f"uniform {width} bits", value, (width,) * len(tables.layers))
-        for width, value in result.uniform.items()
-    ]
-    rows += [
-        (_NAMES[by], found.objective, found.bits)
-        for by, found in (("de", result.de), ("optimum", result.optimum))
-    ]
-    if result.budget is not None:
-        rows.append((_NAMES["budget"], result.installed.objective, result.budget.bits))
-    for name, objective, bits in rows:
+    rows = {f"uniform {width} bits": (width,) * len(tables.layers) for width in tables.widths}
+    rows |= {NAMES[by]: bits for by, bits in result.found().items()}
+    for name, bits in rows.items():
+        objective = objective_of(bits)
         above = 0.0 if objective == best else objective / best - 1 if best else math.inf
         yield (
             name,

@@ -16,6 +16,8 @@ from search.objective import Choice, Objective
 from search.optimum import optimum
 from search.tables import Tables
 
+NAMES = {"de": "differential evolution", "optimum": "optimum", "budget": "least error in budget"}
+
 
 @dataclass(frozen=True, eq=False)
 class SearchResult:
@@ -23,8 +25,8 @@ class SearchResult:
 
     uniform    bit width to the objective with all layers at it
     budget     the assignment of least error within a budget, where one was asked for
-    installed  what the layers get, and `installed_by` says who found it: "budget" where there is one, else the
-               better of "optimum" and "de"
+    installed  what the layers get; found by `installed_by`, a key of NAMES: "budget" where there is one, else
+               the better of "optimum" and "de"
     """
 
     tables: Tables
@@ -46,6 +48,11 @@ class SearchResult:
         if self.de.objective == self.optimum.objective:
             return 0.0
         return self.de.objective / self.optimum.objective - 1 if self.optimum.objective else math.inf
+
+    def found(self) -> dict[str, tuple[int, ...]]:
+        """The assignments by who found them, a key of NAMES."""
+        found = {"de": self.de.bits, "optimum": self.optimum.bits}
+        return found if self.budget is None else {**found, "budget": self.budget.bits}
 
     def bits_by_layer(self) -> dict[str, int]:
         """The installed width of each layer."""
