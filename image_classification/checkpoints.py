@@ -1,11 +1,12 @@
 """Checkpoints: all that a run needs to go on bit for bit, in one file that cannot run code.
 
-A file holds one dictionary of tensors and plain values. The trainer fills it; this module looks at the first four
+A file holds one dictionary of tensors and plain values. The trainer fills it; this module looks at the first five
 keys only, and knows neither models, optimizers nor ranks.
 
 | key | value |
 | --- | --- |
 | `epoch` | epochs done, which is also the number of the next one |
+| `iteration` | batches done of that next one: the sampler's position |
 | `arch`, `num_classes` | what the weights fit |
 | `state_dict` | the model's parameters and buffers, those of rank 0 |
 | `best_prec1` | the best top-1 so far, percent |
@@ -14,8 +15,6 @@ keys only, and knows neither models, optimizers nor ranks.
 | `world_size` | ranks that wrote it |
 | `ranks` | per rank: `random` (see `random_state`), `buffers` (batch-norm statistics), `averager` (residuals and all |
 | | other memory of its compressor) |
-
-Checkpoints are written at the end of an epoch, so the sampler's position is the epoch alone.
 """
 
 import pickle
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from image_classification.atomic import replacing
 
 BEST = "model_best.pth.tar"
-_LOOKED_AT = ("epoch", "arch", "num_classes", "state_dict")
+_LOOKED_AT = ("epoch", "iteration", "arch", "num_classes", "state_dict")
 
 
 class Damaged(ValueError):
@@ -56,7 +55,7 @@ def save(content: Mapping[str, Any], folder: Path, filename: str, *, best: bool,
     """
     copies = [BEST] if best else []
     epoch = content["epoch"] - 1
-    if gather and (epoch < 10 or epoch % 10 == 0):
+    if gather and content["iteration"] == 0 and (epoch < 10 or epoch % 10 == 0):
         copies.append(f"checkpoint-{epoch + 1}.pth.tar")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +102,7 @@ def load(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
 def newest_good(
     folder: Path, filename: str, expected: Mapping[str, Any], warn: Callable[[str], None]
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint with the most epochs in a folder, and its content; None where there is none.
+    """The checkpoint that got furthest in a folder, and its content; None where there is none.
 
     Looks at `filename`, `model_best.pth.tar` and the gathered ones. A damaged file is passed over with one line
     to `warn`.
@@ -115,7 +114,8 @@ def newest_good(
     found = []
     for path in filter(Path.exists, dict.fromkeys(paths)):
         try:
-            found.append((_read(path, mmap=True)["epoch"], path))
+            content = _read(path, mmap=True)
+            found.append(((content["epoch"], content["iteration"]), path))
         except Damaged as error:
             warn(str(error))
     for _, path in sorted(found, key=lambda item: item[0], reverse=True):

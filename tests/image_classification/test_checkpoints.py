@@ -30,7 +30,7 @@ def small_model():
 
 
 def content(epoch, **changes):
-    return {**RUN, "epoch": epoch, "state_dict": {"w": torch.full((1000,), float(epoch))}, **changes}
+    return {**RUN, "epoch": epoch, "iteration": 0, "state_dict": {"w": torch.full((1000,), float(epoch))}, **changes}
 
 
 def save(folder, epoch, best=False, gather=False, **changes):
@@ -77,6 +77,8 @@ def test_an_epoch_writes_the_last_the_best_and_the_gathered_checkpoint(tmp_path)
         save(tmp_path, epoch, gather=True)
     gathered = {int(name.split("-")[1].split(".")[0]) for name in files(tmp_path) if "-" in name}
     assert gathered == {*range(1, 11), 11, 21}
+    save(tmp_path, 1, gather=True, iteration=5)
+    assert checkpoints.load(tmp_path / "checkpoint-1.pth.tar", RUN)["iteration"] == 0
 
 
 def test_random_numbers_go_on_where_a_checkpoint_left_them(tmp_path):
@@ -116,7 +118,7 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 
 def test_other_files_are_no_checkpoints(tmp_path):
     torch.save({"w": torch.zeros(3)}, tmp_path / NAME)
-    with pytest.raises(checkpoints.Damaged, match=r"is no checkpoint of this program \(no epoch, arch,"):
+    with pytest.raises(checkpoints.Damaged, match=r"is no checkpoint of this program \(no epoch, iteration, arch,"):
         checkpoints.load(tmp_path / NAME, RUN)
     (tmp_path / NAME).write_text("a text")
     with pytest.raises(checkpoints.Damaged, match="is damaged"):
@@ -198,9 +200,9 @@ SAVE_FOREVER = """
 import sys, torch
 from pathlib import Path
 from image_classification import checkpoints
+content = {"arch": "small", "num_classes": 3, "iteration": 0, "state_dict": {"w": torch.zeros(200000)}}
 for epoch in range(1, 100000):
-    checkpoints.save({"arch": "small", "num_classes": 3, "epoch": epoch, "state_dict": {"w": torch.zeros(200000)}},
-                     Path(sys.argv[1]), "checkpoint.pth.tar", best=True, gather=False)
+    checkpoints.save(content | {"epoch": epoch}, Path(sys.argv[1]), "checkpoint.pth.tar", best=True, gather=False)
     print(epoch, flush=True)
 """
 
@@ -233,12 +235,15 @@ def newest(folder):
     return (found[0].name, found[1]["epoch"]) if found else None, warnings
 
 
-def test_resuming_takes_the_most_epochs_whatever_the_clock_says(tmp_path):
+def test_resuming_takes_what_got_furthest_whatever_the_clock_says(tmp_path):
     assert newest(tmp_path) == (None, [])
     assert newest(tmp_path / "missing") == (None, [])
     save(tmp_path, 1, best=True, gather=True)
     save(tmp_path, 2)
     os.utime(tmp_path / NAME, (0, 0))
+    assert newest(tmp_path) == ((NAME, 2), [])
+    save(tmp_path, 2, best=True)
+    save(tmp_path, 2, iteration=5)
     assert newest(tmp_path) == ((NAME, 2), [])
 
 

@@ -1,0 +1,281 @@
+"""Logs: one stream of metrics, and the sinks that it runs into.
+
+A step says what a record is about: `(epoch, iteration)`, `(epoch,)` for a whole epoch, `()` for the whole run. Epochs
+count from 0; iteration is the number of batches done in that epoch. A sink knows no ranks: ranks other than 0 have
+a `Logger` without sinks.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from image_classification.atomic import replacing
+
+Step = tuple[float, ...]
+"""(epoch, iteration), (epoch,), or (); all numbers are whole, except for `END`."""
+
+Value = float | int | str
+
+START: Step = (0, 0)
+END: Step = (math.inf, math.inf)
+
+
+class Metric(NamedTuple):
+    """How a metric is read: its unit, empty where it has none, and its format on the terminal."""
+
+    unit: str
+    format: str
+
+
+METRICS = {
+    "train.loss": Metric("", ".4f"),
+    "train.compute_ips": Metric("images/s", ".1f"),
+    "train.total_ips": Metric("images/s", ".1f"),
+    "train.data_time": Metric("s", ".4f"),
+    "train.compute_time": Metric("s", ".4f"),
+    "lr": Metric("", ".5g"),
+    "val.top1": Metric("%", ".2f"),
+    "val.top5": Metric("%", ".2f"),
+    "val.loss": Metric("", ".4f"),
+    "val.compute_ips": Metric("images/s", ".1f"),
+    "val.total_ips": Metric("images/s", ".1f"),
+    "val.data_time": Metric("s", ".4f"),
+    "val.compute_latency": Metric("s", ".4f"),
+    "val.compute_latency_at95": Metric("s", ".4f"),
+    "val.compute_latency_at99": Metric("s", ".4f"),
+    "val.compute_latency_at100": Metric("s", ".4f"),
+    "comm.bytes_sent": Metric("bytes/step", ".0f"),
+    "comm.bytes_dense": Metric("bytes/step", ".0f"),
+    "comm.ratio": Metric("", ".4f"),
+    "comm.time": Metric("s", ".4f"),
+    "codec.time": Metric("s", ".4f"),
+}
+"""Every metric of training and validation. Times are seconds per iteration."""
+
+
+class Sink:
+    """Where records go. This one drops them; others override what concerns them."""
+
+    def parameters(self, data: Mapping[str, Any]) -> None:
+        """The flags of a run, once, before any record."""
+
+    def log(self, step: Step, data: Mapping[str, Value]) -> None:
+        """One record of metrics."""
+
+    def detail(self, step: Step, data: Mapping[str, float]) -> None:
+        """Numbers for a plot alone, such as the bits of each layer."""
+
+    def line(self, text: str) -> None:
+        """A sentence for who watches the run."""
+
+    def close(self) -> None:
+        """No more records will come."""
+
+
+class Logger(Sink):
+    """Passes everything on to all its sinks; without any, to nobody."""
+
+    def __init__(self, *sinks: Sink) -> None:
+        self.sinks = sinks
+
+    def parameters(self, data: Mapping[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.parameters(data)
+
+    def log(self, step: Step, data: Mapping[str, Value]) -> None:
+        for sink in self.sinks:
+            sink.log(step, data)
+
+    def detail(self, step: Step, data: Mapping[str, float]) -> None:
+        for sink in self.sinks:
+            sink.detail(step, data)
+
+    def line(self, text: str) -> None:
+        for sink in self.sinks:
+            sink.line(text)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+# The raport file
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """All records of a raport file in order; a line that a kill tore apart is left out."""
+    return [record for _, record in _lines(path)]
+
+
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(line, record) of each line that can be read."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(json.JSONDecodeError):
+            found.append((line, json.loads(line.removeprefix("DLLL "))))
+    return found
+
+
+class Raport(Sink):
+    """JSON lines, each `DLLL ` and a record, in the format of NVIDIA's dllogger.
+
+    `timestamp` (seconds since 1970), `datetime`, `elapsedtime` (seconds since this run began), `type` (`LOG` or
+    `METADATA`), `step` (a step as a list, `PARAMETER` or `METADATA`), `data`. Numbers that are not finite are null.
+    """
+
+    def __init__(self, path: Path, start: Step = START) -> None:
+        """Open for a run that begins at `start`: `START` is a new file, `END` appends to all that is there.
+
+        In between, the run goes on from a checkpoint: records of later steps, and those of the whole run, are
+        dropped first, because they are about to be written again. The file is replaced in one piece.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self.path = path
+        with self._writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = _lines(path) if start != START and path.exists() else []
+            with replacing(path) as file:
+                for line, record in kept:
+                    if _position(record["step"]) <= start:
+                        file.write(line.encode() + b"\n")
+            self.file = path.open("a", encoding="utf-8")
+        self.began = time.monotonic()
+        if not kept:
+            for name, metric in METRICS.items():
+                unit = {"unit": metric.unit}
+                self._write("METADATA", "METADATA", {name: unit}, metric=name, metadata=unit)
+
+    def parameters(self, data: Mapping[str, Any]) -> None:
+        self._write("LOG", "PARAMETER", data)
+
+    def log(self, step: Step, data: Mapping[str, Value]) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()}
+        self._write("LOG", list(step), finite)
+
+    def close(self) -> None:
+        self.file.close()
+
+    def _write(self, kind: str, step: str | list[float], data: Mapping[str, Any], **more: Any) -> None:
+        now = datetime.now()
+        record = {
+            "timestamp": str(now.timestamp()),
+            "datetime": str(now),
+            "elapsedtime": str(time.monotonic() - self.began),
+            "type": kind,
+            "step": step,
+            "data": dict(data),
+            **more,
+        }
+        with self._writing():
+            self.file.write(f"DLLL {json.dumps(record, allow_nan=False)}\n")
+            self.file.flush()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: {error.strerror}; make room or choose another file") from error
+
+
+def _position(step: str | list[int]) -> Step:
+    """Where a record stands in the order of a run: an epoch comes after its iterations, the whole run last."""
+    if isinstance(step, str):
+        return START
+    return (*step, math.inf, math.inf)[:2]
+
+
+# TensorBoard
+
+
+class TensorBoard(Sink):
+    """Event files. The horizontal axis counts iterations over all epochs."""
+
+    def __init__(self, folder: Path, iterations: int, start: Step = START) -> None:
+        """`iterations` per epoch; what an earlier run logged after `start` is hidden, as in `Raport`."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.iterations = iterations
+        purge = None if start in (START, END) else self._at(start) + 1
+        self.writer = SummaryWriter(folder, purge_step=purge)
+
+    def parameters(self, data: Mapping[str, Any]) -> None:
+        self.writer.add_text("parameters", "\n".join(f"    {name} = {value}" for name, value in data.items()))
+
+    def log(self, step: Step, data: Mapping[str, Value]) -> None:
+        if step:
+            self.detail(step, {name: value for name, value in data.items() if not isinstance(value, str)})
+
+    def detail(self, step: Step, data: Mapping[str, float]) -> None:
+        for name, value in data.items():
+            self.writer.add_scalar(name.replace(".", "/", 1), value, self._at(step))
+
+    def close(self) -> None:
+        self.writer.close()
+
+    def _at(self, step: Step) -> int:
+        epoch, iteration = (*step, self.iterations)[:2]
+        return int(epoch * self.iterations + iteration)
+
+
+# The terminal
+
+
+def _show(text: str) -> None:
+    print(text, flush=True)
+
+
+class Terminal(Sink):
+    """A line for each record; on a terminal, iterations move a progress bar with rate and time left instead."""
+
+    def __init__(self, iterations: int, show: Callable[[str], None] = _show, bar: bool | None = None) -> None:
+        """`iterations` per epoch; `bar` by default where standard error is a terminal."""
+        self.iterations = iterations
+        self.show = show
+        self.with_bar = sys.stderr.isatty() if bar is None else bar
+        self.bar: tqdm[Any] | None = None
+
+    def parameters(self, data: Mapping[str, Any]) -> None:
+        self.line("parameters: " + ", ".join(f"{name} {value}" for name, value in data.items()))
+
+    def log(self, step: Step, data: Mapping[str, Value]) -> None:
+        values = " | ".join(_readable(name, value) for name, value in data.items())
+        if len(step) == 2 and self.with_bar:
+            self._move(int(step[0]), int(step[1]), values)
+            return
+        self.close()
+        where = {0: "summary", 1: "epoch {}", 2: "epoch {} iteration {}/{}"}[len(step)].format(*step, self.iterations)
+        self.line(f"{where} | {values}")
+
+    def line(self, text: str) -> None:
+        with tqdm.external_write_mode():
+            self.show(text)
+
+    def close(self) -> None:
+        """Finish the bar, where there is one."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _move(self, epoch: int, iteration: int, values: str) -> None:
+        if self.bar is None:
+            self.bar = tqdm(total=self.iterations, initial=iteration, desc=f"epoch {epoch}", dynamic_ncols=True)
+        self.bar.set_postfix_str(values, refresh=False)
+        self.bar.update(iteration - self.bar.n)
+        self.bar.refresh()
+
+
+def _readable(name: str, value: Value) -> str:
+    metric = METRICS.get(name, Metric("", ".4g"))
+    number = value if isinstance(value, str) else format(value, metric.format)
+    return f"{name} {number} {metric.unit}".rstrip()

@@ -1,0 +1,230 @@
+"""Logs: every record is one line, a resumed run writes none twice, and what is torn is left out."""
+
+import json
+import math
+import os
+import resource
+from datetime import datetime
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from image_classification import logs
+
+METRICS_OF_THE_PROGRAM = [
+    "train.loss", "train.compute_ips", "train.total_ips", "train.data_time", "train.compute_time", "lr",
+    "val.top1", "val.top5", "val.loss", "val.compute_ips", "val.total_ips", "val.data_time",
+    "val.compute_latency", "val.compute_latency_at95", "val.compute_latency_at99",
+    "val.compute_latency_at100", "comm.bytes_sent", "comm.bytes_dense", "comm.ratio", "comm.time",
+    "codec.time",
+]
+
+
+def steps(path):
+    return [tuple(record["step"]) for record in logs.records(path) if isinstance(record["step"], list)]
+
+
+def run(path, start, epochs, iterations=3, stop_before=None):
+    """Log as a training does, from a step on; a `stop_before` step kills it."""
+    raport = logs.Raport(path, start)
+    raport.parameters({"epochs": epochs})
+    for epoch in range(start[0], epochs):
+        first = start[1] if epoch == start[0] else 0
+        for step in [(epoch, i) for i in range(first + 1, iterations + 1)] + [(epoch,)]:
+            if step == stop_before:
+                raport.close()
+                return
+            raport.log(step, {"train.loss": 1.0})
+    raport.log((), {"val.top1": 50.0})
+    raport.close()
+
+
+def test_every_record_is_a_prefixed_json_line_with_all_fields(tmp_path):
+    path = tmp_path / "made" / "raport.json"
+    raport = logs.Raport(path)
+    raport.parameters({"arch": "resnet18", "seed": None, "given": ("data",)})
+    raport.log((0, 10), {"train.loss": 2.5, "lr": 0.1})
+    raport.log((0,), {"val.top1": 12.5, "note": "text"})
+    raport.log((), {"val.top1": 12.5})
+    raport.close()
+    lines = path.read_text().splitlines()
+    assert all(line.startswith("DLLL {") for line in lines)
+    parsed = [json.loads(line.removeprefix("DLLL ")) for line in lines]
+    for record in parsed:
+        assert {"timestamp", "datetime", "elapsedtime", "type", "step", "data"} <= set(record)
+        assert float(record["timestamp"]) == datetime.fromisoformat(record["datetime"]).timestamp()
+        assert 0 <= float(record["elapsedtime"]) < 60
+    assert [(r["type"], r["step"], r["data"]) for r in parsed if r["type"] == "LOG"] == [
+        ("LOG", "PARAMETER", {"arch": "resnet18", "seed": None, "given": ["data"]}),
+        ("LOG", [0, 10], {"train.loss": 2.5, "lr": 0.1}),
+        ("LOG", [0], {"val.top1": 12.5, "note": "text"}),
+        ("LOG", [], {"val.top1": 12.5}),
+    ]
+    assert logs.records(path) == parsed
+
+
+def test_the_raport_gives_the_unit_of_every_metric(tmp_path):
+    logs.Raport(tmp_path / "raport.json").close()
+    units = {r["metric"]: r["metadata"] for r in logs.records(tmp_path / "raport.json") if r["type"] == "METADATA"}
+    assert list(units) == METRICS_OF_THE_PROGRAM
+    assert units["train.total_ips"] == {"unit": "images/s"}
+    assert units["val.top1"] == {"unit": "%"}
+    assert units["comm.bytes_sent"] == {"unit": "bytes/step"}
+
+
+def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
+    raport = logs.Raport(tmp_path / "raport.json")
+    raport.log((0,), {"train.loss": math.nan, "comm.ratio": math.inf, "lr": 0.1})
+    raport.close()
+    last = (tmp_path / "raport.json").read_text().splitlines()[-1].removeprefix("DLLL ")
+    assert json.loads(last, parse_constant=pytest.fail)["data"] == {"train.loss": None, "comm.ratio": None, "lr": 0.1}
+
+
+def test_each_record_is_in_the_file_as_soon_as_it_is_logged(tmp_path):
+    raport = logs.Raport(tmp_path / "raport.json")
+    raport.log((0, 1), {"train.loss": 1.0})
+    assert steps(tmp_path / "raport.json") == [(0, 1)]
+    raport.close()
+
+
+ALL_STEPS = [step for epoch in range(3) for step in [(epoch, 1), (epoch, 2), (epoch, 3), (epoch,)]]
+
+
+@settings(deadline=None, max_examples=40)
+@given(kill=st.sampled_from(ALL_STEPS), checkpoint=st.sampled_from([(e, i) for e in range(3) for i in range(3)]))
+def test_a_resumed_run_has_every_step_once_and_in_order(tmp_path_factory, kill, checkpoint):
+    assume((*kill, math.inf)[:2] > checkpoint)  # what a checkpoint holds was logged before it
+    path = tmp_path_factory.mktemp("resumed") / "raport.json"
+    run(path, logs.START, 3, stop_before=kill)
+    run(path, checkpoint, 3)
+    assert steps(path) == [*ALL_STEPS, ()]
+    os.remove(path)
+
+
+def test_a_longer_run_replaces_the_summary_of_the_shorter_one(tmp_path):
+    run(tmp_path / "raport.json", logs.START, 1)
+    run(tmp_path / "raport.json", (1, 0), 2)
+    assert steps(tmp_path / "raport.json") == [*ALL_STEPS[:8], ()]
+    flags = [r["data"]["epochs"] for r in logs.records(tmp_path / "raport.json") if r["step"] == "PARAMETER"]
+    assert flags == [1, 2]
+    assert sum(r["type"] == "METADATA" for r in logs.records(tmp_path / "raport.json")) == len(logs.METRICS)
+
+
+def test_appending_keeps_all_and_a_new_run_keeps_nothing(tmp_path):
+    path = tmp_path / "raport.json"
+    run(path, logs.START, 1)
+    before = path.read_text()
+    raport = logs.Raport(path, logs.END)
+    raport.log((), {"val.top1": 1.0})
+    raport.close()
+    assert path.read_text().startswith(before)
+    assert steps(path) == [*ALL_STEPS[:4], (), ()]
+    logs.Raport(path).close()
+    assert steps(path) == []
+
+
+def test_a_line_that_a_kill_tore_apart_is_left_out(tmp_path):
+    path = tmp_path / "raport.json"
+    run(path, logs.START, 2, stop_before=(1, 2))
+    os.truncate(path, path.stat().st_size - 7)
+    assert steps(path) == ALL_STEPS[:4]
+    run(path, (1, 0), 2)
+    assert steps(path) == [*ALL_STEPS[:8], ()]
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    path = tmp_path / "raport.json"
+    raport = logs.Raport(path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            raport.log((0, 1), {"train.loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(error.value) == f"cannot write {path}: File too large; make room or choose another file"
+    raport.close()
+
+
+def test_a_folder_in_the_raports_place_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(OSError, match=rf"^cannot write {tmp_path}: Is a directory; make room or choose another file$"):
+        logs.Raport(tmp_path)
+
+
+def test_plain_lines_show_every_record_with_units():
+    shown = []
+    terminal = logs.Terminal(20, shown.append, bar=False)
+    terminal.parameters({"arch": "vgg16", "seed": 1})
+    terminal.log((0, 10), {"train.loss": 2.5, "train.total_ips": 1234.56})
+    terminal.log((0,), {"val.top1": 12.5, "search.gap": 0.51})
+    terminal.log((), {"val.top1": 12.5, "stopped": "early"})
+    terminal.line("a sentence")
+    terminal.close()
+    assert shown == [
+        "parameters: arch vgg16, seed 1",
+        "epoch 0 iteration 10/20 | train.loss 2.5000 | train.total_ips 1234.6 images/s",
+        "epoch 0 | val.top1 12.50 % | search.gap 0.51",
+        "summary | val.top1 12.50 % | stopped early",
+        "a sentence",
+    ]
+
+
+def test_a_terminal_shows_a_bar_with_rate_and_time_left(capsys):
+    shown = []
+    terminal = logs.Terminal(20, shown.append, bar=True)
+    terminal.log((3, 5), {"train.loss": 2.5})
+    terminal.log((3, 10), {"train.loss": 1.5})
+    terminal.log((3,), {"val.top1": 12.5})
+    terminal.log((4, 20), {"train.loss": 0.5})
+    terminal.close()
+    assert shown == ["epoch 3 | val.top1 12.50 %"]
+    states = capsys.readouterr().err.split("\r")
+    assert any("epoch 3:  50%" in s and "10/20" in s and "it/s" in s and "train.loss 1.5000" in s for s in states)
+    assert any("epoch 4: 100%" in state for state in states)
+
+
+def test_a_logger_passes_everything_to_all_sinks_and_without_any_to_nobody():
+    class Recording(logs.Sink):
+        def __init__(self):
+            self.seen = []
+
+        def __getattribute__(self, name):
+            if name == "seen":
+                return super().__getattribute__(name)
+            return lambda *args: self.seen.append((name, *args))
+
+    sinks = [Recording(), Recording()]
+    for logger in (logs.Logger(*sinks), logs.Logger()):
+        logger.parameters({"arch": "vgg16"})
+        logger.log((0,), {"lr": 0.1})
+        logger.detail((0,), {"bits.conv1": 4})
+        logger.line("a sentence")
+        logger.close()
+    for sink in sinks:
+        assert sink.seen == [
+            ("parameters", {"arch": "vgg16"}),
+            ("log", (0,), {"lr": 0.1}),
+            ("detail", (0,), {"bits.conv1": 4}),
+            ("line", "a sentence"),
+            ("close",),
+        ]
+
+
+def test_tensorboard_counts_iterations_over_all_epochs_and_hides_what_is_written_again(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def log(start, steps):
+        board = logs.TensorBoard(tmp_path, iterations=10, start=start)
+        board.parameters({"arch": "vgg16"})
+        for step in steps:
+            board.log(step, {"train.loss": float(len(step)), "note": "text"})
+        board.detail((1,), {"bits.layer1.conv1": 4})
+        board.close()
+
+    log(logs.START, [(0, 5), (0,), (1, 5), (1, 10), ()])
+    log((1, 5), [(1, 10), (1,)])
+    read = events.EventAccumulator(str(tmp_path))
+    read.Reload()
+    assert [(e.step, e.value) for e in read.Scalars("train/loss")] == [(5, 2), (10, 1), (15, 2), (20, 2), (20, 1)]
+    assert read.Scalars("bits/layer1.conv1")[-1].value == 4
