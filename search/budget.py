@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from search.objective import gap
 from search.optimum import Edges, merge_edges
 from search.tables import Ints, Tables
 
@@ -31,9 +32,7 @@ class Budgeted:
     @property
     def gap(self) -> float:
         """How much above the lower bound the error is at most, as a share of the bound; 0 is the optimum."""
-        if self.error == self.lower_bound:
-            return 0.0
-        return self.error / self.lower_bound - 1 if self.lower_bound else math.inf
+        return gap(self.error, self.lower_bound)
 
 
 def within_budget(tables: Tables, bits_a_value: float, frontier: int = 100_000) -> Budgeted:

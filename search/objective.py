@@ -20,6 +20,13 @@ class Choice:
     bits: tuple[int, ...]
 
 
+def gap(found: float, best: float) -> float:
+    """How far `found` is above `best`, as a share of it: 0 where they are equal, infinite above a best of 0."""
+    if found == best:
+        return 0.0
+    return found / best - 1 if best else math.inf
+
+
 @dataclass(frozen=True, eq=False)
 class Objective:
     """E^alpha C^beta over the assignments of one set of tables; less is better.

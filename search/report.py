@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from search.objective import Objective
+from search.objective import Objective, gap
 from search.run import NAMES, SearchResult
 from search.scheme import scheme_of, write_json
 from search.steering import power_reaching
@@ -59,14 +59,13 @@ def _comparison(result: SearchResult) -> Iterator[Sequence[str]]:
     rows |= {NAMES[by]: bits for by, bits in result.found().items()}
     for name, bits in rows.items():
         objective = objective_of(bits)
-        above = 0.0 if objective == best else objective / best - 1 if best else math.inf
         yield (
             name,
             f"{tables.total_error(bits):.4g}",
             f"{tables.ratio(bits):.4f}",
             f"{tables.bits_a_value(bits):.3f}",
             f"{objective:.5g}",
-            _percent(above),
+            _percent(gap(objective, best)),
         )
 
 
@@ -105,14 +104,15 @@ def _steering(result: SearchResult) -> Iterator[str]:
     end = "largest" if width == widths[-1] else "smallest"
     yield (
         f"The optimum has {count} of {len(tables.layers)} layers at {width} bits, the {end} width: along uniform "
-        f"widths this objective is bang-bang. Other powers move it in jumps; a budget of bits a value does not."
+        f"widths this objective is bang-bang. Other powers move it in jumps; --search-target-bits does not jump."
     )
     rows = [("for at most", "beta/alpha above", "gives")]
     for target in widths[:-1]:
         at_most = tables.bits_a_value((target,) * len(tables.layers))
         landing = power_reaching(tables, at_most)
-        above = "none" if math.isinf(landing.power) else f"{landing.power:.4g}"
-        rows.append((f"{at_most:.3f} bits/value", above, f"{landing.bits_a_value:.3f}"))
+        reached = math.isfinite(landing.power)
+        power, gives = (f"{landing.power:.4g}", f"{landing.bits_a_value:.3f}") if reached else ("none", "")
+        rows.append((f"{at_most:.3f} bits/value", power, gives))
     yield from _columns(rows)
 
 

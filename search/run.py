@@ -3,7 +3,6 @@
 It knows tables. Who gathers the gradients before it and who applies the widths after it is its caller's business.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from search.budget import Budgeted, within_budget
 from search.evolve import Evolved, evolve
-from search.objective import Choice, Objective
+from search.objective import Choice, Objective, gap
 from search.optimum import optimum
 from search.tables import Tables
 
@@ -41,13 +40,8 @@ class SearchResult:
 
     @property
     def gap(self) -> float:
-        """How far differential evolution stayed above the optimum, as a share of it.
-
-        Infinite where the optimum is without error and evolution's assignment is not.
-        """
-        if self.de.objective == self.optimum.objective:
-            return 0.0
-        return self.de.objective / self.optimum.objective - 1 if self.optimum.objective else math.inf
+        """How far differential evolution stayed above the optimum, as a share of it."""
+        return gap(self.de.objective, self.optimum.objective)
 
     def found(self) -> dict[str, tuple[int, ...]]:
         """The assignments by who found them, a key of NAMES."""
