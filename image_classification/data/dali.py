@@ -45,7 +45,8 @@ def build_gpu(options: DataOptions) -> tuple[FolderLoader, FolderLoader]:
         raise ValueError(
             f"dali-gpu decodes on a CUDA device, and this process trains on {options.device}; use dali-cpu"
         )
-    return build_folder_loaders(options, lambda samples, _: DaliReader(samples, options.device))
+    index = torch.cuda.current_device() if options.device.index is None else options.device.index
+    return build_folder_loaders(options, lambda samples, _: DaliReader(samples, torch.device("cuda", index)))
 
 
 class _Encoded(NamedTuple):
@@ -154,7 +155,7 @@ def _pipeline(options: DataOptions, threads: int, device: torch.device) -> Any:
     @dali.pipeline_def(
         batch_size=options.batch_size,
         num_threads=threads,
-        device_id=None if device.type == "cpu" else device.index or 0,
+        device_id=None if device.type == "cpu" else device.index,
         prefetch_queue_depth=1,  # looking ahead is the reader's business
     )
     def realize() -> Any:

@@ -1,6 +1,9 @@
 """Backend `pytorch`: Pillow decodes, in the worker processes of torch's DataLoader."""
 
+import signal
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -48,6 +51,20 @@ class _Batches(Dataset[Pixels | Exception]):
         return assemble(rendered, stack)
 
 
+@contextmanager
+def _signals_untouched() -> Iterator[None]:
+    """A DataLoader installs a handler that raises a worker's death wherever the main thread happens to be.
+
+    Without it the error comes from the loader, within seconds, and can be told from others.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGCHLD, before)
+
+
 class PillowReader:
     """Workers start with the first batch and live until `close`, from epoch to epoch."""
 
@@ -68,7 +85,8 @@ class PillowReader:
     def read(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[Pixels]:
         self._requests.pending = iter([(epoch, batch) for batch in batches])
         try:
-            self._running = iter(self._loader)
+            with _signals_untouched():
+                self._running = iter(self._loader)
             for result in self._running:
                 if isinstance(result, Exception):
                     raise result
