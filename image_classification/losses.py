@@ -1,8 +1,17 @@
-"""The training loss. Validation is plain `nn.CrossEntropyLoss()`."""
+"""The training loss. Validation is plain cross-entropy."""
 
 from torch import nn
 
 
 def training_loss(label_smoothing: float = 0.0) -> nn.CrossEntropyLoss:
-    """Cross-entropy with smoothed labels, for class indices [B] and for soft targets [B, C] alike."""
-    raise NotImplementedError
+    """Mean cross-entropy of logits [B, C] and labels: class indices [B], or soft targets [B, C] as of mixup.
+
+    Either kind is smoothed: a share `label_smoothing` of it is spread evenly over all C classes.
+    Szegedy et al. 2016, arXiv:1512.00567, section 7.
+
+    Raises:
+        ValueError: `label_smoothing` is not in [0, 1).
+    """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label smoothing is a share in [0, 1), got {label_smoothing}")
+    return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
