@@ -7,11 +7,36 @@ namespace never leaves it.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import itertools
 import math
 import os
+import random
+import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+import compression
+import search
+from image_classification import checkpoints, data, logs, models
+from image_classification.interruption import Interruption, Store
+from image_classification.logs import Step
+from image_classification.losses import training_loss
+from image_classification.optim import parameter_groups, sgd
+from image_classification.precision import MixedPrecisionOptimizer, Precision
+from image_classification.schedules import schedule
+from image_classification.training import NonFiniteGradientError, averaged_batch_norm, evaluate, train_epoch
 
 # Flags that parse but cannot run yet: "--flag", or "--flag value" for one choice of a flag.
 NOT_BUILT: tuple[str, ...] = ()
@@ -366,3 +391,500 @@ def check_world(flags: argparse.Namespace, world_size: int) -> None:
     refuse(total != -1 and total % batch,
            f"--optimizer-batch-size {total} is no multiple of ranks x --batch-size = {world_size} x "
            f"{flags.batch_size} = {batch}")
+
+
+# The ranks
+
+
+class Failure(Exception):
+    """What ends the program with one line, on every rank the same. `status` is its exit status."""
+
+    def __init__(self, words: str, status: int = 2) -> None:
+        super().__init__(" ".join(words.split()))
+        self.status = status
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks. `control` carries all but gradients, on the main thread."""
+
+    local_rank: int
+    device: torch.device
+    control: compression.Collectives
+    store: Store | None
+
+    @property
+    def rank(self) -> int:
+        return self.control.rank
+
+    @property
+    def size(self) -> int:
+        return self.control.world_size
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks."""
+        total = values.clone()
+        self.control.sum_(total)
+        return total
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what can fail on one rank alone: where any rank fails, all of them end with the same line."""
+        failure = None
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            failure = str(error)
+        failures = [words for words in self.control.collect(failure) if words is not None]
+        if failures:
+            raise Failure(failures[0])
+
+    def hold_equal(self, values: Mapping[str, Any], what: str) -> None:
+        """Raises Failure, on every rank alike, where a value differs from rank 0's."""
+        first, *others = self.control.collect(dict(values))
+        for rank, theirs in enumerate(others, start=1):
+            for name in first:
+                if theirs.get(name) != first[name]:
+                    raise Failure(
+                        f"{what} must be the same on every rank: {name} is {first[name]!r} on rank 0 and "
+                        f"{theirs.get(name)!r} on rank {rank}; start all ranks alike"
+                    )
+
+
+@contextlib.contextmanager
+def join_ranks(flags: argparse.Namespace) -> Iterator[World]:
+    """Join the other ranks, where a launcher started any, and leave them in order at the end.
+
+    The program chooses its number of threads by itself, so that results do not depend on the launcher: the
+    machine's cores divided by the ranks on it.
+    """
+    kind = flags.device if flags.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and flags.local_rank >= torch.cuda.device_count():
+        raise Failure(
+            f"--device cuda needs a GPU for each rank of a machine: local rank {flags.local_rank} has none, "
+            f"{torch.cuda.device_count()} are visible; start fewer ranks or use --device cpu"
+        )
+    device = torch.device(kind, flags.local_rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if "RANK" not in os.environ:
+        yield World(flags.local_rank, device, compression.Solo(), None)
+        return
+    backend = flags.dist_backend if flags.dist_backend != "auto" else "nccl" if kind == "cuda" else "gloo"
+    store, rank, size = next(iter(rendezvous("env://")))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    try:
+        yield World(flags.local_rank, device, compression.TorchDistributed(), store)
+    finally:
+        dist.destroy_process_group()
+
+
+# What the flags build
+
+
+def compressor_of(flags: argparse.Namespace) -> compression.Compressor:
+    """The compressor that the flags ask for, with those of the flags that it takes."""
+    name = flags.compression_type
+    options = {
+        "bits": flags.quantization_bits,
+        "bucket_size": flags.bucket_size,
+        "error_feedback": flags.error_feedback,
+        "warmup_steps": flags.compressor_warmup_steps,
+    }
+    takes = compression.COMPRESSORS[name].takes
+    return compression.build(name, **{option: value for option, value in options.items() if option in takes})
+
+
+def build_model(flags: argparse.Namespace, seed: int) -> nn.Module:
+    """The network with its first weights: seeded, then those of --pretrained-weights."""
+    torch.manual_seed(seed)
+    model = models.build(flags.arch, flags.model_config, flags.num_classes)
+    if flags.pretrained_weights:
+        path = Path(flags.pretrained_weights)
+        checkpoints.load_into(model, checkpoints.load_weights(path), path)
+    return model
+
+
+def build_data(flags: argparse.Namespace, seed: int, ranks: World) -> tuple[data.Loader, data.Loader]:
+    """The train and the validation loader of this rank."""
+    backend, warning = data.resolve_backend(flags.data_backend if "data_backend" in flags.given else None)
+    if warning and ranks.rank == 0:
+        print(warning, file=sys.stderr)
+    options = data.DataOptions(
+        root=data.root(flags.data),
+        backend=backend,
+        seed=seed,
+        image_size=flags.image_size,
+        crop_scale=flags.crop_scale,
+        hflip=flags.hflip,
+        batch_size=flags.batch_size,
+        workers=flags.workers,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        num_classes=flags.num_classes,
+        memory_format=MEMORY_FORMATS[flags.memory_format],
+        device=ranks.device,
+        skip_bad_images=flags.skip_bad_images,
+        training=not flags.evaluate or flags.search,
+    )
+    return data.build(options)
+
+
+def build_logger(flags: argparse.Namespace, ranks: World, iterations: int, start: Step) -> logs.Logger:
+    """All sinks on rank 0, none elsewhere. `start` is where the run goes on."""
+    if ranks.rank != 0:
+        return logs.Logger()
+    sinks: list[logs.Sink] = [
+        logs.Terminal(iterations),
+        logs.Raport(Path(flags.workspace) / flags.raport_file, start),
+    ]
+    if flags.tensorboard_dir:
+        sinks.append(logs.TensorBoard(Path(flags.tensorboard_dir), iterations, start))
+    return logs.Logger(*sinks)
+
+
+MEMORY_FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+# The run
+
+
+class Run:
+    """One run of the program on this rank: everything the flags build, and the epoch loop."""
+
+    def __init__(self, flags: argparse.Namespace, ranks: World) -> None:
+        """Build everything. Nothing in the workspace is touched before all ranks have built all of it."""
+        self.flags, self.ranks = flags, ranks
+        self.workspace = Path(flags.workspace)
+        self.epoch, self.iteration, self.best = 0, 0, 0.0
+        with ranks.together():
+            saved = self._saved()
+        fresh = ranks.control.broadcast(secrets.randbelow(2**32))
+        self.seed: int = flags.seed if flags.seed is not None else saved["seed"] if saved else fresh
+        if flags.deterministic:
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+        with ranks.together():
+            self.train_loader, self.val_loader = build_data(flags, self.seed, ranks)
+            self.module = build_model(flags, self.seed)
+            compressor = compressor_of(flags)
+        self._seed_by_rank()
+        self.precision = Precision.choose(
+            ranks.device,
+            amp=flags.amp,
+            opt_level=flags.opt_level,
+            fp16=flags.fp16,
+            static_loss_scale=flags.static_loss_scale,
+            dynamic_loss_scale=flags.dynamic_loss_scale,
+        )
+        self.precision.convert(self.module)
+        self.module.to(memory_format=MEMORY_FORMATS[flags.memory_format])  # type: ignore[call-overload]
+        if flags.compile:
+            self.module.compile()
+        self.model: nn.Module = self.module
+        if ranks.store is not None:
+            self.model = DistributedDataParallel(self.module, broadcast_buffers=False)
+        self.exchange = compression.attach(self.model, compressor, seed=self.seed)
+        if flags.search:
+            self.exchange.recorder = compression.Recorder(self.exchange.layers)
+        self.optimizer = MixedPrecisionOptimizer(
+            parameter_groups(
+                self.module, weight_decay=flags.weight_decay, bn_weight_decay=flags.bn_weight_decay
+            ),
+            functools.partial(sgd, lr=flags.lr, momentum=flags.momentum, nesterov=flags.nesterov),
+            self.precision,
+        )
+        with ranks.together():
+            if flags.compression_scheme:
+                names = [layer.name for layer in self.exchange.layers]
+                compressed = [layer.name for layer in self.exchange.layers if layer.compressed]
+                self.exchange.set_widths(search.load_scheme(flags.compression_scheme, compressed, names))
+            if saved:
+                self._restore(saved)
+        with ranks.together():
+            if ranks.rank == 0:
+                self.workspace.mkdir(parents=True, exist_ok=True)
+            start = logs.END if flags.evaluate and saved else (self.epoch, self.iteration)
+            self.log = build_logger(flags, ranks, len(self.train_loader), start)
+            self.log.parameters({name: value for name, value in vars(flags).items() if name != "given"})
+        self.interruption = Interruption(ranks.store)
+        self.steps = 0
+        self.totals = torch.zeros(6, dtype=torch.float64, device=ranks.device)
+        self.summary: dict[str, float] = {}
+        self.written: list[Path] = []
+
+    # The epochs
+
+    def execute(self) -> int:
+        """Do what the flags ask for. Returns the exit status."""
+        flags = self.flags
+        if flags.search and (flags.evaluate or (flags.pretrained_weights and not flags.resume)):
+            self._calibrate()
+            self._search("calibration")
+        if flags.evaluate:
+            self._log_epoch(self._validate())
+            return self._finish()
+        last = flags.epochs if flags.run_epochs == -1 else min(flags.epochs, self.epoch + flags.run_epochs)
+        for epoch in range(self.epoch, last):
+            if not self._train(epoch):
+                return self.interruption.exit_status
+            if flags.search:
+                self._search(epoch)
+            metrics = {} if flags.training_only else self._validate()
+            self._log_epoch(metrics)
+            best = metrics.get("val.top1", 0.0) > self.best
+            self.best = max(self.best, metrics.get("val.top1", 0.0))
+            self.epoch, self.iteration = epoch + 1, 0
+            self._save(best)
+        return self._finish()
+
+    def _train(self, epoch: int) -> bool:
+        """One epoch of training; False where a signal ended it early, with a checkpoint written."""
+        flags = self.flags
+        mix = None if flags.mixup == 0 else self._mix
+        total = flags.optimizer_batch_size
+        lr = schedule(flags.lr_schedule, lr=flags.lr, epochs=flags.epochs, warmup=flags.warmup)(epoch)
+        self.totals.zero_()
+        self.exchange.report()
+        try:
+            result = train_epoch(
+                self.model,
+                self.train_loader,
+                training_loss(flags.label_smoothing),
+                self.optimizer,
+                self.exchange,
+                epoch=epoch,
+                lr=lr,
+                start=self.iteration,
+                iterations=None if flags.prof == -1 else flags.prof,
+                accumulation=1 if total == -1 else total // (self.ranks.size * flags.batch_size),
+                world_size=self.ranks.size,
+                mix=mix,
+                print_freq=flags.print_freq,
+                log=lambda iteration, metrics: self.log.log((epoch, iteration), {**metrics, **self._traffic()}),
+                should_stop=self._should_stop,
+                sum_over_ranks=self.ranks.sum,
+            )
+        except NonFiniteGradientError as error:
+            raise Failure(str(error), status=1) from error
+        self._traffic()
+        self.summary = {**result.metrics, **self._per_step(self.totals)}
+        if not result.finished:
+            self.epoch, self.iteration = epoch, result.iteration
+            self._save(best=False)
+            where = f"after iteration {result.iteration} of epoch {epoch}"
+            self.log.line(f"stopped by a signal {where}; {self._how_to_go_on()}")
+        return result.finished
+
+    def _should_stop(self) -> bool:
+        self.steps += 1
+        return self.interruption.due(self.steps)
+
+    def _mix(self, images: Tensor, labels: Tensor, epoch: int, iteration: int) -> tuple[Tensor, Tensor]:
+        targets = nn.functional.one_hot(labels, self.flags.num_classes).to(images.dtype)
+        return data.mixup(images, targets, self.flags.mixup, (self.seed, self.ranks.rank, epoch, iteration))
+
+    def _validate(self) -> dict[str, float]:
+        with averaged_batch_norm(self.module, self.ranks.sum):
+            return dict(
+                evaluate(
+                    self.module,
+                    self.val_loader,
+                    self.precision,
+                    iterations=None if self.flags.prof == -1 else self.flags.prof,
+                    sum_over_ranks=self.ranks.sum,
+                )
+            )
+
+    # The search
+
+    def _calibrate(self) -> None:
+        """Record gradients of some training batches; weights, buffers and averager stay as they are."""
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        loss = training_loss(self.flags.label_smoothing)
+        self.model.train()
+        batches = self.train_loader.epoch(self.epoch)
+        for images, labels in itertools.islice(batches, self.flags.search_calibration_steps):
+            with self.exchange.no_sync():
+                loss(self.precision.logits(self.model, images), labels).backward()
+            self.exchange.record()
+            self.model.zero_grad(set_to_none=True)
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(buffers[name])
+
+    def _search(self, when: int | str) -> None:
+        """Choose bit widths on rank 0 from the averaged gradients, and apply them on every rank."""
+        flags, exchange = self.flags, self.exchange
+        assert exchange.recorder is not None
+        result: search.SearchResult | None = None
+        gradients = exchange.recorder.averaged(self.ranks.control)
+        compressed = sum(layer.numel for layer in exchange.layers if layer.compressed)
+        values = sum(layer.numel for layer in exchange.layers)
+        with self.ranks.together():
+            if self.ranks.rank == 0:
+                codec = compression.codec(flags.compression_type, bucket_size=flags.bucket_size)
+                widths = range(flags.search_min_bits, flags.search_max_bits + 1)
+                tables = search.measure(gradients, codec.with_bits, widths, 4 * (values - compressed), values)
+                result = search.search(
+                    tables,
+                    flags.search_alpha,
+                    flags.search_beta,
+                    flags.popsize,
+                    flags.search_iterations,
+                    self.seed,
+                    flags.search_target_bits,
+                )
+                self._report(result, when)
+        exchange.set_widths(self.ranks.control.broadcast(result.bits_by_layer() if result else None))
+        self.ranks.hold_equal(exchange.widths, "the bit widths")
+
+    def _report(self, result: search.SearchResult, when: int | str) -> None:
+        names = [layer.name for layer in self.exchange.layers if not layer.compressed]
+        folder = search.write_logs(result, self.workspace, when, names)
+        picture = folder / f"search_{when}.png"
+        search.plot(result, picture)
+        self.written += [folder / f"search_{when}.json", folder / f"compress_scheme_{when}.json", picture]
+        self.log.line(search.as_text(result, when))
+        step = (self.epoch,) if isinstance(when, str) else (when,)
+        self.log.detail(step, {f"search.bits/{name}": bits for name, bits in result.bits_by_layer().items()})
+        self.log.detail(step, {f"search.error/{name}": error for name, error in result.error_by_layer().items()})
+
+    # What is written
+
+    def _traffic(self) -> dict[str, float]:
+        """Bytes and seconds per step since the last call, means over ranks."""
+        report = self.exchange.report()
+        own = [report.steps, report.bytes_sent, report.bytes_dense, report.ratio * report.steps]
+        own += [report.comm_seconds, report.codec_seconds]
+        mean = self.ranks.sum(torch.tensor(own, dtype=torch.float64, device=self.ranks.device)) / self.ranks.size
+        self.totals += mean
+        return self._per_step(mean)
+
+    @staticmethod
+    def _per_step(totals: Tensor) -> dict[str, float]:
+        steps, sent, dense, ratio, comm, codec = totals.tolist()
+        if steps == 0:
+            return {}
+        return {
+            "comm.bytes_sent": sent / steps,
+            "comm.bytes_dense": dense / steps,
+            "comm.ratio": sent / dense if dense else ratio / steps,
+            "comm.time": comm / steps,
+            "codec.time": codec / steps,
+        }
+
+    def _log_epoch(self, metrics: Mapping[str, float]) -> None:
+        self.summary.update(metrics)
+        if self.summary:
+            self.log.log((self.epoch,), self.summary)
+
+    def _finish(self) -> int:
+        """The summary: the last epoch's metrics, and where everything was written."""
+        if self.summary:
+            self.log.log((), {**self.summary, "best.top1": max(self.best, self.summary.get("val.top1", 0.0))})
+        files = [self.workspace / self.flags.raport_file, *self.written]
+        self.log.line("wrote " + " ".join(str(path) for path in dict.fromkeys(files)))
+        return 0
+
+    def _save(self, best: bool) -> None:
+        """Write a checkpoint of the state after `self.epoch` epochs and `self.iteration` iterations."""
+        flags, ranks = self.flags, self.ranks
+        if flags.no_checkpoints:
+            return
+        own = {
+            "random": checkpoints.random_state(),
+            "buffers": {name: buffer.cpu() for name, buffer in self.module.named_buffers()},
+            "exchange": self.exchange.state_dict(),
+        }
+        everyone = ranks.control.collect(own)
+        with ranks.together():
+            if ranks.rank == 0:
+                content = {
+                    "epoch": self.epoch,
+                    "iteration": self.iteration,
+                    "arch": flags.arch,
+                    "num_classes": flags.num_classes,
+                    "state_dict": self.module.state_dict(),
+                    "best_prec1": self.best,
+                    "optimizer": self.optimizer.state_dict(),
+                    "widths": self.exchange.widths,
+                    "seed": self.seed,
+                    "world_size": ranks.size,
+                    "ranks": everyone,
+                }
+                checkpoints.save(
+                    content, self.workspace, flags.checkpoint_filename, best=best, gather=flags.gather_checkpoints
+                )
+                self.written.append(self.workspace / flags.checkpoint_filename)
+
+    def _saved(self) -> dict[str, Any] | None:
+        """The checkpoint to go on from."""
+        flags = self.flags
+        expected = {"arch": flags.arch, "num_classes": flags.num_classes}
+        if flags.resume is None:
+            return None
+        if flags.resume != "auto":
+            return checkpoints.load(Path(flags.resume), expected)
+        found = checkpoints.newest_good(
+            self.workspace, flags.checkpoint_filename, expected, lambda words: print(words, file=sys.stderr)
+        )
+        return None if found is None else found[1]
+
+    def _restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on where a checkpoint ends. What belongs to ranks is restored where their number is the same."""
+        checkpoints.load_into(self.module, saved["state_dict"], "of the checkpoint")
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.epoch, self.iteration, self.best = saved["epoch"], saved["iteration"], saved["best_prec1"]
+        if saved["widths"] and self.exchange.widths and not self.flags.compression_scheme:
+            self.exchange.set_widths(saved["widths"])
+        if saved["world_size"] == self.ranks.size:
+            own = saved["ranks"][self.ranks.rank]
+            checkpoints.set_random_state(own["random"])
+            for name, buffer in self.module.named_buffers():
+                buffer.copy_(own["buffers"][name])
+            self.exchange.load_state_dict(own["exchange"])
+        elif self.ranks.rank == 0:
+            print(
+                f"the checkpoint is of {saved['world_size']} ranks, and these are {self.ranks.size}: residuals, random "
+                "states and the other ranks' batch-norm statistics are dropped",
+                file=sys.stderr,
+            )
+
+    def _how_to_go_on(self) -> str:
+        if self.flags.no_checkpoints:
+            return "--no-checkpoints: nothing was saved"
+        return f"go on with --resume {self.workspace / self.flags.checkpoint_filename}"
+
+    def _seed_by_rank(self) -> None:
+        """Dropout and the like differ by rank; what must be equal on all ranks is drawn elsewhere."""
+        torch.manual_seed(self.seed + self.ranks.rank)
+        np.random.seed((self.seed + self.ranks.rank) % 2**32)
+        random.seed(self.seed + self.ranks.rank)
+
+    def close(self) -> None:
+        """End the loaders' workers and the communication thread, and complete the logs."""
+        self.log.close()
+        self.exchange.close()
+        self.train_loader.close()
+        self.val_loader.close()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program. Returns its exit status."""
+    flags = parse(argv)
+    try:
+        with join_ranks(flags) as ranks:
+            ranks.hold_equal({name: value for name, value in vars(flags).items() if name != "local_rank"}, "the flags")
+            if "compression_type" not in flags.given and (flags.search or flags.compression_scheme) and ranks.rank == 0:
+                print("no --compression-type given: widths of maxmin are chosen", file=sys.stderr)
+            with contextlib.closing(Run(flags, ranks)) as run:
+                return run.execute()
+    except Failure as failure:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"main.py: error: {failure}", file=sys.stderr)
+        return failure.status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -124,15 +124,37 @@ class Exchange:
     # What is remembered, counted, and set.
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's state between steps: the step counter and what the averager remembers."""
+        """This rank's state between steps: the step counter, and what averager and recorder remember."""
         if self._open:
             self.settle(self.finish())
-        return {"step": self.step, "averager": self.averager.state_dict()}
+        recorded = self.recorder.memory.state_dict() if self.recorder is not None else {}
+        return {"step": self.step, "averager": self.averager.state_dict(), "recorded": recorded}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self.averager.load_state_dict(state["averager"])
+        if self.recorder is not None:
+            self.recorder.memory.load_state_dict(state["recorded"])
         self.step = int(state["step"])
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Bits of every layer, DENSE where it travels as float32. Empty where the compressor has no bits."""
+        return dict(getattr(self.averager, "widths", {}))
+
+    def set_widths(self, widths: Mapping[str, int]) -> None:
+        """Bits per layer from the next step on; unnamed layers keep theirs. ValueError where they do not fit."""
+        if not self.widths:
+            raise ValueError("this compressor has no bit widths to set")
+        self.averager.set_widths(widths)  # type: ignore[attr-defined]
+
+    def record(self) -> None:
+        """Take this rank's own gradients, as they are in .grad, into the recorder; nothing else changes."""
+        assert self.recorder is not None
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                self.recorder.record(Gradients(parameter.grad.to(torch.float32).reshape(-1), (name,), (0,)))
+        self.recorder.memory.settle(True)
 
     def report(self) -> Report:
         """What was sent since the last report."""

@@ -19,6 +19,13 @@ class WarmUp:
     def encoded_bytes(self) -> int:
         return self.inner.encoded_bytes + self.dense.encoded_bytes
 
+    @property
+    def widths(self) -> dict[str, int]:
+        return dict(getattr(self.inner, "widths", {}))
+
+    def set_widths(self, widths: Mapping[str, int]) -> None:
+        self.inner.set_widths(widths)  # type: ignore[attr-defined]
+
     def average_(self, gradients: Gradients, step: int) -> None:
         self._compressed = step >= self.steps
         (self.inner if self._compressed else self.dense).average_(gradients, step)
