@@ -50,9 +50,7 @@ def parameter_groups(
     ]
 
 
-def sgd(
-    groups: list[ParameterGroup], *, lr: float, momentum: float = 0.9, nesterov: bool = False
-) -> Optimizer:
+def sgd(groups: list[ParameterGroup], *, lr: float, momentum: float = 0.9, nesterov: bool = False) -> Optimizer:
     """SGD with dampening 0 on groups of `parameter_groups`; a parameter without gradient is left as it is.
 
     Apex's FusedSGD where apex is installed and the parameters are on a GPU, else torch's fused kernel. Torch's

@@ -162,9 +162,7 @@ class MixedPrecisionOptimizer:
         )
         # Averages of finite float32 gradients are checked by whoever averages them. Half-precision ones can
         # overflow when the average is written, and scaled ones must be unscaled anyway.
-        self._unscales = (
-            precision.dynamic_loss_scale or precision.loss_scale != 1 or precision.weights != torch.float32
-        )
+        self._unscales = precision.dynamic_loss_scale or precision.loss_scale != 1 or precision.weights != torch.float32
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:

@@ -233,9 +233,7 @@ def _train_metrics(totals: Tensor, world_size: int, lr: float) -> dict[str, floa
     }
 
 
-def _non_finite(
-    layer: str | None, epoch: int, iteration: int, loss_scale: float | Tensor
-) -> NonFiniteGradientError:
+def _non_finite(layer: str | None, epoch: int, iteration: int, loss_scale: float | Tensor) -> NonFiniteGradientError:
     what = f"the gradient of {layer}" if layer else "a half-precision gradient"
     remedy = "use a lower --lr"
     if isinstance(loss_scale, float):

@@ -55,7 +55,7 @@ def test_momentum_is_off_for_the_named_parameters_only() -> None:
 
 
 def test_momentum_cannot_be_off_for_what_is_not_there() -> None:
-    with pytest.raises(ValueError, match="no trainable parameter is called 'fc.weight'"):
+    with pytest.raises(ValueError, match=r"no trainable parameter is called 'fc\.weight'"):
         parameter_groups(Block(), weight_decay=0.1, without_momentum=["fc.weight"])
 
 
@@ -77,9 +77,7 @@ def sgd_by_hand(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
-def test_steps_are_those_of_the_formula_in_every_precision(
-    dtype: torch.dtype, momentum: float, nesterov: bool
-) -> None:
+def test_steps_are_those_of_the_formula_in_every_precision(dtype: torch.dtype, momentum: float, nesterov: bool) -> None:
     start = torch.linspace(-1, 1, 70).to(dtype)
     gradients = [torch.linspace(-1, 2, 70).mul(k).to(dtype) for k in (1, -2, 3)]
     parameter = nn.Parameter(start.clone())
