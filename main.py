@@ -15,6 +15,7 @@ import os
 import random
 import secrets
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,14 @@ from image_classification.training import NonFiniteGradientError, averaged_batch
 
 # Flags that parse but cannot run yet: "--flag", or "--flag value" for one choice of a flag.
 NOT_BUILT: tuple[str, ...] = ()
+
+# Flags that are options of compressors, and what the registry calls them.
+OPTIONS = {
+    "quantization_bits": "bits",
+    "bucket_size": "bucket_size",
+    "error_feedback": "error_feedback",
+    "compressor_warmup_steps": "warmup_steps",
+}
 
 
 # Flags: types
@@ -80,8 +89,8 @@ def text(value: str) -> str:
 
 
 def data_backend(name: str) -> str:
-    """An argparse type: `synthetic` is an alias of the spelling that recipes use."""
-    return "syntetic" if name == "synthetic" else name
+    """An argparse type: an alias stands for the spelling that recipes use."""
+    return data.ALIASES.get(name, name)
 
 
 # Flags: the parser
@@ -96,29 +105,26 @@ class OneLineParser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag, added in the order in which the usage line shows them; groups take turns where it does."""
-    from compression import COMPRESSORS
-    from image_classification.data import BACKENDS
-    from image_classification.models import ARCHITECTURES, MODEL_CONFIGS
-
     parser = OneLineParser(prog="main.py", description=__doc__.splitlines()[0],
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group
     model, optimization = group("data and model"), group("optimization")
     precision, run = group("precision"), group("run control and output")
-    ranks, compression = group("ranks"), group("gradient compression")
-    search, extensions = group("bit-width search"), group("extensions")
+    ranks, encoding = group("ranks"), group("gradient compression")
+    widths, extensions = group("bit-width search"), group("extensions")
 
     add = model.add_argument
     parser.add_argument("data", metavar="DIR", type=text,
                         help="folder with train/CLASS/* and val/CLASS/*, or the word digits: the embedded "
                         "data set of handwritten digits")
-    add("--data-backend", metavar="BACKEND", type=data_backend, choices=tuple(BACKENDS), default="dali-cpu",
-        help=f"data backend: {' | '.join(BACKENDS)}; synthetic is an alias (default: %(default)s; pytorch "
-        "where DALI is not installed)")
-    add("--arch", "-a", metavar="ARCH", choices=tuple(ARCHITECTURES), default="resnet50",
-        help=f"model architecture: {' | '.join(ARCHITECTURES)}")
-    add("--model-config", "-c", metavar="CONF", choices=tuple(MODEL_CONFIGS), default="classic",
-        help=f"initialization: {' | '.join(MODEL_CONFIGS)}")
+    add("--data-backend", metavar="BACKEND", type=data_backend, choices=tuple(data.BACKENDS),
+        default=data.DEFAULT_BACKEND,
+        help=f"data backend: {' | '.join(data.BACKENDS)}; synthetic is an alias (default: %(default)s; pytorch where "
+        "DALI is not installed)")
+    add("--arch", "-a", metavar="ARCH", choices=tuple(models.ARCHITECTURES), default="resnet50",
+        help=f"model architecture: {' | '.join(models.ARCHITECTURES)}")
+    add("--model-config", "-c", metavar="CONF", choices=tuple(models.MODEL_CONFIGS), default="classic",
+        help=f"initialization: {' | '.join(models.MODEL_CONFIGS)}")
     add("--num-classes", metavar="N", type=count, default=1000, help="classes that the model tells apart")
     add("-j", "--workers", metavar="N", type=count_or_none, default=5,
         help="loader processes per rank, or DALI threads")
@@ -194,8 +200,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--bb-num-parallel-steps", type=count, default=10,
         help="with --bb-ratio: steps that a layer's average may come late")
 
-    add = compression.add_argument
-    add("--compression-type", choices=tuple(COMPRESSORS), default="none",
+    add = encoding.add_argument
+    add("--compression-type", choices=tuple(compression.COMPRESSORS), default="none",
         help="what the gradients are encoded with (default: %(default)s; maxmin with --search or "
         "--compression-scheme)")
     add("--quantization-bits", type=bit_width, default=4,
@@ -222,7 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--powersgd-rank", type=count,
         help="PowerSGD of this rank; with --compression-type svd its rank (default: %(default)s; 4 for svd)")
 
-    add = search.add_argument
+    add = widths.add_argument
     add("--search", action="store_true", help="search a bit width for each layer after each epoch")
     add("--search-alpha", type=positive, default=0.5, help="power of the error in the objective")
     add("--search-beta", type=positive, default=0.5, help="power of the compression ratio in the objective")
@@ -301,27 +307,27 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
     Raises:
         ValueError: one line that names the flags and the way out.
     """
-    from compression import COMPRESSORS
+    def spelled(name: str) -> str:
+        return "--" + name.replace("_", "-")
 
     def goes_with(names: str, useful: Any, what: str) -> None:
         for name in names.split():
-            spelled = "--" + name.replace("_", "-")
-            refuse(name in changed and not useful, f"{spelled} has no effect without {what}")
+            refuse(name in changed and not useful, f"{spelled(name)} has no effect without {what}")
 
-    def only_one(*names: str) -> None:
-        chosen = [name for name in names if name.lstrip("-").replace("-", "_") in changed]
+    def only_one(names: str) -> None:
+        chosen = [spelled(name) for name in names.split() if name in changed]
         refuse(len(chosen) > 1, f"{' and '.join(chosen)} exclude each other; drop one")
 
     for entry in NOT_BUILT:
-        name, _, value = entry.partition(" ")
-        name = name.lstrip("-").replace("-", "_")
+        flag, _, value = entry.partition(" ")
+        name = flag.lstrip("-").replace("-", "_")
         asked = getattr(flags, name) == value if value else name in changed
         refuse(asked, f"{entry} is not built yet; drop it")
 
     # optimization and precision
     refuse(flags.warmup >= flags.epochs, f"--warmup {flags.warmup} must be below --epochs {flags.epochs}")
     refuse(flags.nesterov and not flags.momentum, "--nesterov needs a --momentum above 0")
-    only_one("--amp", "--fp16")
+    only_one("amp fp16")
     goes_with("opt_level", flags.amp, "--amp")
     goes_with("static_loss_scale dynamic_loss_scale", flags.amp or flags.fp16, "--fp16 or --amp")
 
@@ -332,36 +338,41 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
            "--data-backend dali-gpu needs a GPU, and --device is cpu; use dali-cpu")
     refuse(flags.device == "cpu" and flags.dist_backend == "nccl",
            "--dist-backend nccl needs a GPU, and --device is cpu; use gloo")
-    only_one("--hvd", "--dist-backend")
+    only_one("hvd dist_backend")
     goes_with("bb_num_parallel_steps", flags.bb_ratio, "--bb-ratio")
-    only_one("--bb-ratio", "--big-grad")
+    only_one("bb_ratio big_grad")
 
     # run control
-    only_one("--evaluate", "--training-only")
-    only_one("--no-checkpoints", "--gather-checkpoints")
+    only_one("evaluate training_only")
+    only_one("no_checkpoints gather_checkpoints")
+    goes_with("checkpoint_filename", not flags.no_checkpoints or flags.resume == "auto",
+              "checkpoints; drop --no-checkpoints")
+    refuse(flags.checkpoint_filename == checkpoints.BEST,
+           f"--checkpoint-filename {checkpoints.BEST} is where the best checkpoint goes; choose another name")
 
     # compression
-    kind, row = flags.compression_type, COMPRESSORS[flags.compression_type]
-    with_bits = [name for name, other in COMPRESSORS.items() if other.has_bits]
-    these = f"{', '.join(with_bits[:-1])} or {with_bits[-1]}"
+    kind, row = flags.compression_type, compression.COMPRESSORS[flags.compression_type]
     for flag, asked in (("--search", flags.search), ("--compression-scheme", flags.compression_scheme)):
         refuse(asked and not row.has_bits,
-               f"{flag} chooses bit widths, and --compression-type {kind} has none; use {these}")
+               f"{flag} chooses bit widths, and --compression-type {kind} has none; "
+               f"use {', '.join(compression.with_bits())}")
     refuse(flags.dgc and kind not in ("none", "topk"),
            f"--dgc is a top-k, and --compression-type is {kind}; use topk")
     refuse(flags.powersgd_rank and kind not in ("none", "svd"),
            f"--powersgd-rank goes with --compression-type none or svd, got {kind}")
-    only_one("--dgc", "--powersgd-rank")
-    only_one("--dgc", "--error-feedback", "--efx-bits", "--efx-randk")
+    only_one("dgc powersgd_rank")
+    only_one("dgc error_feedback efx_bits efx_randk")
     top_k = kind in ("topk", "topk_rmsprop")
     goes_with("efx_bits efx_randk", top_k, "--compression-type topk or topk_rmsprop")
     goes_with("topk_ratio", top_k or flags.dgc, "--compression-type topk or topk_rmsprop, or --dgc")
     goes_with("dgc_clip", flags.dgc, "--dgc")
-    refuse("quantization_bits" in changed and not row.has_bits,
-           f"--quantization-bits has no effect with --compression-type {kind}; use {these}")
-    encodes = kind not in ("none", "sanity", "stats") or flags.dgc or flags.powersgd_rank
-    goes_with("bucket_size error_feedback compressor_warmup_steps", encodes,
-              "a --compression-type that encodes")
+    takes = {*row.takes}
+    if flags.dgc or flags.powersgd_rank:
+        takes |= {"bucket_size", "error_feedback", "warmup_steps"}
+    for name, option in OPTIONS.items():
+        others = [other for other, theirs in compression.COMPRESSORS.items() if option in theirs.takes]
+        refuse(name in changed and option not in takes,
+               f"{spelled(name)} has no effect with --compression-type {kind}; use {', '.join(others)}")
     refuse(flags.powersgd_rank and flags.big_grad and kind == "none",
            "--powersgd-rank factors each layer's matrix, and --big-grad leaves one long vector; drop one")
 
@@ -370,9 +381,9 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
               "search_target_bits search_calibration_steps", flags.search, "--search")
     goes_with("search_calibration_steps", flags.pretrained_weights or flags.evaluate,
               "--pretrained-weights or --evaluate")
-    only_one("--search", "--compression-scheme")
-    only_one("--search", "--big-grad")
-    only_one("--compression-scheme", "--big-grad")
+    only_one("search compression_scheme")
+    only_one("search big_grad")
+    only_one("compression_scheme big_grad")
     refuse(flags.search_min_bits > flags.search_max_bits,
            f"--search-min-bits {flags.search_min_bits} is above --search-max-bits {flags.search_max_bits}")
     least = "search_min_bits" if flags.search else "quantization_bits"
@@ -485,15 +496,9 @@ def join_ranks(flags: argparse.Namespace) -> Iterator[World]:
 
 def compressor_of(flags: argparse.Namespace) -> compression.Compressor:
     """The compressor that the flags ask for, with those of the flags that it takes."""
-    name = flags.compression_type
-    options = {
-        "bits": flags.quantization_bits,
-        "bucket_size": flags.bucket_size,
-        "error_feedback": flags.error_feedback,
-        "warmup_steps": flags.compressor_warmup_steps,
-    }
-    takes = compression.COMPRESSORS[name].takes
-    return compression.build(name, **{option: value for option, value in options.items() if option in takes})
+    takes = compression.COMPRESSORS[flags.compression_type].takes
+    options = {option: getattr(flags, name) for name, option in OPTIONS.items() if option in takes}
+    return compression.build(flags.compression_type, **options)
 
 
 def build_model(flags: argparse.Namespace, seed: int) -> nn.Module:
@@ -584,7 +589,10 @@ class Run:
             self.module.compile()
         self.model: nn.Module = self.module
         if ranks.store is not None:
-            self.model = DistributedDataParallel(self.module, broadcast_buffers=False)
+            with warnings.catch_warnings():
+                # torch 2.13 renames the argument and 2.11 knows only the old name.
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                self.model = DistributedDataParallel(self.module, broadcast_buffers=False)
         self.exchange = compression.attach(self.model, compressor, seed=self.seed)
         if flags.search:
             self.exchange.recorder = compression.Recorder(self.exchange.layers)
