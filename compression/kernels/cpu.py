@@ -2,27 +2,20 @@
 
 A bucket is read once into the first-level cache and leaves as a record. Every loop over values is one that LLVM
 vectorizes: minima are taken over order-preserving integers, codes are packed eight at a time inside 64-bit words.
-
-Threads are ours, not numba's: its default pool aborts when two Python threads use it at once, and a pool of our
-own follows torch's thread count. The kernels release the GIL. Compiled code is cached on disk where a cache folder
-can be written; where none can, it is compiled again in each process.
 """
 
-import functools
-import itertools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numba
 import numpy as np
-import torch
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
 from compression.kernels.reference import LIMIT, TINY, TREE
+from compression.kernels.threads import jit as _jit
+from compression.kernels.threads import split
 from compression.layers import DENSE, Plan
 
 FAMILIES = {"maxmin": 0}
@@ -32,13 +25,6 @@ _TILE = 1024  # codes packed at a time; a multiple of TREE and of 8
 _LIMIT, _TINY = np.float32(LIMIT), np.float32(TINY)
 _INFINITY = np.int32(0x7F800000)
 _MANTISSA = np.float32(2.0**-24)
-
-
-def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # numba found no folder that it may write its cache to
-        return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 _intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
@@ -422,7 +408,7 @@ def encode(
     new = pending.numpy() if pending is not None else nothing
     columns = (plan.position, plan.count, plan.bits, plan.wire_at, plan.slot, plan.element, plan.memory_at)
     tensors = (values.numpy(), keys, wire.numpy(), old, new, feedback)
-    _split(plan, lambda start, stop: _encode(FAMILIES[family], start, stop, *columns, *tensors))
+    split(plan.count, lambda start, stop: _encode(FAMILIES[family], start, stop, *columns, *tensors))
 
 
 def decode(
@@ -431,32 +417,12 @@ def decode(
     """As `reference.decode`."""
     columns = (plan.position, plan.count, plan.bits, plan.wire_at)
     tensors = (wire.numpy(), out.numpy(), np.float32(factor), accumulate)
-    _split(plan, lambda start, stop: _decode(FAMILIES[family], start, stop, *columns, *tensors))
+    split(plan.count, lambda start, stop: _decode(FAMILIES[family], start, stop, *columns, *tensors))
 
 
 def expected_squared_error(family: str, plan: Plan, values: Tensor) -> float:
     """As `reference.expected_squared_error`; sums of 512 in float32, the rest in float64."""
     columns = (plan.position, plan.count, plan.bits)
     return sum(
-        _split(plan, lambda start, stop: _squared_error(FAMILIES[family], start, stop, *columns, values.numpy()))
+        split(plan.count, lambda start, stop: _squared_error(FAMILIES[family], start, stop, *columns, values.numpy()))
     )
-
-
-def _split(plan: Plan, work: Callable[[int, int], Any]) -> list[Any]:
-    """Results of `work` on consecutive ranges of buckets, about equal in values, one per thread."""
-    threads = min(torch.get_num_threads(), len(plan.count))
-    if threads <= 1:
-        return [work(0, len(plan.count))]
-    ends = np.cumsum(plan.count)
-    edges = np.searchsorted(ends, ends[-1] * np.arange(1, threads) / threads)
-    bounds = [0, *(int(edge) for edge in edges), len(ends)]
-    others = [
-        _pool(threads).submit(work, start, stop)
-        for start, stop in itertools.pairwise(bounds[1:])
-    ]
-    return [work(bounds[0], bounds[1]), *(other.result() for other in others)]
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads - 1, thread_name_prefix="codec")
