@@ -129,7 +129,7 @@ def _budget_nbytes(tables: Tables, bits_a_value: float) -> int:
     cheapest = tables.bits_a_value(tables.bits(tables.nbytes.argmin(axis=1)))
     if bits_a_value < cheapest:
         raise ValueError(
-            f"a budget must hold the cheapest assignment, {math.ceil(cheapest * 1e4) / 1e4:g} bits a value with "
+            f"a budget must hold the cheapest assignment, {math.ceil(cheapest * 1e4) / 1e4:.4f} bits a value with "
             f"its scales, got {bits_a_value:g}; raise it, or lower the least width"
         )
     values = sum(tables.numel)

@@ -13,7 +13,7 @@ from search.run import NAMES, SearchResult
 from search.scheme import scheme_of, write_json
 from search.steering import power_reaching
 
-NEARLY_ALL = 0.8  # share of layers at one end of the range from which an optimum is called bang-bang
+MOST = 0.5  # an optimum with more than this share of layers at one end of the range is called bang-bang
 
 
 def write_logs(
@@ -96,16 +96,14 @@ def _widths(result: SearchResult) -> Iterator[Sequence[str]]:
 
 
 def _steering(result: SearchResult) -> Iterator[str]:
-    """Where the optimum is nearly uniform at an end: that it is, and what other powers would do."""
+    """Where most layers of the optimum are at one end: that it is, and what other powers would do."""
     tables, widths = result.tables, result.tables.widths
     width, count = Counter(result.optimum.bits).most_common(1)[0]
-    if width not in (widths[0], widths[-1]) or count < NEARLY_ALL * len(tables.layers) or len(widths) == 1:
+    if width not in (widths[0], widths[-1]) or count <= MOST * len(tables.layers) or len(widths) == 1:
         return
     end = "largest" if width == widths[-1] else "smallest"
-    yield (
-        f"The optimum has {count} of {len(tables.layers)} layers at {width} bits, the {end} width: along uniform "
-        f"widths this objective is bang-bang. Other powers move it in jumps; --search-target-bits does not jump."
-    )
+    yield f"The optimum has {count} of {len(tables.layers)} layers at {width} bits, the {end} width."
+    yield "Along uniform widths this objective is bang-bang. What other powers would make of the optimum:"
     rows = [("for at most", "beta/alpha above", "gives")]
     for target in widths[:-1]:
         at_most = tables.bits_a_value((target,) * len(tables.layers))

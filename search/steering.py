@@ -1,8 +1,8 @@
 """Which beta/alpha makes the optimum land on a given number of bits a value.
 
-E^alpha C^beta is a poor steering wheel: along uniform widths log E falls in a straight line with the width, log C
-grows ever more slowly, and so the best of them is an end of the range, or both are (bang-bang). Turning beta/alpha
-moves the optimum little, then far. This module says exactly where it jumps, and over what.
+E^alpha C^beta is a poor steering wheel. Along uniform widths log E falls in a straight line with the width while
+log C grows ever more slowly, so that the best of them is an end of the range (bang-bang). Layers that differ soften
+that: turning beta/alpha moves the optimum in jumps, small or large. This module says where, and over what.
 """
 
 from dataclasses import dataclass
