@@ -10,7 +10,9 @@ no added latency and no loss. Needs Linux, root and iproute2; a rate holds as lo
 
 import itertools
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 _serial = itertools.count()
 
@@ -81,7 +84,7 @@ class Lab:
             "WORLD_SIZE": str(self.hosts),
             "LOCAL_RANK": "0",
             "LOCAL_WORLD_SIZE": "1",
-            "MASTER_ADDR": "10.77.0.1",
+            "MASTER_ADDR": address(0),
             "MASTER_PORT": "29500",
             "GLOO_SOCKET_IFNAME": "eth0",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
@@ -95,12 +98,16 @@ class Lab:
         for host in range(self.hosts):
             namespace, port = self.namespace(host), f"port{host}"
             _call("ip", "netns", "add", namespace)
+            # `ip netns exec` shows this as /etc/hosts. Horovod asks it for the address that others are to reach.
+            settings = _settings(namespace)
+            settings.mkdir(parents=True)
+            (settings / "hosts").write_text(f"{address(host)} {socket.gethostname()}\n127.0.0.1 localhost\n")
             _call("ip", "-n", namespace, "link", "set", "lo", "up")
             peer = ("peer", "name", port, "netns", switch)
             _call("ip", "link", "add", "eth0", "netns", namespace, "type", "veth", *peer)
             # Without an IPv6 address the kernel sends nothing of its own: the counter counts what the ranks send.
             _call("ip", "-n", namespace, "link", "set", "eth0", "addrgenmode", "none")
-            _call("ip", "-n", namespace, "addr", "add", f"10.77.0.{host + 1}/24", "dev", "eth0")
+            _call("ip", "-n", namespace, "addr", "add", f"{address(host)}/24", "dev", "eth0")
             _call("ip", "-n", namespace, "link", "set", "eth0", "up")
             _call("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
             if rate is not None:
@@ -125,6 +132,12 @@ class Lab:
         self._stop()
         for namespace in self._namespaces():
             _call("ip", "netns", "del", namespace)
+            shutil.rmtree(_settings(namespace), ignore_errors=True)
+
+
+def address(host: int) -> str:
+    """The host's address, within its lab."""
+    return f"10.77.0.{host + 1}"
 
 
 @contextmanager
@@ -132,8 +145,9 @@ def lab(hosts: int, rate: str | None = None) -> Iterator[Lab]:
     """A lab of 1 to 250 hosts whose links carry `rate` each way, in tc's words ("100mbit", "1gbit"); None for no limit.
 
     On the way out everything that still runs on the hosts is killed and the namespaces are removed: after an
-    exception and after SIGTERM too, which is why it has to be entered in the main thread. Raises OSError where the
-    machine cannot have such a lab; `available()` asks beforehand.
+    exception and after SIGTERM too, which is why it has to be entered in the main thread. After SIGKILL the
+    namespaces stay, with the process id in their names. Raises OSError where the machine cannot have such a lab;
+    `available()` asks beforehand.
     """
     if not 1 <= hosts <= 250:
         raise ValueError(f"a lab has 1 to 250 hosts, got {hosts}")
@@ -159,6 +173,11 @@ def available() -> str | None:
             return None
     except OSError as error:
         return str(error)
+
+
+def _settings(namespace: str) -> Path:
+    """Where `ip netns exec` looks for the namespace's own files of /etc."""
+    return Path("/etc/netns", namespace)
 
 
 def _call(*words: str) -> str:

@@ -41,8 +41,8 @@ def python(script: str, *arguments: object) -> list[str]:
 
 
 def namespaces_of(name: str) -> list[str]:
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listed.splitlines() if line.startswith(f"{name}-")]
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [entry for entry in [*listed, *os.listdir("/etc/netns")] if entry.startswith(f"{name}-")]
 
 
 @needs_lab
@@ -79,6 +79,13 @@ def test_every_rank_finds_itself_in_the_environment():
         show = python("import os, sys; print(*[os.environ[name] for name in sys.argv[1:]])", *names)
         outputs = hosts.run(show, timeout_s=30, environment={"COLOR": "blue"})
     assert outputs == [f"{rank} 3 0 1 10.77.0.1 eth0 blue\n" for rank in range(3)]
+
+
+@needs_lab
+def test_the_machines_name_means_an_address_that_the_others_can_reach():
+    with lab(hosts=2) as hosts:
+        own = python("import socket; print(socket.gethostbyname(socket.gethostname()))")
+        assert hosts.run(own, timeout_s=30) == ["10.77.0.1\n", "10.77.0.2\n"]
 
 
 @needs_lab
