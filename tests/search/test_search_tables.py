@@ -8,6 +8,7 @@ import torch
 from table_examples import fifty_layers
 
 import search
+from compression import codec
 from search import Objective, Tables, measure
 
 
@@ -55,6 +56,19 @@ def test_a_measured_error_is_the_root_of_the_expected_squared_error():
     assert (tables.dense_bytes, tables.values) == (12, 11)
 
 
+def test_max_min_tables_hold_the_codecs_bytes_and_lose_less_with_every_bit():
+    m = {"weight": torch.randn(64, 24, generator=torch.Generator().manual_seed(0))}
+    tables = measure(m, lambda bits: codec("maxmin", bits=bits, bucket_size=512), range(1, 9), 0, 1536)
+    assert tables.nbytes.tolist() == [[3 * (8 + 64 * bits) for bits in range(1, 9)]]
+    assert (np.diff(tables.error[0]) < 0).all()
+    assert 0 < tables.error[0, -1] < 0.05 * tables.error[0, 0]
+
+
+def test_a_model_without_compressed_layers_has_nothing_to_search():
+    with pytest.raises(ValueError, match="at least one compressed layer and one width, got 0 and 3"):
+        measure({}, Halving, range(1, 4), dense_bytes=12, values=3)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_measuring_names_the_layer_that_is_not_finite(bad):
     m = {"good": torch.ones(4), "bad": torch.tensor([1.0, bad])}
@@ -83,8 +97,8 @@ def test_tables_keep_their_own_copy_that_nobody_can_write_to():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"layers": []}, "at least one layer and one width"),
-        ({"widths": []}, "at least one layer and one width"),
+        ({"layers": []}, "at least one compressed layer and one width, got 0 and 2"),
+        ({"widths": []}, "at least one compressed layer and one width, got 2 and 0"),
         ({"layers": ["a", "a"]}, "distinct names"),
         ({"widths": [4, 2]}, r"must ascend within 1 to 8 bits, got \[4, 2\]"),
         ({"widths": [2, 9]}, r"must ascend within 1 to 8 bits, got \[2, 9\]"),
