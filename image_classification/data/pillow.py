@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -51,18 +52,26 @@ class _Batches(Dataset[Pixels | Exception]):
         return assemble(rendered, stack)
 
 
-@contextmanager
-def _signals_untouched() -> Iterator[None]:
-    """A DataLoader installs a handler that raises a worker's death wherever the main thread happens to be.
+# How a DataLoader words it; a connection that breaks says the same.
+_DEATH = ("exited unexpectedly", "is killed by signal")
 
-    Without it the error comes from the loader, within seconds, and can be told from others.
+
+@contextmanager
+def _unobtrusively() -> Iterator[None]:
+    """Keep a DataLoader from reaching beyond itself when it is made and when it starts.
+
+    It installs a signal handler that raises a worker's death wherever the main thread happens to be. Without it
+    the error comes from the loader, within seconds, and can be told from others. And it warns of more workers
+    than cores; how many there are is the user's to say.
     """
-    before = signal.getsignal(signal.SIGCHLD)
+    handler = signal.getsignal(signal.SIGCHLD)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            yield
     finally:
-        if threading.current_thread() is threading.main_thread() and before is not None:
-            signal.signal(signal.SIGCHLD, before)
+        if threading.current_thread() is threading.main_thread() and handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
 
 
 class PillowReader:
@@ -72,31 +81,36 @@ class PillowReader:
         self._requests = _Requests()
         self._running: Iterator[Pixels | Exception] | None = None
         workers = min(samples.options.workers, batches)
-        self._loader = DataLoader(
-            _Batches(samples),
-            batch_size=None,  # a request is a batch already
-            sampler=self._requests,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=samples.options.device.type == "cuda",
-            generator=torch.Generator(),  # else every epoch would draw from torch's global one
-        )
+        with _unobtrusively():
+            self._loader = DataLoader(
+                _Batches(samples),
+                batch_size=None,  # a request is a batch already
+                sampler=self._requests,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                pin_memory=samples.options.device.type == "cuda",
+                generator=torch.Generator(),  # else every epoch would draw from torch's global one
+            )
 
     def read(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[Pixels]:
         self._requests.pending = iter([(epoch, batch) for batch in batches])
+        with _unobtrusively():
+            self._running = iter(self._loader)
+        while (result := self._next(self._running)) is not None:
+            if isinstance(result, Exception):
+                raise result
+            yield result
+
+    def _next(self, results: Iterator[Pixels | Exception]) -> Pixels | Exception | None:
+        """The next result, or None after the last. Raises ChildProcessError where a worker died."""
         try:
-            with _signals_untouched():
-                self._running = iter(self._loader)
-            for result in self._running:
-                if isinstance(result, Exception):
-                    raise result
-                yield result
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            return next(results, None)
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if isinstance(error, RuntimeError) and not any(words in str(error) for words in _DEATH):
                 raise
             raise ChildProcessError(
-                f"a data loader process died ({error}), most often for want of memory or of shared memory; "
-                "use fewer --workers or a smaller --batch-size"
+                f"a data loader process died ({' '.join(str(error).split())}), most often for want of memory or of "
+                "shared memory; use fewer --workers or a smaller --batch-size"
             ) from error
 
     def close(self) -> None:
