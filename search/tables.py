@@ -53,15 +53,22 @@ class Tables:
     numel: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        for field, kind in (("layers", str), ("widths", int), ("numel", int)):
-            object.__setattr__(self, field, tuple(kind(entry) for entry in getattr(self, field)))
-        object.__setattr__(self, "error", _frozen(self.error, np.float64))
-        object.__setattr__(self, "nbytes", _frozen(self.nbytes, np.int64))
-        for field in ("dense_bytes", "values"):
-            object.__setattr__(self, field, int(getattr(self, field)))
+        own = {
+            "layers": tuple(map(str, self.layers)),
+            "widths": tuple(map(int, self.widths)),
+            "error": _frozen(self.error, np.float64),
+            "nbytes": _frozen(self.nbytes, np.int64),
+            "dense_bytes": int(self.dense_bytes),
+            "values": int(self.values),
+            "numel": tuple(map(int, self.numel)),
+        }
+        for field, value in own.items():
+            object.__setattr__(self, field, value)
         shape = (len(self.layers), len(self.widths))
         if 0 in shape:
-            raise ValueError(f"a search needs at least one compressed layer and one width, got {shape[0]} and {shape[1]}")
+            raise ValueError(
+                f"a search needs at least one compressed layer and one width, got {shape[0]} and {shape[1]}"
+            )
         if len(set(self.layers)) < len(self.layers):
             raise ValueError("layers must have distinct names, got one of them twice")
         if list(self.widths) != sorted(set(self.widths)) or not 1 <= self.widths[0] <= self.widths[-1] <= 8:
