@@ -278,15 +278,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     given = {name: value for name, value in read.items() if value is not absent}
     flags = argparse.Namespace(**defaults | given, given=tuple(sorted(given)))
     try:
-        if "LOCAL_RANK" in os.environ:
-            flags.local_rank = int(os.environ["LOCAL_RANK"])
+        flags.local_rank = from_environment("LOCAL_RANK", count_or_none, flags.local_rank)
         if (flags.search or flags.compression_scheme) and "compression_type" not in given:
             flags.compression_type = "maxmin"
         check(flags, {name for name, value in given.items() if value != defaults[name]})
-        check_world(flags, int(os.environ.get("HOROVOD_SIZE" if flags.hvd else "WORLD_SIZE", 1)))
+        check_world(flags, from_environment("HOROVOD_SIZE" if flags.hvd else "WORLD_SIZE", count, 1))
     except ValueError as error:
         parser.error(str(error))
     return flags
+
+
+def from_environment(name: str, kind: Callable[[str], int], default: int) -> int:
+    """What a launcher put into the environment, or the default; ValueError where it is not of this kind."""
+    try:
+        return kind(os.environ.get(name, str(default)))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{name} in the environment: {error}") from error
 
 
 # Flags: what goes with what

@@ -1,0 +1,473 @@
+"""Flags: the list that was asked for, one by one; every range; and nothing that a user set is silently ignored."""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import compression
+import main
+from compression import registry
+
+USAGE = Path(__file__).parents[1] / "../shared/usage.txt"
+
+TYPES = (
+    "none", "sanity", "maxmin", "exponential", "1bit", "norm_uniform", "terngrad", "topk", "topk_rmsprop", "svd",
+    "stats", "quantile",
+)  # fmt: skip
+MIN_BITS = {"maxmin": 1, "exponential": 2, "norm_uniform": 2, "quantile": 1}
+ARCHITECTURES = (
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext101-32x4d", "se-resnext101-32x4d",
+    "wide_resnet50", "wide_resnet101", "vgg16", "resnet18_convex",
+)  # fmt: skip
+
+
+class Option(NamedTuple):
+    """What the list says of one option; a switch has neither metavar nor choices."""
+
+    spellings: str
+    default: object = False
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None
+
+
+LISTED = (
+    Option("--data-backend", "dali-cpu", "BACKEND", ("pytorch", "syntetic", "dali-gpu", "dali-cpu")),
+    Option("--arch -a", "resnet50", "ARCH", ARCHITECTURES),
+    Option("--model-config -c", "classic", "CONF", ("classic", "fanin", "grp-fanin", "grp-fanout")),
+    Option("--num-classes", 1000, "N"),
+    Option("-j --workers", 5, "N"),
+    Option("--epochs", 90, "N"),
+    Option("--run-epochs", -1, "N"),
+    Option("-b --batch-size", 256, "N"),
+    Option("--optimizer-batch-size", -1, "N"),
+    Option("--lr --learning-rate", 0.1, "LR"),
+    Option("--lr-schedule", "step", "SCHEDULE", ("step", "linear", "cosine")),
+    Option("--warmup", 0, "E"),
+    Option("--label-smoothing", 0.0, "S"),
+    Option("--mixup", 0.0, "ALPHA"),
+    Option("--momentum", 0.9, "M"),
+    Option("--weight-decay --wd", 1e-4, "W"),
+    Option("--bn-weight-decay"),
+    Option("--nesterov"),
+    Option("--print-freq -p", 10, "N"),
+    Option("--resume", None, "PATH"),
+    Option("--pretrained-weights", None, "PATH"),
+    Option("--fp16"),
+    Option("--static-loss-scale", 1, "STATIC_LOSS_SCALE"),
+    Option("--dynamic-loss-scale"),
+    Option("--prof", -1, "N"),
+    Option("--amp"),
+    Option("--seed", None, "SEED"),
+    Option("--gather-checkpoints"),
+    Option("--raport-file", "experiment_raport.json", "RAPORT_FILE"),
+    Option("--evaluate"),
+    Option("--training-only"),
+    Option("--no-checkpoints"),
+    Option("--checkpoint-filename", "checkpoint.pth.tar", "CHECKPOINT_FILENAME"),
+    Option("--workspace", "./", "DIR"),
+    Option("--memory-format", "nchw", None, ("nchw", "nhwc")),
+    Option("--tensorboard-dir", None, "TENSORBOARD_DIR"),
+    Option("--opt-level", "O1", None, ("O0", "O1", "O2", "O3")),
+    Option("--hvd"),
+    Option("--bb-ratio", None, "BB_RATIO"),
+    Option("--bb-num-parallel-steps", 10, "BB_NUM_PARALLEL_STEPS"),
+    Option("--compression-type", "none", None, TYPES),
+    Option("--quantization-bits", 4, "QUANTIZATION_BITS"),
+    Option("--bucket-size", 512, "BUCKET_SIZE"),
+    Option("--error-feedback"),
+    Option("--efx-bits", None, "EFX_BITS"),
+    Option("--efx-randk", None, "EFX_RANDK"),
+    Option("--topk-ratio", 0.01, "TOPK_RATIO"),
+    Option("--big-grad"),
+    Option("--dgc"),
+    Option("--compressor-warmup-steps", 0, "COMPRESSOR_WARMUP_STEPS"),
+    Option("--local_rank --local-rank", 0, "LOCAL_RANK"),
+    Option("--powersgd-rank", None, "POWERSGD_RANK"),
+    Option("--search"),
+    Option("--search-alpha", 0.5, "SEARCH_ALPHA"),
+    Option("--search-beta", 0.5, "SEARCH_BETA"),
+    Option("--search-max-bits", 8, "SEARCH_MAX_BITS"),
+    Option("--search-min-bits", 2, "SEARCH_MIN_BITS"),
+    Option("--popsize", 5, "POPSIZE"),
+    Option("--search-iterations", 2, "SEARCH_ITERATIONS"),
+)
+
+EXTENSIONS = (
+    Option("--image-size", 224, "PIXELS"),
+    Option("--crop-scale", 0.08, "SHARE"),
+    Option("--hflip", 0.5, "P"),
+    Option("--skip-bad-images"),
+    Option("--deterministic"),
+    Option("--compile"),
+    Option("--device", "auto", None, ("auto", "cpu", "cuda")),
+    Option("--dist-backend", "auto", None, ("auto", "gloo", "nccl")),
+    Option("--dgc-clip", None, "NORM"),
+    Option("--compression-scheme", None, "FILE"),
+    Option("--search-calibration-steps", 20, "STEPS"),
+    Option("--search-target-bits", None, "BITS"),
+)
+
+
+REGISTERED = tuple(compression.COMPRESSORS)
+
+
+@pytest.fixture(autouse=True)
+def everything_is_built(monkeypatch):
+    """The flags of all compressors are checked, whether or not the registry holds them yet; no launcher."""
+    full = {name: compression.COMPRESSORS.get(name) or row(name) for name in TYPES}
+    monkeypatch.setattr(compression, "COMPRESSORS", full)
+    monkeypatch.setattr(registry, "COMPRESSORS", full)
+    monkeypatch.setattr(main, "NOT_BUILT", ())
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "HOROVOD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def row(name):
+    takes = ("bits",) if name in MIN_BITS else ()
+    if name != "stats":
+        takes += ("bucket_size", "error_feedback", "warmup_steps")
+    return SimpleNamespace(has_bits=name in MIN_BITS, min_bits=MIN_BITS.get(name, 0), takes=takes)
+
+
+def parse(line):
+    return main.parse(["DIR", *line.split()])
+
+
+def error(capsys, arguments):
+    """The one line that a refused command line leaves on standard error."""
+    with pytest.raises(SystemExit) as stopped:
+        main.parse(arguments)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("main.py: error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith("\n")
+    return captured.err.removeprefix("main.py: error: ").rstrip("\n")
+
+
+# The list
+
+
+def actions():
+    return {flag: action for action in main.build_parser()._actions for flag in action.option_strings}
+
+
+@pytest.mark.parametrize("option", LISTED + EXTENSIONS, ids=lambda option: option.spellings.split()[0])
+def test_the_option_is_as_listed(option):
+    action = actions()[option.spellings.split()[0]]
+    assert action.option_strings == option.spellings.split()
+    assert action.default == option.default
+    assert type(action.default) is type(option.default)
+    is_switch = option.metavar is None and option.choices is None
+    assert (action.nargs == 0) == is_switch
+    assert action.choices == option.choices
+    if not is_switch and option.metavar:
+        assert (action.metavar or action.dest.upper()) == option.metavar
+    assert len(action.help.split()) >= 2
+
+
+def test_there_is_no_option_besides_and_extensions_come_last():
+    groups = main.build_parser()._action_groups
+    flags = [flag for group in groups for action in group._group_actions for flag in action.option_strings]
+    expected = [flag for option in LISTED + EXTENSIONS for flag in option.spellings.split()]
+    assert sorted(flags) == sorted([*expected, "-h", "--help"])
+    assert groups[-1].title == "extensions"
+    assert [action.option_strings[0] for action in groups[-1]._group_actions] == [e.spellings for e in EXTENSIONS]
+
+
+def invocations(text):
+    """'--arch ARCH, -a ARCH' and the like, as the help shows them."""
+    return re.findall(r"^  (-\S.*?)(?:  .*)?$", text, re.MULTILINE)
+
+
+def test_help_shows_the_usage_that_was_asked_for(monkeypatch):
+    if not USAGE.exists():
+        pytest.skip("the list lies beside the checkout of developers only")
+    monkeypatch.setenv("COLUMNS", "80")
+    asked, shown = USAGE.read_text(), main.build_parser().format_help()
+    asked_usage, shown_usage = (text.partition("\n\n")[0].split() for text in (asked, shown))
+    assert asked_usage[-1] == shown_usage[-1] == "DIR"
+    assert shown_usage[: len(asked_usage) - 1] == asked_usage[:-1]
+    alias = ", --local-rank LOCAL_RANK"
+    assert set(invocations(asked)) == {
+        flag.replace(alias, "") for flag in invocations(shown.partition("\nextensions:")[0])
+    }
+
+
+def test_the_registry_holds_types_of_the_list_in_its_order():
+    assert tuple(name for name in TYPES if name in REGISTERED) == REGISTERED
+
+
+def test_recipes_may_call_momentum_mom():
+    assert parse("--mom 0.875 --wd 3e-5").momentum == 0.875
+    for prefix in ("--mom", "--wd"):
+        assert len({id(action) for flag, action in actions().items() if flag.startswith(prefix)}) == 1
+
+
+def test_synthetic_is_an_alias():
+    assert parse("--data-backend synthetic").data_backend == "syntetic"
+
+
+def test_defaults_are_a_valid_command_line_and_nothing_is_given():
+    flags = parse("")
+    for option in LISTED + EXTENSIONS:
+        name = max(option.spellings.split(), key=len).lstrip("-").replace("-", "_")
+        name = {"learning_rate": "lr"}.get(name, name)
+        assert getattr(flags, name) == option.default
+    assert flags.given == ("data",)
+
+
+def test_given_names_what_the_command_line_spells_out_even_a_default():
+    assert parse("--data-backend dali-cpu -b 256 --amp").given == ("amp", "batch_size", "data", "data_backend")
+
+
+# Ranges
+
+BITS = "an integer from 1 to 8"
+COUNT = "an integer of at least 1"
+OR_OFF = "an integer of at least 1, or -1"
+NATURAL = "an integer of at least 0"
+AMOUNT = "a number of at least 0"
+POSITIVE = "a number above 0"
+SHARE = "a number above 0 and at most 1"
+BELOW_ONE = "a number from 0 to below 1"
+
+RANGES = {
+    BITS: ("1 8", "0 9 -1 4.0 x", "--quantization-bits --efx-bits --search-min-bits --search-max-bits"),
+    COUNT: (
+        "1 1000", "0 -1 1.5 x",
+        "--num-classes --epochs -b/--batch-size --print-freq/-p --bb-num-parallel-steps --powersgd-rank --popsize "
+        "--image-size --search-calibration-steps",
+    ),
+    OR_OFF: ("1 1000 -1", "0 -2 1e3", "--run-epochs --optimizer-batch-size --prof --bucket-size"),
+    NATURAL: ("0 3", "-1 0.5", "-j/--workers --warmup --compressor-warmup-steps --local_rank/--local-rank "
+              "--search-iterations"),
+    "an integer from 0 to 4294967295": ("0 4294967295", "-1 4294967296", "--seed"),
+    AMOUNT: ("0 1e-9 3", "-1e-9 nan inf 0,1", "--lr/--learning-rate --mixup --weight-decay/--wd"),
+    POSITIVE: ("1e-9 3", "0 -1 nan inf",
+               "--static-loss-scale --search-alpha --search-beta --dgc-clip --search-target-bits"),
+    SHARE: ("1e-9 0.5 1", "0 -0.1 1.001 nan", "--topk-ratio --bb-ratio --efx-randk --crop-scale"),
+    BELOW_ONE: ("0 0.999", "1 -0.1 nan", "--label-smoothing --momentum"),
+    "a number from 0 to 1": ("0 1", "-0.1 1.1 nan", "--hflip"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", RANGES)
+def test_numbers_out_of_range_are_refused_with_the_rule_and_the_value(words, capsys):
+    good, bad, names = RANGES[words]
+    for name in names.split():
+        flag = name.split("/")[0]
+        for value in good.split():
+            action = main.build_parser()._option_string_actions[flag]
+            assert action.type(value) == pytest.approx(float(value))
+        for value in bad.split():
+            assert error(capsys, ["DIR", f"{flag}={value}"] if flag[1] == "-" else ["DIR", flag + value]) == (
+                f"argument {name}: expected {words}, got {value!r}"
+            )
+
+
+def test_every_number_is_checked():
+    checked = {flag for _, _, names in RANGES.values() for name in names.split() for flag in name.split("/")}
+    numbers = [o for o in LISTED + EXTENSIONS if isinstance(o.default, (int, float)) and o.metavar]
+    assert {flag for option in numbers for flag in option.spellings.split()} <= checked
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(option=st.sampled_from([o for o in LISTED + EXTENSIONS if o.metavar]), value=st.text())
+def test_any_value_parses_or_is_refused_in_one_line(capsys, option, value):
+    flag = next(flag for flag in option.spellings.split() if flag.startswith("--"))
+    with suppress(SystemExit):
+        main.parse(["DIR", f"{flag}={value}"])
+    assert re.fullmatch(r"(main.py: error: [^\n]+\n)?", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: DIR"),
+        (["DIR", "--bogus"], "unrecognized arguments: --bogus"),
+        ([""], "argument DIR: expected a name, got ''"),
+        (["DIR", "--arch", "alexnet"], "argument --arch/-a: invalid choice: 'alexnet' (choose from 'resnet18', "),
+        (["DIR", "--compression-type", "zip"], "argument --compression-type: invalid choice: 'zip' (choose from "),
+        (["DIR", "--search-m", "3"], "ambiguous option: --search-m could match --search-max-bits, --search-min-bits"),
+        (["DIR", "one\nline"], "unrecognized arguments: one line"),
+    ],
+)
+def test_other_mistakes_are_one_line_too(arguments, message, capsys):
+    assert error(capsys, arguments).startswith(message)
+
+
+# What goes with what
+
+WITHOUT = "has no effect without"
+QUANTIZERS = "maxmin, exponential, norm_uniform, quantile"
+
+REFUSED = {
+    # optimization and precision
+    "--epochs 5 --warmup 5": "--warmup 5 must be below --epochs 5",
+    "--nesterov --momentum 0": "--nesterov needs a --momentum above 0",
+    "--amp --fp16": "--amp and --fp16 exclude each other; drop one",
+    "--opt-level O2": f"--opt-level {WITHOUT} --amp",
+    "--static-loss-scale 128": f"--static-loss-scale {WITHOUT} --fp16 or --amp",
+    "--dynamic-loss-scale": f"--dynamic-loss-scale {WITHOUT} --fp16 or --amp",
+    # data, devices, ranks
+    "--data-backend syntetic --hflip 0": f"--hflip {WITHOUT} images; choose a --data-backend that reads them",
+    "--data-backend syntetic --skip-bad-images": f"--skip-bad-images {WITHOUT} images",
+    "--device cpu --data-backend dali-gpu": "--data-backend dali-gpu needs a GPU, and --device is cpu; use dali-cpu",
+    "--device cpu --dist-backend nccl": "--dist-backend nccl needs a GPU, and --device is cpu; use gloo",
+    "--hvd --dist-backend gloo": "--hvd and --dist-backend exclude each other; drop one",
+    "--bb-num-parallel-steps 5": f"--bb-num-parallel-steps {WITHOUT} --bb-ratio",
+    "--bb-ratio 0.5 --big-grad": "--bb-ratio and --big-grad exclude each other; drop one",
+    "--optimizer-batch-size 300": "--optimizer-batch-size 300 is no multiple of ranks x --batch-size = 1 x 256 = 256",
+    # run control
+    "--evaluate --training-only": "--evaluate and --training-only exclude each other; drop one",
+    "--no-checkpoints --gather-checkpoints": "--no-checkpoints and --gather-checkpoints exclude each other; drop one",
+    "--no-checkpoints --checkpoint-filename x": f"--checkpoint-filename {WITHOUT} checkpoints; drop --no-checkpoints",
+    "--checkpoint-filename model_best.pth.tar": (
+        "--checkpoint-filename model_best.pth.tar is where the best checkpoint goes; choose another name"
+    ),
+    # compression
+    "--dgc --compression-type maxmin": "--dgc is a top-k, and --compression-type is maxmin; use topk",
+    "--dgc --error-feedback": "--dgc and --error-feedback exclude each other; drop one",
+    "--dgc --powersgd-rank 4": "--dgc and --powersgd-rank exclude each other; drop one",
+    "--dgc --quantization-bits 2": "--quantization-bits has no effect with --compression-type none; use ",
+    "--dgc-clip 1": f"--dgc-clip {WITHOUT} --dgc",
+    "--powersgd-rank 4 --compression-type topk": "--powersgd-rank goes with --compression-type none or svd, got topk",
+    "--powersgd-rank 4 --big-grad": (
+        "--powersgd-rank factors each layer's matrix, and --big-grad leaves one long vector; drop one"
+    ),
+    "--efx-bits 4": f"--efx-bits {WITHOUT} --compression-type topk or topk_rmsprop",
+    "--efx-randk 0.1 --compression-type maxmin": f"--efx-randk {WITHOUT} --compression-type topk or topk_rmsprop",
+    "--compression-type topk --efx-bits 4 --error-feedback": "--error-feedback and --efx-bits exclude each other",
+    "--compression-type topk --efx-bits 4 --efx-randk 0.1": "--efx-bits and --efx-randk exclude each other; drop one",
+    "--topk-ratio 0.1": f"--topk-ratio {WITHOUT} --compression-type topk or topk_rmsprop, or --dgc",
+    "--quantization-bits 2": (
+        f"--quantization-bits has no effect with --compression-type none; use {QUANTIZERS}"
+    ),
+    "--compression-type topk --quantization-bits 2": "--quantization-bits has no effect with --compression-type topk",
+    "--compression-type exponential --quantization-bits 1": (
+        "--compression-type exponential needs at least 2 bits, one of them the sign; raise --quantization-bits"
+    ),
+    "--error-feedback": "--error-feedback has no effect with --compression-type none; use ",
+    "--bucket-size 64": "--bucket-size has no effect with --compression-type none; use ",
+    "--compressor-warmup-steps 9": "--compressor-warmup-steps has no effect with --compression-type none; use ",
+    "--compression-type stats --error-feedback": "--error-feedback has no effect with --compression-type stats; use ",
+    # search
+    "--search --compression-type topk": (
+        f"--search chooses bit widths, and --compression-type topk has none; use {QUANTIZERS}"
+    ),
+    "--search --compression-type none": "--search chooses bit widths, and --compression-type none has none; use ",
+    "--compression-scheme f.json --compression-type 1bit": (
+        f"--compression-scheme chooses bit widths, and --compression-type 1bit has none; use {QUANTIZERS}"
+    ),
+    "--search --big-grad": "--search and --big-grad exclude each other; drop one",
+    "--compression-scheme f.json --big-grad": "--compression-scheme and --big-grad exclude each other; drop one",
+    "--search --compression-scheme f.json": "--search and --compression-scheme exclude each other; drop one",
+    "--search --search-min-bits 5 --search-max-bits 4": "--search-min-bits 5 is above --search-max-bits 4",
+    "--search --search-min-bits 1 --compression-type norm_uniform": (
+        "--compression-type norm_uniform needs at least 2 bits, one of them the sign; raise --search-min-bits"
+    ),
+    "--search-alpha 0.3": f"--search-alpha {WITHOUT} --search",
+    "--search-beta 0.3": f"--search-beta {WITHOUT} --search",
+    "--search-min-bits 3": f"--search-min-bits {WITHOUT} --search",
+    "--search-max-bits 3": f"--search-max-bits {WITHOUT} --search",
+    "--popsize 50": f"--popsize {WITHOUT} --search",
+    "--search-iterations 5": f"--search-iterations {WITHOUT} --search",
+    "--search-target-bits 4": f"--search-target-bits {WITHOUT} --search",
+    "--search --search-calibration-steps 5": (
+        f"--search-calibration-steps {WITHOUT} --pretrained-weights or --evaluate"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_a_flag_without_effect_is_refused_with_what_it_goes_with(line, capsys):
+    assert error(capsys, ["DIR", *line.split()]).startswith(REFUSED[line])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--arch resnet50 -b 256 --lr 0.256 --warmup 5 --lr-schedule cosine --label-smoothing 0.1 --mixup 0.2 "
+        "--mom 0.875 --wd 3e-5 --epochs 250 --amp --static-loss-scale 128 --memory-format nhwc --seed 1 -j8 -p 100 "
+        "--raport-file raport.json --workspace w --gather-checkpoints --optimizer-batch-size 1024",
+        "--fp16 --dynamic-loss-scale --static-loss-scale 128 --data-backend syntetic --prof 100 --no-checkpoints",
+        "--evaluate --resume c.pth --epochs 3 --lr 0.5 --gather-checkpoints --label-smoothing 0.1",
+        "--resume auto --pretrained-weights w.pth --run-epochs 10",
+        "--resume auto --no-checkpoints --checkpoint-filename other.pth",
+        "--compression-type maxmin --quantization-bits 1 --bucket-size -1 --error-feedback --big-grad",
+        "--compression-type topk --topk-ratio 0.001 --error-feedback --quantization-bits 4 --bucket-size 1024",
+        "--compression-type topk_rmsprop --efx-randk 0.1 --topk-ratio 0.1 --compressor-warmup-steps 100",
+        "--dgc --dgc-clip 1 --nesterov --topk-ratio 0.001 --compressor-warmup-steps 500",
+        "--compression-type topk --dgc",
+        "--powersgd-rank 4 --compressor-warmup-steps 10",
+        "--compression-type svd --powersgd-rank 2",
+        "--bb-ratio 0.9 --bb-num-parallel-steps 3 --hvd",
+        "--search --popsize 50 --search-iterations 5 --search-alpha 1 --search-beta 2 --quantization-bits 8",
+        "--search --pretrained-weights w.pth --search-calibration-steps 3 --search-target-bits 3.5",
+        "--search --evaluate --search-calibration-steps 3 --resume c.pth --compression-type quantile "
+        "--search-min-bits 1",
+        "--compression-scheme s.json --compression-type norm_uniform",
+        "--image-size 32 --crop-scale 0.6 --hflip 0 --skip-bad-images --device cpu --dist-backend gloo",
+    ],
+)
+def test_sensible_recipes_are_accepted(line):
+    parse(line)
+
+
+@pytest.mark.parametrize("option", [o for o in LISTED + EXTENSIONS if o.default not in (False, None)], ids=str)
+def test_a_default_spelled_out_is_never_refused(option):
+    flag = next(flag for flag in option.spellings.split() if flag.startswith("--"))
+    main.parse(["DIR", f"{flag}={option.default}"])
+
+
+def test_search_and_schemes_quantize_by_maxmin_where_no_type_is_given():
+    assert parse("--search").compression_type == "maxmin"
+    assert parse("--compression-scheme f.json").compression_type == "maxmin"
+    assert parse("").compression_type == "none"
+
+
+def test_what_is_not_built_is_refused_by_name(monkeypatch, capsys):
+    monkeypatch.setattr(main, "NOT_BUILT", ("--dgc", "--compression-type svd"))
+    assert error(capsys, ["DIR", "--dgc"]) == "--dgc is not built yet; drop it"
+    assert error(capsys, ["DIR", "--compression-type", "svd"]) == "--compression-type svd is not built yet; drop it"
+    parse("--compression-type topk")
+
+
+# Launchers
+
+
+def test_the_launchers_environment_wins_over_its_flag(monkeypatch, capsys):
+    assert parse("--local_rank 3").local_rank == 3
+    assert parse("--local-rank=3").local_rank == 3
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert parse("--local-rank 3").local_rank == 1
+    assert parse("").local_rank == 1
+    monkeypatch.setenv("LOCAL_RANK", "one")
+    assert error(capsys, ["DIR"]) == "LOCAL_RANK in the environment: expected an integer of at least 0, got 'one'"
+
+
+def test_the_total_batch_is_a_multiple_of_all_ranks_batches(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    parse("-b 64 --optimizer-batch-size 512")
+    assert error(capsys, ["DIR", "-b64", "--optimizer-batch-size", "320"]) == (
+        "--optimizer-batch-size 320 is no multiple of ranks x --batch-size = 4 x 64 = 256"
+    )
+    monkeypatch.setenv("HOROVOD_SIZE", "5")
+    flags = parse("-b 64 --optimizer-batch-size 320 --hvd")
+    with pytest.raises(ValueError, match=r"= 3 x 64 = 192$"):
+        main.check_world(flags, 3)
+
+
+def test_help_is_not_an_error(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main.parse(["--help"])
+    assert stopped.value.code == 0
+    assert "extensions:" in capsys.readouterr().out
