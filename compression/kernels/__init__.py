@@ -7,9 +7,14 @@ from types import ModuleType
 
 import torch
 
-from compression.kernels import cpu, reference
+from compression.kernels import cpu, reference, sparse_cpu, sparse_reference
 
 
 def for_device(device: torch.device) -> ModuleType:
     """The fastest kernels for tensors on `device`; all share the signatures of `reference`."""
     return cpu if device.type == "cpu" else reference
+
+
+def sparse_for_device(device: torch.device) -> ModuleType:
+    """The fastest sparse kernels for tensors on `device`; all share the signatures of `sparse_reference`."""
+    return sparse_cpu if device.type == "cpu" else sparse_reference

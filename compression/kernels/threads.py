@@ -33,7 +33,7 @@ def split(weights: NDArray[np.int64], work: Callable[[int, int], Result]) -> lis
     if threads <= 1:
         return [work(0, len(weights))]
     ends = np.cumsum(weights)
-    edges = np.searchsorted(ends, ends[-1] * np.arange(1, threads) / threads)
+    edges = np.searchsorted(ends, ends[-1] * np.arange(1, threads) / threads, side="right")
     bounds = [0, *(int(edge) for edge in edges), len(ends)]
     others = [_pool(threads).submit(work, start, stop) for start, stop in itertools.pairwise(bounds[1:])]
     return [work(bounds[0], bounds[1]), *(other.result() for other in others)]
