@@ -66,6 +66,7 @@ class Exchange:
         self._parameters = dict(named)
         self._loss_scale: float | Tensor = 1.0
         self._open = False  # a step is under way
+        self._travelling = False  # and some of its gradients have been submitted
         self._largest: dict[str, Tensor] = {}  # of each average of the step under way, its largest magnitude
         self._suspect: tuple[tuple[str, ...], Tensor] | None = None
         self._failure: BaseException | None = None
@@ -85,7 +86,7 @@ class Exchange:
         """Declare the scale of the loss whose gradients travel next; the compressor sees them without it."""
         if self._open:
             self.settle(self.finish())
-        self._open = True
+        self._open, self._travelling = True, False
         self._largest.clear()
         self._loss_scale = loss_scale
 
@@ -208,6 +209,7 @@ class Exchange:
                 self._failure = error
             done()
 
+        self._travelling = True
         self._engine.submit(job)
 
     def _measure(self, gradients: Gradients) -> None:
@@ -234,7 +236,7 @@ class DdpExchange(Exchange):
             yield
 
     def _hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-        if bucket.index() == 0 and (not self._open or self._largest):
+        if bucket.index() == 0 and (not self._open or self._travelling):
             self.begin_step()
         flat = bucket.buffer()
         names = tuple(self._names[id(p)] for p in bucket.parameters())
@@ -290,7 +292,7 @@ class HookedExchange(Exchange):
         if not self._sync:
             return
         if self._submitted == len(self._buckets):  # the first gradient of this backward
-            if not self._open or self._largest:
+            if not self._open or self._travelling:
                 self.begin_step()
             self._submitted = 0
             for bucket in self._buckets:

@@ -1,7 +1,7 @@
 """The kernels written out in torch: what the fast ones are held against, bit for bit.
 
-Clear before fast. Works on any device. Buckets of equal length and width are stacked and worked on together; the
-formats are described where the codecs are defined (`compression/codecs`).
+Clear before fast. Works on any device. Buckets of equal length and width are stacked and worked on together; what
+differs between the families of quantizers is in `families.py`.
 
 Shapes: M buckets, K values per bucket, S scales per bucket.
 """
@@ -11,50 +11,8 @@ import torch
 from torch import Tensor
 
 from compression import randomness
+from compression.kernels.families import FAMILIES, LIMIT, TINY, Family, record_bytes, tree_sum
 from compression.layers import DENSE, Plan
-
-# Ranges are kept below the largest float32 so that no level overflows by rounding.
-LIMIT = 3.4e38
-TINY = float(np.finfo(np.float32).tiny)
-TREE = 512  # values that one tree of additions sums
-
-
-def tree_sum(values_MK: Tensor) -> Tensor:
-    """Sums over the last axis in one fixed order, so that every kernel gets the same bits: [M, K] -> [M].
-
-    Blocks of 512 are each added up by halves (the second half onto the first, zero-padded to a power of two), then
-    the block sums likewise.
-    """
-    while values_MK.shape[1] > TREE:
-        blocks = -(-values_MK.shape[1] // TREE)
-        padded = torch.nn.functional.pad(values_MK, (0, blocks * TREE - values_MK.shape[1]))
-        values_MK = _halve(padded.reshape(-1, TREE)).reshape(-1, blocks)
-    return _halve(values_MK)
-
-
-def _halve(values_MK: Tensor) -> Tensor:
-    width = 1 << max(values_MK.shape[1] - 1, 0).bit_length()
-    values_MK = torch.nn.functional.pad(values_MK, (0, width - values_MK.shape[1]))
-    while width > 1:
-        width //= 2
-        values_MK = values_MK[:, :width] + values_MK[:, width:]
-    return values_MK[:, 0]
-
-
-def pack(codes_MK: Tensor, bits: int) -> Tensor:
-    """Codes below 2^bits as one little-endian bit stream per bucket: [M, K] -> uint8 [M, ceil(K bits / 8)]."""
-    buckets, count = codes_MK.shape
-    spread = (codes_MK.to(torch.int64).unsqueeze(-1) >> torch.arange(bits, device=codes_MK.device)) & 1
-    stream = spread.reshape(buckets, count * bits)
-    stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8)).reshape(buckets, -1, 8)
-    return (stream << torch.arange(8, device=codes_MK.device)).sum(-1).to(torch.uint8)
-
-
-def unpack(packed_MB: Tensor, count: int, bits: int) -> Tensor:
-    """The inverse of `pack`: uint8 [M, B] -> int64 [M, count]."""
-    stream = (packed_MB.to(torch.int64).unsqueeze(-1) >> torch.arange(8, device=packed_MB.device)) & 1
-    stream = stream.reshape(packed_MB.shape[0], -1)[:, : count * bits].reshape(-1, count, bits)
-    return (stream << torch.arange(bits, device=packed_MB.device)).sum(-1)
 
 
 def encode(
@@ -85,14 +43,15 @@ def encode(
         element = _spans(plan.element[group], vectors.shape[1], values.device)
         halves = torch.from_numpy(keys[plan.slot[group]].astype(np.int64)).to(values.device)
         draws = randomness.uniform(element, halves[:, :1], halves[:, 1:])
-        coder = CODERS[family]
-        scales, codes = coder.encode(vectors, bits, draws)
-        if residual is not None:
-            scales = project(vectors, coder.decode(scales, codes, bits), scales)
-        record = torch.cat([scales.contiguous().view(torch.uint8), coder.pack(codes, bits)], dim=1)
-        wire[at] = record
+        kind = FAMILIES[family]
+        scales = kind.fit(vectors, bits)
+        lower, fraction = _between(kind, vectors, scales, bits)
+        codes = lower + (draws < fraction)
+        if residual is not None and kind.projects:
+            scales = project(kind, vectors, scales, codes, bits)
+        wire[at] = torch.cat([scales.contiguous().view(torch.uint8), kind.pack(codes, bits)], dim=1)
         if pending is not None:
-            pending[memory] = vectors - coder.decode(scales, codes, bits)
+            pending[memory] = vectors - kind.levels(scales, codes, bits)
 
 
 def decode(
@@ -106,72 +65,57 @@ def decode(
         if bits == DENSE:
             values = _floats(record)
         else:
-            coder = CODERS[family]
-            scales = _floats(record[:, : 4 * coder.scales])
-            values = coder.decode(scales, coder.unpack(record[:, 4 * coder.scales :], count, bits), bits)
+            kind = FAMILIES[family]
+            head = 4 * kind.scales(bits)
+            values = kind.levels(_floats(record[:, :head]), kind.unpack(record[:, head:], count, bits), bits)
         at = _spans(plan.position[group], count, out.device)
         out[at] = out[at] + scale * values if accumulate else scale * values
 
 
 def expected_squared_error(family: str, plan: Plan, values: Tensor) -> float:
-    """E |v - decoded|^2 over the rounding, summed over all buckets. `values`: float32 [plan.values]."""
+    """E |v - decoded|^2 over the rounding, summed over all buckets. `values`: float32 [plan.values].
+
+    Rounding up a gap g with probability f has variance g^2 f (1 - f).
+    """
     total = 0.0
+    kind = FAMILIES[family]
     for group in _groups(plan):
         vectors = values[_spans(plan.position[group], int(plan.count[group[0]]), values.device)]
-        total += CODERS[family].expected_squared_error(vectors, int(plan.bits[group[0]]))
+        bits = int(plan.bits[group[0]])
+        scales = kind.fit(vectors, bits)
+        lower, fraction = _between(kind, vectors, scales, bits)
+        upper = (lower + 1).clamp_max(kind.top(bits))
+        gap = kind.levels(scales, upper, bits).double() - kind.levels(scales, lower, bits).double()
+        total += float((gap**2 * fraction.double() * (1 - fraction.double())).sum())
     return total
 
 
-def project(vectors_MK: Tensor, decoded_MK: Tensor, scales_MS: Tensor) -> Tensor:
-    """Scales times <v, Q> / |Q|^2: decoded, they give the projection of v on Q, never longer than v."""
-    largest = scales_MS.abs().amax(1, keepdim=True)
-    unit = 1.0 / largest.clamp_min(TINY)
-    q = decoded_MK * unit
+def project(kind: Family, vectors_MK: Tensor, scales_MS: Tensor, codes_MK: Tensor, bits: int) -> Tensor:
+    """Scales times <v, Q> / |Q|^2: decoded, they give the projection of v on Q, never longer than v.
+
+    No code's level is scaled beyond LIMIT.
+    """
+    ends = torch.tensor([[0, kind.top(bits)]], device=scales_MS.device).expand(len(scales_MS), 2)
+    reach = kind.levels(scales_MS, ends, bits).abs().amax(1, keepdim=True).clamp_min(TINY)
+    unit = 1.0 / reach
+    q = kind.levels(scales_MS, codes_MK, bits) * unit
     length = tree_sum(q * q)
     share = tree_sum((vectors_MK * unit) * q) / torch.where(length > 0, length, 1.0)
-    return scales_MS * torch.where(length > 0, share, 1.0).unsqueeze(1)
+    bound = LIMIT / reach[:, 0]
+    share = torch.where(length > 0, share, 1.0).clamp(-bound, bound)
+    return scales_MS * share.unsqueeze(1)
 
 
-class MaxMin:
-    """Scales (min, u) and codes of b bits: value = min + u code."""
-
-    scales = 2
-    pack = staticmethod(pack)
-    unpack = staticmethod(unpack)
-
-    @staticmethod
-    def expected_squared_error(vectors_MK: Tensor, bits: int) -> float:
-        """Sum of u^2 f (1 - f): the variance of rounding up with probability f."""
-        low, high = vectors_MK.to(torch.float64).aminmax(dim=1, keepdim=True)
-        unit = (high - low) / ((1 << bits) - 1)
-        place = (vectors_MK - low) / torch.where(unit > 0, unit, 1.0)
-        fraction = place - place.floor()
-        return float((unit**2 * fraction * (1 - fraction)).sum())
-
-    @staticmethod
-    def encode(vectors_MK: Tensor, bits: int, draws_MK: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = vectors_MK.aminmax(dim=1, keepdim=True)
-        finite = torch.isfinite(vectors_MK).all(1, keepdim=True)
-        low, high = low.clamp_min(-LIMIT) + 0.0, high.clamp_max(LIMIT)  # + 0.0: no negative zero
-        unit = (high - low).clamp_max(LIMIT) / ((1 << bits) - 1)
-        position = (vectors_MK - low) / torch.where(unit > 0, unit, 1.0)
-        floor = position.floor()
-        codes = (floor + (draws_MK < position - floor)).clamp(0, (1 << bits) - 1)
-        codes = torch.where(finite & (unit > 0), codes, 0.0).to(torch.int64)
-        scales = torch.cat([low, unit], dim=1)
-        return torch.where(finite, scales, torch.nan), codes
-
-    @staticmethod
-    def decode(scales_MS: Tensor, codes_MK: Tensor, bits: int) -> Tensor:
-        return scales_MS[:, :1] + scales_MS[:, 1:] * codes_MK.to(torch.float32)
-
-
-CODERS = {"maxmin": MaxMin}
+def _between(kind: Family, vectors_MK: Tensor, scales_MS: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The code below each value, as int64, and how far the value lies on the way to the next code, in [0, 1)."""
+    positions = kind.positions(vectors_MK, scales_MS, bits).clamp(0, kind.top(bits))
+    lower = positions.floor()
+    return lower.to(torch.int64), positions - lower
 
 
 def _record_bytes(family: str, plan: Plan, group: np.ndarray) -> int:
     count, bits = int(plan.count[group[0]]), int(plan.bits[group[0]])
-    return 4 * count if bits == DENSE else 4 * CODERS[family].scales + -(-count * bits // 8)
+    return 4 * count if bits == DENSE else record_bytes(family, count, bits)
 
 
 def _floats(nbytes_MB: Tensor) -> Tensor:

@@ -1,0 +1,238 @@
+"""The exchange in real backward passes: under DDP over gloo, and through hooks in a single process."""
+
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import compression
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 300), nn.ReLU(), nn.Linear(300, 301), nn.ReLU(), nn.Linear(301, 10))
+
+
+def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    images = torch.randn(8, 20, generator=generator)
+    return images, images[:, :10].argmax(1)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _rank_main(rank: int, world_size: int, port: int, work: Callable[[int], Any], results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    results[rank] = work(rank)
+    dist.destroy_process_group()
+
+
+def on_gloo(world_size: int, work: Callable[[int], Any]) -> list[Any]:
+    """What `work(rank)` returns in real processes joined by gloo."""
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_rank_main, (world_size, free_port(), work, results), nprocs=world_size)
+        return [results[rank] for rank in range(world_size)]
+
+
+@contextlib.contextmanager
+def ddp(cap_mb: float = 0.1) -> Iterator[DistributedDataParallel]:
+    yield DistributedDataParallel(model(), bucket_cap_mb=cap_mb)
+
+
+def train(wrapped: nn.Module, exchange: compression.Exchange | None, rank: int, steps: int = 5) -> Tensor:
+    """All parameters after some steps of a loop that knows nothing of the exchange, as one vector."""
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
+    for step in range(steps):
+        images, labels = batch(rank, step)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(wrapped(images), labels).backward()
+        optimizer.step()
+    if exchange is not None:
+        exchange.close()
+    return torch.cat([p.detach().flatten() for p in wrapped.parameters()])
+
+
+def none_against_plain_ddp(rank: int) -> bool:
+    with ddp() as plain, ddp() as hooked:
+        expected = train(plain, None, rank)
+        exchange = compression.attach(hooked, compression.build("none"))
+        return torch.equal(train(hooked, exchange, rank), expected)
+
+
+def test_none_is_bit_identical_to_no_hook_at_all() -> None:
+    assert on_gloo(3, none_against_plain_ddp) == [True] * 3
+
+
+def maxmin_in_two_groupings(rank: int) -> list[Tensor]:
+    """Many small DDP buckets, exchanged while backward goes on; then one bucket; then a careful loop."""
+    after = []
+    for cap_mb in (0.1, 25.0):
+        with ddp(cap_mb) as wrapped:
+            compressor = compression.build("maxmin", bits=4, error_feedback=True)
+            after.append(train(wrapped, compression.attach(wrapped, compressor), rank))
+    return after
+
+
+def test_ranks_hold_equal_bits_whatever_the_buckets_of_ddp() -> None:
+    (many, one), (others_many, others_one) = on_gloo(2, maxmin_in_two_groupings)
+    assert torch.equal(many, others_many)
+    assert torch.equal(one, others_one)
+    assert torch.equal(many, one)
+
+
+def failing_network(rank: int) -> str:
+    class Broken(compression.TorchDistributed):
+        def exchange(self, messages: Tensor, sizes: Any) -> Tensor:
+            raise ConnectionError("the cable is out")
+
+    with ddp() as wrapped:
+        exchange = compression.attach(wrapped, compression.build("maxmin"), Broken(dist.new_group()))
+        try:
+            train(wrapped, exchange, rank)
+        except ConnectionError as error:
+            return str(error)
+    return "nothing was raised"
+
+
+def test_what_goes_wrong_on_the_communication_thread_reaches_the_loop() -> None:
+    assert on_gloo(2, failing_network) == ["the cable is out"] * 2
+
+
+def uneven_messages(rank: int) -> bool:
+    """Sizes that differ by rank, zero among them, as the shares of small layers have them."""
+    network = compression.TorchDistributed()
+    sizes = [0, 5, 3]
+    sent = torch.full((8,), rank, dtype=torch.uint8)
+    received = network.exchange(sent, sizes)
+    expected = torch.arange(3, dtype=torch.uint8)[:, None].expand(3, sizes[rank])
+    gathered = network.gather(torch.full((sizes[rank],), rank, dtype=torch.uint8), sizes)
+    return torch.equal(received, expected) and gathered.tolist() == [1] * 5 + [2] * 3
+
+
+def test_messages_of_any_length_arrive_where_they_belong() -> None:
+    assert on_gloo(3, uneven_messages) == [True] * 3
+
+
+# In a single process
+
+
+@contextlib.contextmanager
+def solo(name: str, **options: Any) -> Iterator[tuple[nn.Module, compression.Exchange]]:
+    network = model()
+    exchange = compression.attach(network, compression.build(name, **options))
+    try:
+        yield network, exchange
+    finally:
+        exchange.close()
+
+
+def backward(network: nn.Module, step: int = 0, factor: float = 1.0) -> None:
+    images, labels = batch(0, step)
+    (nn.functional.cross_entropy(network(images), labels) * factor).backward()
+
+
+def gradients(network: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+
+
+def test_alone_and_uncompressed_gradients_are_autograds() -> None:
+    plain = model()
+    backward(plain)
+    with solo("none") as (network, _):
+        backward(network)
+        assert torch.equal(gradients(network), gradients(plain))
+
+
+def test_alone_and_compressed_gradients_are_encoded_before_backward_returns() -> None:
+    plain = model()
+    backward(plain)
+    with solo("maxmin", bits=2) as (network, exchange):
+        backward(network)
+        assert bool(exchange.finish())
+        assert not torch.equal(gradients(network), gradients(plain))
+        assert gradients(network).unique().numel() < gradients(plain).unique().numel()
+
+
+def test_micro_batches_accumulate_and_are_encoded_once() -> None:
+    with solo("maxmin") as (network, exchange):
+        with exchange.no_sync():
+            backward(network, 0)
+        assert exchange.report().steps == 0
+        backward(network, 1)
+        exchange.settle(exchange.finish())
+        assert exchange.report().steps == 1
+
+
+def test_the_compressor_sees_gradients_without_the_loss_scale() -> None:
+    """A residual in another unit would be wrong by the scale's quotient as soon as the scale moves."""
+    after = []
+    for scales in ((1.0, 1.0), (2.0**10, 2.0**4)):
+        with solo("maxmin", error_feedback=True) as (network, exchange):
+            for step, scale in enumerate(scales):
+                network.zero_grad()
+                exchange.begin_step(torch.tensor(scale))
+                backward(network, step, scale)
+                exchange.settle(exchange.finish())
+            after.append(gradients(network) / scales[-1])
+    assert torch.equal(*after)
+
+
+def test_an_unfinite_gradient_is_named_and_forgotten() -> None:
+    with solo("maxmin", error_feedback=True) as (network, exchange):
+        backward(network, 0)
+        exchange.settle(exchange.finish())
+        before = exchange.state_dict()["averager"]["residual"]
+        network.zero_grad()
+        exchange.begin_step()
+        backward(network, 1, float("inf"))
+        finite = exchange.finish()
+        assert not bool(finite)
+        exchange.settle(finite)
+        assert exchange.nonfinite_layer() == "0.weight"
+        assert exchange.nonfinite_layer() is None
+        after = exchange.state_dict()["averager"]["residual"]
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_recorder_keeps_the_decaying_sum_of_own_gradients() -> None:
+    plain = model()
+    with solo("maxmin", bits=1) as (network, exchange):
+        exchange.recorder = compression.Recorder(exchange.layers)
+        expected = torch.zeros_like(plain[0].weight)
+        for step in range(3):
+            for net in (plain, network):
+                net.zero_grad()
+                backward(net, step)
+            exchange.settle(exchange.finish())
+            expected = 0.8 * expected + plain[0].weight.grad
+        recorded = exchange.recorder.averaged(compression.Solo())
+        assert torch.allclose(recorded["0.weight"], expected, atol=1e-6)
+        assert "0.bias" not in recorded
+
+
+def test_a_report_counts_steps_and_what_was_encoded() -> None:
+    with solo("maxmin", bits=4, bucket_size=512) as (network, exchange):
+        for step in range(3):
+            backward(network, step)
+            exchange.settle(exchange.finish())
+        report = exchange.report()
+        codec = compression.codec("maxmin", bits=4, bucket_size=512)
+        layers = exchange.layers
+        encoded = sum(codec.wire_bytes(layer.numel) if layer.compressed else 4 * layer.numel for layer in layers)
+        assert report.steps == 3
+        assert report.bytes_sent == 0
+        assert report.ratio == pytest.approx(encoded / (4 * sum(layer.numel for layer in layers)))
+        assert exchange.report().steps == 0
