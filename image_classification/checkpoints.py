@@ -10,10 +10,11 @@ keys only, and knows neither models, optimizers nor ranks.
 | `arch`, `num_classes` | what the weights fit |
 | `state_dict` | the model's parameters and buffers, those of rank 0 |
 | `best_prec1` | the best top-1 so far, percent |
-| `optimizer`, `scaler` | their state dicts; the schedule is a function of the epoch and has no state |
-| `widths` | layer name -> bits that the last search installed, or None |
+| `optimizer` | momentum, master weights, loss scale; the schedule is a function of the epoch and has no state |
+| `widths` | layer name -> bits that the last search installed |
+| `seed` | what the run is seeded with, also where no seed was asked for |
 | `world_size` | ranks that wrote it |
-| `ranks` | per rank: `random` (see `random_state`), `buffers` (batch-norm statistics), `averager` (residuals and all |
+| `ranks` | per rank: `random` (see `random_state`), `buffers` (batch-norm statistics), `exchange` (residuals and all |
 | | other memory of its compressor) |
 """
 
@@ -117,12 +118,12 @@ def newest_good(
             content = _read(path, mmap=True)
             found.append(((content["epoch"], content["iteration"]), path))
         except Damaged as error:
-            warn(str(error))
+            warn(f"passed over: {error}")
     for _, path in sorted(found, key=lambda item: item[0], reverse=True):
         try:
             return path, load(path, expected)
         except Damaged as error:
-            warn(str(error))
+            warn(f"passed over: {error}")
     return None
 
 

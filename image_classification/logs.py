@@ -29,34 +29,35 @@ END: Step = (math.inf, math.inf)
 
 
 class Metric(NamedTuple):
-    """How a metric is read: its unit, empty where it has none, and its format on the terminal."""
+    """How a metric is read: its unit, empty where it has none, its format, and whether terminals show it."""
 
     unit: str
     format: str
+    shown: bool = True
 
 
 METRICS = {
     "train.loss": Metric("", ".4f"),
-    "train.compute_ips": Metric("images/s", ".1f"),
+    "train.compute_ips": Metric("images/s", ".1f", shown=False),
     "train.total_ips": Metric("images/s", ".1f"),
-    "train.data_time": Metric("s", ".4f"),
-    "train.compute_time": Metric("s", ".4f"),
+    "train.data_time": Metric("s", ".4f", shown=False),
+    "train.compute_time": Metric("s", ".4f", shown=False),
     "lr": Metric("", ".5g"),
     "val.top1": Metric("%", ".2f"),
     "val.top5": Metric("%", ".2f"),
     "val.loss": Metric("", ".4f"),
-    "val.compute_ips": Metric("images/s", ".1f"),
-    "val.total_ips": Metric("images/s", ".1f"),
-    "val.data_time": Metric("s", ".4f"),
-    "val.compute_latency": Metric("s", ".4f"),
-    "val.compute_latency_at95": Metric("s", ".4f"),
-    "val.compute_latency_at99": Metric("s", ".4f"),
-    "val.compute_latency_at100": Metric("s", ".4f"),
-    "comm.bytes_sent": Metric("bytes/step", ".0f"),
-    "comm.bytes_dense": Metric("bytes/step", ".0f"),
+    "val.compute_ips": Metric("images/s", ".1f", shown=False),
+    "val.total_ips": Metric("images/s", ".1f", shown=False),
+    "val.data_time": Metric("s", ".4f", shown=False),
+    "val.compute_latency": Metric("s", ".4f", shown=False),
+    "val.compute_latency_at95": Metric("s", ".4f", shown=False),
+    "val.compute_latency_at99": Metric("s", ".4f", shown=False),
+    "val.compute_latency_at100": Metric("s", ".4f", shown=False),
+    "comm.bytes_sent": Metric("bytes/step", ",.0f"),
+    "comm.bytes_dense": Metric("bytes/step", ",.0f", shown=False),
     "comm.ratio": Metric("", ".4f"),
-    "comm.time": Metric("s", ".4f"),
-    "codec.time": Metric("s", ".4f"),
+    "comm.time": Metric("s", ".4f", shown=False),
+    "codec.time": Metric("s", ".4f", shown=False),
 }
 """Every metric of training and validation. Times are seconds per iteration."""
 
@@ -236,7 +237,10 @@ def _show(text: str) -> None:
 
 
 class Terminal(Sink):
-    """A line for each record; on a terminal, iterations move a progress bar with rate and time left instead."""
+    """A line for each record, of the metrics that fit on it; on a terminal, iterations move a progress bar instead.
+
+    The bar shows the rate and the time left of its epoch.
+    """
 
     def __init__(self, iterations: int, show: Callable[[str], None] = _show, bar: bool | None = None) -> None:
         """`iterations` per epoch; `bar` by default where standard error is a terminal."""
@@ -249,7 +253,7 @@ class Terminal(Sink):
         self.line("parameters: " + ", ".join(f"{name} {value}" for name, value in data.items()))
 
     def log(self, step: Step, data: Mapping[str, Value]) -> None:
-        values = " | ".join(_readable(name, value) for name, value in data.items())
+        values = " | ".join(_readable(name, value) for name, value in data.items() if _metric(name).shown)
         if len(step) == 2 and self.with_bar:
             self._move(int(step[0]), int(step[1]), values)
             return
@@ -275,7 +279,11 @@ class Terminal(Sink):
         self.bar.refresh()
 
 
+def _metric(name: str) -> Metric:
+    return METRICS.get(name, Metric("", ".4g"))
+
+
 def _readable(name: str, value: Value) -> str:
-    metric = METRICS.get(name, Metric("", ".4g"))
+    metric = _metric(name)
     number = value if isinstance(value, str) else format(value, metric.format)
     return f"{name} {number} {metric.unit}".rstrip()

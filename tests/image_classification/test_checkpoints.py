@@ -256,7 +256,7 @@ def test_resuming_passes_over_damaged_checkpoints_with_a_line_each(tmp_path, dam
     found, warnings = newest(tmp_path)
     assert found == (checkpoints.BEST, 2)
     assert len(warnings) == 1
-    assert warnings[0].startswith(f"checkpoint {tmp_path / NAME} is damaged")
+    assert warnings[0].startswith(f"passed over: checkpoint {tmp_path / NAME} is damaged")
     damage(tmp_path / checkpoints.BEST)
     assert newest(tmp_path)[0] == ("checkpoint-1.pth.tar", 1)
     damage(tmp_path / "checkpoint-1.pth.tar")

@@ -152,19 +152,19 @@ def test_a_folder_in_the_raports_place_is_an_error_that_names_it(tmp_path):
         logs.Raport(tmp_path)
 
 
-def test_plain_lines_show_every_record_with_units():
+def test_plain_lines_show_every_record_with_units_as_far_as_it_can_be_read():
     shown = []
     terminal = logs.Terminal(20, shown.append, bar=False)
     terminal.parameters({"arch": "vgg16", "seed": 1})
-    terminal.log((0, 10), {"train.loss": 2.5, "train.total_ips": 1234.56})
-    terminal.log((0,), {"val.top1": 12.5, "search.gap": 0.51})
+    terminal.log((0, 10), {"train.loss": 2.5, "train.total_ips": 1234.56, "train.data_time": 0.1})
+    terminal.log((0,), {"val.top1": 12.5, "comm.bytes_sent": 1234567.8, "best.top1": 12.5})
     terminal.log((), {"val.top1": 12.5, "stopped": "early"})
     terminal.line("a sentence")
     terminal.close()
     assert shown == [
         "parameters: arch vgg16, seed 1",
         "epoch 0 iteration 10/20 | train.loss 2.5000 | train.total_ips 1234.6 images/s",
-        "epoch 0 | val.top1 12.50 % | search.gap 0.51",
+        "epoch 0 | val.top1 12.50 % | comm.bytes_sent 1,234,568 bytes/step | best.top1 12.5",
         "summary | val.top1 12.50 % | stopped early",
         "a sentence",
     ]
