@@ -13,7 +13,7 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from compression.kernels.reference import HUGE, LIMIT, TINY, TREE
+from compression.kernels.families import LIMIT, TINY, TREE
 from compression.kernels.threads import jit as _jit
 from compression.kernels.threads import split
 from compression.layers import DENSE, Plan
@@ -22,7 +22,7 @@ FAMILIES = {"maxmin": 0}
 _MAXMIN = FAMILIES["maxmin"]
 
 _TILE = 1024  # codes packed at a time; a multiple of TREE and of 8
-_LIMIT, _HUGE, _TINY = np.float32(LIMIT), np.float32(HUGE), np.float32(TINY)
+_LIMIT, _TINY = np.float32(LIMIT), np.float32(TINY)
 _INFINITY = np.int32(0x7F800000)
 _MANTISSA = np.float32(2.0**-24)
 
@@ -315,7 +315,8 @@ def _encode(
             source, source_at = pending, memory_at[m]
             _add(values[at : at + n], residual[source_at : source_at + n], pending[source_at : source_at + n])
         low, unit = _maxmin_scales(source, source_at, n, b, scratch)
-        norm = np.float32(1.0) / max(max(abs(low), unit), _TINY)
+        reach = max(max(abs(low), abs(low + unit * np.float32((1 << b) - 1))), _TINY)
+        norm = np.float32(1.0) / reach
         for tile in range(0, n, _TILE):
             length = min(_TILE, n - tile)
             first = element[m] + tile
@@ -328,8 +329,7 @@ def _encode(
         if feedback:
             dot, length2 = _tree_of_blocks(dots, -(-n // TREE)), _tree_of_blocks(lengths, -(-n // TREE))
             share = dot / length2 if length2 > 0 else np.float32(1.0)
-            if max(abs(low), unit) > _HUGE:
-                share = min(max(share, np.float32(-1.0)), np.float32(1.0))
+            share = min(max(share, -_LIMIT / reach), _LIMIT / reach)
             low, unit = low * share, unit * share
         _put_scale(scratch, low, wire, record)
         _put_scale(scratch, unit, wire, record + 4)

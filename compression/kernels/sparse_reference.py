@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from compression.kernels.reference import pack, unpack
+from compression.kernels.families import pack, unpack
 from compression.kernels.sparse import SparsePlan
 from compression.layers import Ints
 
