@@ -48,6 +48,7 @@ OPTIONS = {
     "bucket_size": "bucket_size",
     "error_feedback": "error_feedback",
     "compressor_warmup_steps": "warmup_steps",
+    "powersgd_rank": "rank",
 }
 
 
@@ -201,7 +202,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --bb-ratio: steps that a layer's average may come late")
 
     add = encoding.add_argument
-    add("--compression-type", choices=tuple(compression.COMPRESSORS), default="none",
+    add("--compression-type", default="none",
+        choices=tuple(name for name, row in compression.COMPRESSORS.items() if row.listed),
         help="what the gradients are encoded with (default: %(default)s; maxmin with --search or "
         "--compression-scheme)")
     add("--quantization-bits", type=bit_width, default=4,
@@ -375,9 +377,9 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
     goes_with("dgc_clip", flags.dgc, "--dgc")
     takes = {*row.takes}
     if flags.dgc or flags.powersgd_rank:
-        takes |= {"bucket_size", "error_feedback", "warmup_steps"}
+        takes |= {"bucket_size", "error_feedback", "warmup_steps", "rank"}
     for name, option in OPTIONS.items():
-        others = [other for other, theirs in compression.COMPRESSORS.items() if option in theirs.takes]
+        others = [other for other, row in compression.COMPRESSORS.items() if row.listed and option in row.takes]
         refuse(name in changed and option not in takes,
                f"{spelled(name)} has no effect with --compression-type {kind}; use {', '.join(others)}")
     refuse(flags.powersgd_rank and flags.big_grad and kind == "none",
@@ -503,9 +505,10 @@ def join_ranks(flags: argparse.Namespace) -> Iterator[World]:
 
 def compressor_of(flags: argparse.Namespace) -> compression.Compressor:
     """The compressor that the flags ask for, with those of the flags that it takes."""
-    takes = compression.COMPRESSORS[flags.compression_type].takes
-    options = {option: getattr(flags, name) for name, option in OPTIONS.items() if option in takes}
-    return compression.build(flags.compression_type, **options)
+    name = "powersgd" if flags.powersgd_rank and flags.compression_type == "none" else flags.compression_type
+    takes = compression.COMPRESSORS[name].takes
+    options = {option: getattr(flags, flag) for flag, option in OPTIONS.items() if option in takes}
+    return compression.build(name, **{option: value for option, value in options.items() if value is not None})
 
 
 def build_model(flags: argparse.Namespace, seed: int) -> nn.Module:

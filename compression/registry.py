@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compression.averagers import Averager, Dense, Sanity, TwoHop, WarmUp
+from compression.averagers import Averager, Dense, LowRank, Sanity, TwoHop, WarmUp
 from compression.codecs.quantizers import MaxMin, Quantizer
 from compression.collectives import Collectives
 from compression.layers import Layer
@@ -20,23 +20,28 @@ Build = Callable[["Options", Sequence[Layer], Collectives, int], Averager]
 class Options:
     """Every option that some compressor takes; each takes those that its row names.
 
-    `warmup_steps`: optimizer steps in float32 before compression begins.
+    `warmup_steps`: optimizer steps in float32 before compression begins. `rank`: of a layer as a product of factors.
     """
 
     bits: int = 4
     bucket_size: int = 512
     error_feedback: bool = False
     warmup_steps: int = 0
+    rank: int = 4
 
 
 @dataclass(frozen=True)
 class Row:
-    """One compressor: what it is, the options it takes, how its averager and its codec are built."""
+    """One compressor: what it is, the options it takes, how its averager and its codec are built.
+
+    `listed`: among the choices of --compression-type; the others have a flag of their own.
+    """
 
     summary: str
     takes: tuple[str, ...]
     average: Build
     quantizer: type[Quantizer] | None = None
+    listed: bool = True
 
     @property
     def has_bits(self) -> bool:
@@ -56,12 +61,22 @@ def _quantized(quantizer: type[Quantizer]) -> Build:
     return average
 
 
+def _powersgd(options: Options, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:
+    return LowRank(options.rank, layers, collectives, seed)
+
+
 _QUANTIZER = ("bits", "bucket_size", "error_feedback", "warmup_steps")
 
 COMPRESSORS: dict[str, Row] = {
     "none": Row("float32 all-reduce", (), lambda options, layers, collectives, seed: Dense(collectives)),
     "sanity": Row("sends nothing, every gradient is zero", (), lambda options, layers, collectives, seed: Sanity()),
     "maxmin": Row("uniform levels between minimum and maximum", _QUANTIZER, _quantized(MaxMin), MaxMin),
+    "powersgd": Row(
+        "two thin factors of each layer, warm-started, always with error feedback",
+        ("rank", "bucket_size", "warmup_steps"),
+        _powersgd,
+        listed=False,
+    ),
 }
 
 
@@ -101,6 +116,8 @@ def build(name: str, **options: Any) -> Compressor:
         row.quantizer(compressor.options.bits, compressor.options.bucket_size)
     if compressor.options.warmup_steps < 0:
         raise ValueError(f"warmup_steps counts optimizer steps, got {compressor.options.warmup_steps}")
+    if compressor.options.rank < 1:
+        raise ValueError(f"rank counts the columns of a factor, at least 1, got {compressor.options.rank}")
     return compressor
 
 
