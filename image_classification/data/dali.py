@@ -4,9 +4,9 @@ Order, shards and random views are ours, the same as the pytorch backend's: DALI
 view to show. So it draws no random number, and an epoch can start anywhere.
 
 DALI decodes what it decodes as Pillow does: complete JPEG and PNG files in RGB or gray. All else (CMYK, palettes,
-transparency, 16 bits, other formats, damaged files) goes through Pillow, file by file, so that the backends
-accept, refuse and skip the same files. Where DALI fails all the same, Pillow decodes that whole batch, and a
-warning says so.
+transparency, 16 bits, other formats, incomplete files) goes through Pillow, file by file, so that the backends
+accept, refuse and skip the same files, but for one kind: of a complete file that is damaged in its middle DALI may
+show what is left, where Pillow refuses. Where DALI fails, Pillow decodes that whole batch, and a warning says so.
 """
 
 import warnings
@@ -115,12 +115,12 @@ class DaliReader:
         pixels = torch.empty(
             (len(contents), size, size, 3), dtype=torch.uint8, device=self._device, pin_memory=pin
         )
-        encoded = [row for row, content in enumerate(contents) if isinstance(content, _Encoded)]
+        encoded = {row: content for row, content in enumerate(contents) if isinstance(content, _Encoded)}
+        rendered = {row: content for row, content in enumerate(contents) if isinstance(content, np.ndarray)}
         if encoded:
-            pixels[encoded] = self._run([content for content in contents if isinstance(content, _Encoded)])
-        for row, content in enumerate(contents):
-            if isinstance(content, np.ndarray):
-                pixels[row] = torch.from_numpy(content)
+            pixels[list(encoded)] = self._run(list(encoded.values()))
+        if rendered:
+            pixels[list(rendered)] = stack(list(rendered.values())).to(self._device)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # DALI reuses its output at the next run
         return pixels

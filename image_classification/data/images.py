@@ -40,6 +40,7 @@ def open_image(data: bytes) -> Image.Image:
 
 def render(image: Image.Image, view: View, image_size: int) -> np.ndarray:
     """The view's pixels, uint8 [image_size, image_size, 3] in RGB. Raises BadImage where the data is damaged."""
+    image.info.pop("transparency", None)  # Pillow warns that RGB drops it
     with _bad_image():
         rgb = image.convert("RGB")
     size = (image_size, image_size)
