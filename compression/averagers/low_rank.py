@@ -10,8 +10,9 @@ from torch import Tensor
 
 from compression import randomness
 from compression.averagers.base import Gradients, Memory
+from compression.codecs.low_rank import gains, sides
 from compression.collectives import Collectives
-from compression.kernels.reference import LIMIT
+from compression.kernels.families import LIMIT
 from compression.layers import Layer
 
 # What travels is scaled down by this, so that sums over rows, columns and ranks of the largest floats stay finite.
@@ -90,9 +91,9 @@ class LowRank:
         self.encoded_bytes = 0
         self.layers = {layer.name: layer for layer in layers}
         self._seed = seed
-        factored = [layer for layer in layers if layer.compressed and gains(layer, rank)]
+        factored = [layer for layer in layers if layer.compressed and gains(*sides(layer.shape), rank)]
         self._residual = Memory({layer.name: layer.numel for layer in factored})
-        self._basis = Memory({layer.name: rank * sides(layer)[1] for layer in factored})
+        self._basis = Memory({layer.name: rank * sides(layer.shape)[1] for layer in factored})
         self._routes: dict[tuple[tuple[str, ...], tuple[int, ...]], _Route] = {}
 
     def average_(self, gradients: Gradients, step: int) -> None:
@@ -175,7 +176,7 @@ class LowRank:
     def _plan(self, gradients: Gradients) -> _Route:
         starts = dict(zip(gradients.names, gradients.offsets, strict=True))
         factored = [name for name in starts if name in self._residual.spans]
-        sizes = {name: sides(self.layers[name]) for name in factored}
+        sizes = {name: sides(self.layers[name].shape) for name in factored}
         left_at, lefts, first_values = self._stacks({name: rows for name, (rows, _) in sizes.items()})
         right_at, rights, second_values = self._stacks({name: cols for name, (_, cols) in sizes.items()})
         matrices = tuple(
@@ -210,17 +211,6 @@ class LowRank:
                 places[name] = at
                 at += side * self.rank
         return places, tuple(stacks), at
-
-
-def sides(layer: Layer) -> tuple[int, int]:
-    """(rows, cols) of a layer as a matrix: its first dimension, and all others."""
-    return layer.shape[0], layer.numel // max(layer.shape[0], 1)
-
-
-def gains(layer: Layer, rank: int) -> bool:
-    """Whether `rank` columns and rows are fewer values than the layer itself."""
-    rows, cols = sides(layer)
-    return rank * (rows + cols) < rows * cols
 
 
 def _restored(right_RC: Tensor) -> Tensor:
