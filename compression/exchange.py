@@ -24,6 +24,7 @@ from compression.engine import Engine
 from compression.layers import Layer, layers_of
 from compression.recorder import Recorder
 from compression.registry import Compressor
+from compression.whole import Whole
 
 BUCKET_BYTES = 25 * 2**20  # of gradients that travel together where DDP does not choose
 
@@ -67,6 +68,8 @@ class Exchange:
         self._loss_scale: float | Tensor = 1.0
         self._open = False  # a step is under way
         self._travelling = False  # and some of its gradients have been submitted
+        self._whole = Whole(self.layers) if compressor.at_once else None
+        self._waiting: list[tuple[Gradients, Callable[[], None]]] = []  # submitted, but not yet queued
         self._largest: dict[str, Tensor] = {}  # of each average of the step under way, its largest magnitude
         self._suspect: tuple[tuple[str, ...], Tensor] | None = None
         self._failure: BaseException | None = None
@@ -87,6 +90,7 @@ class Exchange:
         if self._open:
             self.settle(self.finish())
         self._open, self._travelling = True, False
+        self._waiting.clear()
         self._largest.clear()
         self._loss_scale = loss_scale
 
@@ -174,6 +178,11 @@ class Exchange:
         """End the communication thread."""
         self._engine.close()
 
+    @property
+    def without_momentum(self) -> frozenset[str]:
+        """Parameters whose momentum the compressor applies itself: the optimizer's must be off for them."""
+        return getattr(self.averager, "without_momentum", frozenset())
+
     # The work itself.
 
     def _average(self, gradients: Gradients, step: int) -> None:
@@ -199,18 +208,36 @@ class Exchange:
         self._job_seconds += time.perf_counter() - start
 
     def _submit(self, gradients: Gradients, done: Callable[[], None]) -> None:
-        """Queue the averaging of one flat buffer; `done` is called whether it succeeds or not."""
+        """Queue the averaging of one flat buffer; `done` is called whether it succeeds or not.
+
+        Where all gradients are averaged at once, the buffers wait for the last one and then make one job.
+        """
+        self._travelling = True
+        self._waiting.append((gradients, done))
+        if self._whole is not None and sum(len(part.names) for part, _ in self._waiting) < len(self.layers):
+            return
+        waiting, self._waiting = self._waiting, []
 
         def job() -> None:
             try:
                 if self._failure is None:
-                    self._average(gradients, self.step)
+                    self._average_parts([part for part, _ in waiting])
             except BaseException as error:
                 self._failure = error
-            done()
+            for _, done in waiting:
+                done()
 
-        self._travelling = True
         self._engine.submit(job)
+
+    def _average_parts(self, parts: Sequence[Gradients]) -> None:
+        """On the communication thread: average one flat buffer, or all of them as one."""
+        if self._whole is None:
+            (part,) = parts
+            self._average(part, self.step)
+        else:
+            joined = self._whole.join(parts)
+            self._average(joined, self.step)
+            self._whole.part(joined, parts)
 
     def _measure(self, gradients: Gradients) -> None:
         views = [

@@ -8,8 +8,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compression.averagers import Averager, Dense, LowRank, Sanity, TwoHop, WarmUp
+from compression.averagers import (
+    Averager,
+    DeepGradientCompression,
+    Dense,
+    Gathered,
+    LowRank,
+    RandomShare,
+    Residual,
+    RmsScore,
+    Sanity,
+    TwoHop,
+    WarmUp,
+)
 from compression.codecs.quantizers import MaxMin, Quantizer
+from compression.codecs.sparsifiers import RandomK, TopK
 from compression.collectives import Collectives
 from compression.layers import Layer
 
@@ -21,6 +34,9 @@ class Options:
     """Every option that some compressor takes; each takes those that its row names.
 
     `warmup_steps`: optimizer steps in float32 before compression begins. `rank`: of a layer as a product of factors.
+    `big_grad`: all gradients travel as one tensor, after backward. `ratio`: share of values that a top-k keeps; what it
+    drops is lost, or remembered (`error_feedback`), or sent in `efx_bits` bits, or a random share `efx_randk` of it is.
+    `momentum`, `nesterov`, `clip` (norm of a rank's gradient, before momentum): of deep gradient compression.
     """
 
     bits: int = 4
@@ -28,13 +44,21 @@ class Options:
     error_feedback: bool = False
     warmup_steps: int = 0
     rank: int = 4
+    big_grad: bool = False
+    ratio: float = 0.01
+    efx_bits: int | None = None
+    efx_randk: float | None = None
+    momentum: float = 0.9
+    nesterov: bool = False
+    clip: float | None = None
 
 
 @dataclass(frozen=True)
 class Row:
     """One compressor: what it is, the options it takes, how its averager and its codec are built.
 
-    `listed`: among the choices of --compression-type; the others have a flag of their own.
+    `listed`: among the choices of --compression-type; the others have a flag of their own. `own_warmup`: what it does
+    in its first `warmup_steps` is its own business, and not float32.
     """
 
     summary: str
@@ -42,6 +66,8 @@ class Row:
     average: Build
     quantizer: type[Quantizer] | None = None
     listed: bool = True
+    sparsifier: type[TopK] | None = None
+    own_warmup: bool = False
 
     @property
     def has_bits(self) -> bool:
@@ -65,17 +91,62 @@ def _powersgd(options: Options, layers: Sequence[Layer], collectives: Collective
     return LowRank(options.rank, layers, collectives, seed)
 
 
-_QUANTIZER = ("bits", "bucket_size", "error_feedback", "warmup_steps")
+def _top_k(score: type[RmsScore] | None = None) -> Build:
+    def average(options: Options, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:
+        dropped: Averager | None = None
+        if options.efx_bits is not None:
+            dropped = TwoHop(MaxMin(options.efx_bits, options.bucket_size), layers, collectives, seed)
+        if options.efx_randk is not None:
+            dropped = RandomShare(RandomK(options.efx_randk), layers, collectives, seed)
+        return Gathered(
+            TopK(options.ratio),
+            layers,
+            collectives,
+            Residual(layers) if options.error_feedback else None,
+            score(layers) if score is not None else None,
+            dropped,
+            whole=options.big_grad,
+        )
+
+    return average
+
+
+def _dgc(options: Options, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:
+    return DeepGradientCompression(
+        options.ratio,
+        layers,
+        collectives,
+        options.momentum,
+        options.nesterov,
+        clip=options.clip,
+        ramp_steps=options.warmup_steps,
+        whole=options.big_grad,
+    )
+
+
+_QUANTIZER = ("bits", "bucket_size", "error_feedback", "warmup_steps", "big_grad")
+_TOP_K = ("ratio", "bucket_size", "error_feedback", "efx_bits", "efx_randk", "warmup_steps", "big_grad")
 
 COMPRESSORS: dict[str, Row] = {
-    "none": Row("float32 all-reduce", (), lambda options, layers, collectives, seed: Dense(collectives)),
-    "sanity": Row("sends nothing, every gradient is zero", (), lambda options, layers, collectives, seed: Sanity()),
+    "none": Row("float32 all-reduce", ("big_grad",), lambda options, layers, collectives, seed: Dense(collectives)),
+    "sanity": Row(
+        "sends nothing, every gradient is zero", ("big_grad",), lambda options, layers, collectives, seed: Sanity()
+    ),
     "maxmin": Row("uniform levels between minimum and maximum", _QUANTIZER, _quantized(MaxMin), MaxMin),
+    "topk": Row("the largest by magnitude, values and indices", _TOP_K, _top_k(), sparsifier=TopK),
+    "topk_rmsprop": Row("the largest by magnitude over their running root mean square", _TOP_K, _top_k(RmsScore)),
     "powersgd": Row(
         "two thin factors of each layer, warm-started, always with error feedback",
         ("rank", "bucket_size", "warmup_steps"),
         _powersgd,
         listed=False,
+    ),
+    "dgc": Row(
+        "deep gradient compression: top-k of momentum that each rank keeps for itself",
+        ("ratio", "momentum", "nesterov", "clip", "bucket_size", "warmup_steps", "big_grad"),
+        _dgc,
+        listed=False,
+        own_warmup=True,
     ),
 }
 
@@ -91,10 +162,16 @@ class Compressor:
     def bucket_size(self) -> int:
         return self.options.bucket_size
 
+    @property
+    def at_once(self) -> bool:
+        """Whether it needs the whole gradient at once: as one tensor, or for its norm."""
+        return self.options.big_grad or self.options.clip is not None
+
     def averager(self, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:
         """Bind to layers and ranks."""
-        inner = COMPRESSORS[self.name].average(self.options, layers, collectives, seed)
-        if self.options.warmup_steps == 0:
+        row = COMPRESSORS[self.name]
+        inner = row.average(self.options, layers, collectives, seed)
+        if self.options.warmup_steps == 0 or row.own_warmup:
             return inner
         return WarmUp(inner, Dense(collectives), self.options.warmup_steps)
 
@@ -118,17 +195,40 @@ def build(name: str, **options: Any) -> Compressor:
         raise ValueError(f"warmup_steps counts optimizer steps, got {compressor.options.warmup_steps}")
     if compressor.options.rank < 1:
         raise ValueError(f"rank counts the columns of a factor, at least 1, got {compressor.options.rank}")
+    _check_sparse(compressor.options)
     return compressor
 
 
-def codec(name: str, **options: Any) -> Quantizer:
-    """The codec of a compressor's name: `codec("maxmin", bits=4, bucket_size=512)`.
+def _check_sparse(options: Options) -> None:
+    TopK(options.ratio)
+    if options.efx_bits is not None:
+        MaxMin(options.efx_bits, options.bucket_size)
+    if options.efx_randk is not None:
+        RandomK(options.efx_randk)
+    fates = {
+        "error_feedback": options.error_feedback,
+        "efx_bits": options.efx_bits is not None,
+        "efx_randk": options.efx_randk is not None,
+    }
+    if len(chosen := [name for name, on in fates.items() if on]) > 1:
+        raise ValueError(f"what a top-k drops has one fate: choose one of {' and '.join(chosen)}")
+    if not 0 <= options.momentum < 1:
+        raise ValueError(f"momentum is a number from 0 to below 1, got {options.momentum}")
+    if options.clip is not None and not options.clip > 0:
+        raise ValueError(f"clip bounds a norm and is a number above 0, got {options.clip}; None is off")
+
+
+def codec(name: str, **options: Any) -> Any:
+    """The codec of a compressor's name: `codec("maxmin", bits=4, bucket_size=512)`, `codec("topk", ratio=0.01)`.
 
     Raises ValueError for a name that has no codec of its own.
     """
     row = _row(name)
+    if row.sparsifier is not None:
+        return row.sparsifier(**options)
     if row.quantizer is None:
-        raise ValueError(f"compressor {name} has no codec; those with one: {', '.join(with_bits())}")
+        with_codec = [name for name, row in COMPRESSORS.items() if row.quantizer or row.sparsifier]
+        raise ValueError(f"compressor {name} has no codec; those with one: {', '.join(with_codec)}")
     return row.quantizer(**{"bits": Options.bits, **options})
 
 

@@ -12,6 +12,7 @@ One file per way of agreeing:
 | --- | --- | --- | --- |
 | float32, half | yes | Dense: all-reduce | 2 (W-1)/W x width x N |
 | b-bit codes | no | TwoHop: exchange, decode and add, encode again, gather | 2 (W-1)/W x encoded |
+| (index, value) pairs | no, and the mean is denser | Gathered: one gather | (W-1) x encoded |
 | P and Q of PowerSGD | yes | LowRank: two all-reduces | 2 (W-1)/W x 4 R (rows + cols) |
 
 W ranks, N values, rank R.
@@ -19,8 +20,26 @@ W ranks, N values, rank R.
 
 from compression.averagers.base import Averager, Gradients, Memory, Stateless
 from compression.averagers.dense import Dense, Sanity
+from compression.averagers.dgc import DeepGradientCompression
+from compression.averagers.gathered import Gathered, Residual, RmsScore
 from compression.averagers.low_rank import LowRank
+from compression.averagers.random_share import RandomShare
 from compression.averagers.two_hop import TwoHop
 from compression.averagers.warm_up import WarmUp
 
-__all__ = ["Averager", "Dense", "Gradients", "LowRank", "Memory", "Sanity", "Stateless", "TwoHop", "WarmUp"]
+__all__ = [
+    "Averager",
+    "DeepGradientCompression",
+    "Dense",
+    "Gathered",
+    "Gradients",
+    "LowRank",
+    "Memory",
+    "RandomShare",
+    "Residual",
+    "RmsScore",
+    "Sanity",
+    "Stateless",
+    "TwoHop",
+    "WarmUp",
+]

@@ -148,7 +148,9 @@ def _encode(
             length = min(_TILE, k - tile)
             for i in range(length):
                 floats[i] = vector[mine[tile + i]]
-            wire[to + 4 * tile : to + 4 * (tile + length)] = raw[: 4 * length]
+            target = wire[to + 4 * tile : to + 4 * (tile + length)]
+            for i in range(4 * length):
+                target[i] = raw[i]
         to += 4 * k
         low = wire[to : to + (k * width + 7) // 8]
         blocks = wire[to + len(low) : to + len(low) + (k + ((count[layer] - 1) >> width) + 7) // 8]
@@ -204,7 +206,9 @@ def _decode(
         vector = out[at[layer] : at[layer] + n]
         for tile in range(0, k, _TILE):
             length = min(_TILE, k - tile)
-            raw[: 4 * length] = wire[start + 4 * tile : start + 4 * (tile + length)]
+            source = wire[start + 4 * tile : start + 4 * (tile + length)]
+            for i in range(4 * length):
+                raw[i] = source[i]
             for i in range(length):
                 while ready < width:
                     waiting |= np.uint64(low[byte]) << np.uint64(ready)

@@ -1,0 +1,227 @@
+"""Averaging of a few values of each layer.
+
+What is sent is a top-k of what a rank *owes*: its gradient, and what it has not sent yet. An accumulator says what
+that is, a score which of it matters most; neither knows the network.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compression import kernels
+from compression.averagers.base import Averager, Gradients, Memory
+from compression.codecs.sparsifiers import TopK
+from compression.collectives import Collectives
+from compression.kernels.families import LIMIT
+from compression.kernels.sparse import SparsePlan
+from compression.layers import Ints, Layer
+
+
+class Accumulator(Protocol):
+    """What a rank owes, and how that changes when some of it is sent. All changes are pending until settled."""
+
+    memories: Mapping[str, Memory]
+
+    def add(self, gradients: Gradients) -> Gradients:
+        """What is owed of these layers with this step's gradients: same names, a buffer of the accumulator's."""
+
+    def sent(self, positions: Tensor) -> None:
+        """The values at these positions of that buffer are sent. int64."""
+
+
+class Score(Protocol):
+    """What the top-k selects by."""
+
+    memories: Mapping[str, Memory]
+
+    def rate(self, gradients: Gradients, owed: Gradients) -> Gradients:
+        """A score for each value that is owed; its magnitude counts. Same names, any buffer."""
+
+
+class Oblivious:
+    """Owes this step's gradients; what is not sent is lost."""
+
+    memories: Mapping[str, Memory] = {}
+
+    def add(self, gradients: Gradients) -> Gradients:
+        return gradients
+
+    def sent(self, positions: Tensor) -> None:
+        pass
+
+
+class Residual:
+    """Owes the gradient and all that was not sent before: error feedback (Stich et al. 2018, arXiv:1809.07599)."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.memory = Memory({layer.name: layer.numel for layer in layers if layer.compressed})
+        self.memories: Mapping[str, Memory] = {"residual": self.memory}
+
+    def add(self, gradients: Gradients) -> Gradients:
+        residual, pending = self.memory.allocate(gradients.flat.device)
+        for gradient, here in spans(gradients, self.memory):
+            torch.add(gradient, residual[here], out=pending[here])
+        return placed(pending, gradients, self.memory)
+
+    def sent(self, positions: Tensor) -> None:
+        assert self.memory.pending is not None
+        self.memory.pending.index_fill_(0, positions, 0.0)
+
+
+class RmsScore:
+    """abs(x) / (sqrt(v) + 1e-8), v the running mean 0.99 v + 0.01 g^2 of the squared gradient, as RMSprop divides.
+
+    x is what is owed, and g the gradient alone: what waits to be sent gains in score, and not in v. g^2 is cut at
+    3.4e38, so that v stays finite.
+    """
+
+    DECAY = 0.99
+    EPSILON = 1e-8
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.memory = Memory({layer.name: layer.numel for layer in layers if layer.compressed})
+        self.memories: Mapping[str, Memory] = {"mean_square": self.memory}
+
+    def rate(self, gradients: Gradients, owed: Gradients) -> Gradients:
+        mean_square, pending = self.memory.allocate(gradients.flat.device)
+        scores = torch.empty_like(gradients.flat)
+        places = zip(spans(gradients, self.memory), gradients.offsets, owed.offsets, strict=True)
+        for (gradient, here), at, owed_at in places:
+            score, new = scores[at : at + len(gradient)], pending[here]
+            torch.mul(gradient, gradient, out=score).clamp_(max=LIMIT)
+            torch.mul(mean_square[here], self.DECAY, out=new).add_(score, alpha=1 - self.DECAY)
+            torch.sqrt(new, out=score).add_(self.EPSILON)
+            torch.div(owed.flat[owed_at : owed_at + len(gradient)], score, out=score)
+        return Gradients(scores, gradients.names, gradients.offsets)
+
+
+class Gathered:
+    """Sparse averaging in one gather, at (W - 1) x encoded bytes a rank.
+
+    Each rank sends a top-k of what it owes of each layer, and all add up all messages in rank order. Layers that are
+    not compressed travel as float32 in the same message. Not in two hops: the owner of a share would have to
+    sparsify the mean a second time.
+
+    `dropped` averages what the top-k leaves out, in place, and is added: an alternative to remembering it, and only
+    with an accumulator that does not. With `whole`, the top-k selects over all compressed layers of a buffer as if
+    they were one, and they must lie side by side in it, in the model's order.
+    """
+
+    lossless = False
+
+    def __init__(
+        self,
+        codec: TopK,
+        layers: Sequence[Layer],
+        collectives: Collectives,
+        accumulator: Accumulator | None = None,
+        score: Score | None = None,
+        dropped: Averager | None = None,
+        whole: bool = False,
+    ) -> None:
+        self.codec, self.collectives = codec, collectives
+        self.accumulator: Accumulator = accumulator or Oblivious()
+        self.score, self.dropped, self.whole = score, dropped, whole
+        self.layers = {layer.name: layer for layer in layers}
+        self.memories = {**self.accumulator.memories, **(score.memories if score else {})}
+        self._encoded_bytes = 0
+
+    @property
+    def encoded_bytes(self) -> int:
+        return self._encoded_bytes + (self.dropped.encoded_bytes if self.dropped is not None else 0)
+
+    def average_(self, gradients: Gradients, step: int) -> None:
+        compressed, dense = self._sort(gradients)
+        network, fast = self.collectives, kernels.sparse_for_device(gradients.flat.device)
+        layout = self._plan(compressed)
+
+        owed = self.accumulator.add(compressed)
+        scores = owed if self.score is None else self.score.rate(compressed, owed)
+        indices = fast.select(layout, scores.flat, self._starts(scores))
+        message = torch.empty(layout.wire_bytes + 4 * dense.numel(), dtype=torch.uint8, device=dense.device)
+        fast.encode(layout, owed.flat, self._starts(owed), indices, message[: layout.wire_bytes])
+        message[layout.wire_bytes :] = dense.view(torch.uint8)
+        self._encoded_bytes += message.nbytes
+        positions = indices + torch.from_numpy(np.repeat(self._starts(owed), layout.kept)).to(indices.device)
+        self.accumulator.sent(positions)
+        received = network.gather(message, [len(message)] * network.world_size).view(network.world_size, -1)
+
+        if self.dropped is not None:
+            owed.flat.index_fill_(0, positions, 0.0)
+            self.dropped.average_(compressed, step)
+        else:
+            for name, at in zip(compressed.names, compressed.offsets, strict=True):
+                compressed.flat[at : at + self.layers[name].numel].zero_()
+        share, floats = 1.0 / network.world_size, torch.empty_like(dense)
+        dense.zero_()
+        for row in received:
+            fast.decode(layout, row[: layout.wire_bytes], compressed.flat, self._starts(compressed), share)
+            floats.view(torch.uint8).copy_(row[layout.wire_bytes :])
+            dense += floats * share
+        self._scatter(dense, gradients)
+
+    def settle(self, applied: bool) -> None:
+        for memory in self.memories.values():
+            memory.settle(applied)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: memory.state_dict() for name, memory in self.memories.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if unknown := sorted(set(state) - set(self.memories)):
+            raise ValueError(
+                f"the checkpoint holds {unknown[0]!r}, which this compression does not remember; "
+                "resume with the compression that wrote it"
+            )
+        for name, memory in self.memories.items():
+            memory.load_state_dict(state.get(name, {}))
+
+    def _sort(self, gradients: Gradients) -> tuple[Gradients, Tensor]:
+        """The compressed layers, in place, and a copy of the values of the others."""
+        places = list(zip(gradients.names, gradients.offsets, strict=True))
+        compressed = [(name, at) for name, at in places if self.layers[name].compressed]
+        others = [
+            gradients.flat[at : at + layer.numel]
+            for name, at in places
+            if not (layer := self.layers[name]).compressed
+        ]
+        dense = torch.cat(others) if others else gradients.flat.new_empty(0)
+        names, offsets = zip(*compressed, strict=True) if compressed else ((), ())
+        return Gradients(gradients.flat, names, offsets), dense
+
+    def _scatter(self, dense: Tensor, gradients: Gradients) -> None:
+        """Put the values of the layers that are not compressed back in place."""
+        start = 0
+        for name, at in zip(gradients.names, gradients.offsets, strict=True):
+            if not (layer := self.layers[name]).compressed:
+                gradients.flat[at : at + layer.numel] = dense[start : start + layer.numel]
+                start += layer.numel
+
+    def _plan(self, compressed: Gradients) -> SparsePlan:
+        counts = [self.layers[name].numel for name in compressed.names]
+        return self.codec.plan([sum(counts)] if self.whole and counts else counts)
+
+    def _starts(self, gradients: Gradients) -> Ints:
+        """Where the layers, or with `whole` all of them as one, begin in the buffer."""
+        starts = np.array(gradients.offsets, np.int64)
+        if not self.whole:
+            return starts
+        counts = np.array([self.layers[name].numel for name in gradients.names], np.int64)
+        if not np.array_equal(starts[1:], (starts + counts)[:-1]):
+            raise ValueError("a top-k over the whole model needs its compressed layers side by side, in order")
+        return starts[:1]
+
+
+def spans(gradients: Gradients, memory: Memory) -> Iterator[tuple[Tensor, slice]]:
+    """Of each layer its gradient, flat, and where it lies in what is remembered."""
+    for name, at in zip(gradients.names, gradients.offsets, strict=True):
+        here, count = memory.offsets[name], memory.spans[name]
+        yield gradients.flat[at : at + count], slice(here, here + count)
+
+
+def placed(values: Tensor, gradients: Gradients, memory: Memory) -> Gradients:
+    """The same layers, in a buffer laid out as `memory` is."""
+    return Gradients(values, gradients.names, tuple(memory.offsets[name] for name in gradients.names))

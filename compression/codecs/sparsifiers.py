@@ -1,0 +1,105 @@
+"""Sparsifiers: a few values of a layer as they are, and nothing of the others.
+
+Top-k sends values and indices, see `kernels/sparse.py` for the record. Random-k sends values only, because every rank
+draws the same positions.
+
+Shapes: R messages, N values per message, B = wire_bytes(N).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compression import kernels, randomness
+from compression.kernels import sparse
+from compression.layers import Ints
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k = ceil(ratio N) largest values by magnitude, exactly; the others decode to zero.
+
+    Of equal magnitudes the lower index goes first; a NaN is larger than everything, so that it reaches every rank.
+    A contraction: |v - decoded|^2 <= (1 - k / N) |v|^2 (Stich et al. 2018, arXiv:1809.07599, lemma A.1). Biased, so
+    that training needs error feedback, or what stands in for it.
+    """
+
+    ratio: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"TopK keeps a share of the values above 0 and at most 1, got ratio={self.ratio}")
+
+    def kept(self, count: int) -> int:
+        """k of `count` values."""
+        return math.ceil(self.ratio * count)
+
+    def plan(self, counts: Sequence[int]) -> sparse.SparsePlan:
+        """The message of layers of `counts` values, k chosen in each."""
+        return sparse.plan(counts, [self.kept(count) for count in counts])
+
+    def wire_bytes(self, count: int) -> int:
+        """Exact length of a message of `count` values, known without seeing them."""
+        return sparse.record_bytes(count, self.kept(count)) if count else 0
+
+    def encode(self, values_RN: Tensor, seed: int = 0) -> Tensor:
+        """float32 [R, N] -> uint8 [R, B]. Nothing is drawn at random: `seed` is there because all codecs take one."""
+        values_RN = values_RN.to(torch.float32).contiguous()
+        rows, count = values_RN.shape
+        plan, at = self._rows(rows, count)
+        fast = kernels.sparse_for_device(values_RN.device)
+        wire = torch.empty(plan.wire_bytes, dtype=torch.uint8, device=values_RN.device)
+        values = values_RN.view(-1)
+        fast.encode(plan, values, at, fast.select(plan, values, at), wire)
+        return wire.view(rows, self.wire_bytes(count))
+
+    def decode(self, wire_RB: Tensor, count: int) -> Tensor:
+        """uint8 [R, B] -> float32 [R, count]. ValueError for a message of another length, or a damaged one."""
+        rows = wire_RB.shape[0]
+        if wire_RB.shape[1] != self.wire_bytes(count):
+            raise ValueError(
+                f"{count} values make a message of {self.wire_bytes(count)} bytes, got {wire_RB.shape[1]}"
+            )
+        out = torch.zeros(rows * count, dtype=torch.float32, device=wire_RB.device)
+        plan, at = self._rows(rows, count)
+        kernels.sparse_for_device(out.device).decode(plan, wire_RB.reshape(-1), out, at)
+        return out.view(rows, count)
+
+    def _rows(self, rows: int, count: int) -> tuple[sparse.SparsePlan, Ints]:
+        return self.plan([count] * rows if count else []), np.arange(rows, dtype=np.int64) * count
+
+
+@dataclass(frozen=True)
+class RandomK:
+    """ceil(share N) values at random positions that every holder of the key draws alike; no indices travel.
+
+    The layer, turned by a random angle, is cut into as many strata as values are kept, equal in size but for one
+    value, and one position is drawn in each. So the number is exact, no position comes twice, and each comes with the
+    same probability ceil(share N) / N. The values are not scaled by its inverse: this is no unbiased estimate, it
+    is meant to go with a top-k.
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"RandomK sends a share of the values above 0 and at most 1, got share={self.share}")
+
+    def kept(self, count: int) -> int:
+        """How many of `count` positions are drawn."""
+        return math.ceil(self.share * count)
+
+    def positions(self, count: int, key: tuple[int, int], device: torch.device) -> Tensor:
+        """Different indices below `count`: int64 [kept(count)]. `key`: the low and the high half of a stream's key."""
+        kept = self.kept(count)
+        stratum = torch.arange(kept + 1, device=device)
+        edge = stratum * count // kept
+        low, high = torch.tensor(key, dtype=torch.int64, device=device)
+        draws = randomness.uniform(stratum[:-1], low, high)
+        place = edge[:-1] + (draws.to(torch.float64) * edge.diff()).to(torch.int64)
+        angle = (key[0] | key[1] << 32) % count
+        return (place + angle) % count
