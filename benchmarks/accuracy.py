@@ -1,0 +1,97 @@
+"""What compression does to accuracy: the same training with several compressors and seeds, in one Markdown table.
+
+    python benchmarks/accuracy.py digits --epochs 8 --seeds 3 -- "none" "maxmin --error-feedback"
+    python benchmarks/accuracy.py cifar10.tar.xz --epochs 5 --seeds 3 -- "none" "maxmin --error-feedback"
+
+Each setting is a `--compression-type` with its flags, or flags alone; the training flags are those of RECIPES, and all
+runs have two ranks under torch.distributed.launch. A row gives top-1 after the last epoch as mean and standard
+deviation over the seeds, bytes sent as a share of float32's, and seconds.
+"""
+
+import argparse
+import contextlib
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+MAIN = Path(__file__).resolve().parents[1] / "main.py"
+RANKS = 2
+
+RECIPES = {
+    "digits": "-a resnet18 --num-classes 10 --image-size 32 --crop-scale 0.6 --hflip 0 -b 32 --lr 0.02 "
+    "--lr-schedule cosine --warmup 1",
+    "cifar10": "-a resnet18 --num-classes 10 --image-size 32 --crop-scale 0.4 -b 64 --lr 0.05 "
+    "--lr-schedule cosine --warmup 1",
+}
+ALWAYS = "--data-backend pytorch -j 0 --no-checkpoints --print-freq 1000"
+
+
+@contextlib.contextmanager
+def folder_of(dataset: str) -> Iterator[str]:
+    """The DIR of main.py: `digits`, a folder as it is, or a tar file unpacked for as long as it is needed."""
+    if not dataset.endswith((".tar", ".tar.xz", ".tar.gz")):
+        yield dataset
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        with tarfile.open(dataset) as archive:
+            archive.extractall(scratch, filter="data")
+        yield str(next(path for path in Path(scratch).iterdir() if path.is_dir()))
+
+
+def train(folder: str, flags: list[str], seed: int) -> dict[str, float]:
+    """The last epoch's metrics of one run, and its seconds."""
+    with tempfile.TemporaryDirectory() as workspace:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(RANKS), str(MAIN)]
+        command += [folder, *ALWAYS.split(), *flags, "--seed", str(seed), "--workspace", workspace]
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        seconds = time.perf_counter() - start
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}\n{done.stderr}")
+        lines = (Path(workspace) / "experiment_raport.json").read_text().splitlines()
+        records = [json.loads(line.removeprefix("DLLL ")) for line in lines]
+        last = next(record["data"] for record in reversed(records) if record["step"] == [])
+        return {**last, "seconds": seconds}
+
+
+def flags_of(setting: str) -> list[str]:
+    """A setting is the flags themselves, or a compressor's name before them."""
+    words = setting.split()
+    return words if words[0].startswith("-") else ["--compression-type", *words]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="digits, an ImageFolder, or a tar file of one")
+    parser.add_argument("settings", nargs="+", help="compressors with their flags")
+    parser.add_argument("--recipe", choices=RECIPES, help="training flags (default: by the dataset's name)")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
+    asked = parser.parse_args()
+    name = asked.recipe or next((name for name in RECIPES if name in asked.dataset), "cifar10")
+    recipe = [*RECIPES[name].split(), "--epochs", str(asked.epochs)]
+    print(f"{asked.dataset}: {RANKS} ranks, {' '.join(recipe)}, seeds 0 to {asked.seeds - 1}")
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} cores, torch {torch.__version__}\n")
+    print("| setting | top-1, % | deviation | bytes sent, share of float32 | seconds |")
+    print("| --- | --- | --- | --- | --- |", flush=True)
+    with folder_of(asked.dataset) as folder:
+        for setting in asked.settings:
+            runs = [train(folder, recipe + flags_of(setting), seed) for seed in range(asked.seeds)]
+            top1 = [run["val.top1"] for run in runs]
+            spread = f"{statistics.stdev(top1):.1f}" if len(top1) > 1 else ""
+            seconds = statistics.median(run["seconds"] for run in runs)
+            sent = runs[0]["comm.ratio"]
+            print(f"| `{setting}` | {statistics.mean(top1):.1f} | {spread} | {sent:.4f} | {seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
