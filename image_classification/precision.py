@@ -104,8 +104,8 @@ class LossScale:
 
     @property
     def value(self) -> float | Tensor:
-        """A number where it never changes, else a float32 scalar on the device that `update` changes in place."""
-        return self._scale if self._dynamic else self._static
+        """A number where it never changes, else a float32 scalar on the device, which `update` leaves as it is."""
+        return self._scale.clone() if self._dynamic else self._static
 
     def inverse(self) -> Tensor:
         """1/scale: a float32 scalar on the device."""
@@ -138,9 +138,6 @@ class MixedPrecisionOptimizer:
 
     `groups` are those of `optim.parameter_groups`, of a converted model. `build` makes the optimizer of them
     (`functools.partial(optim.sgd, lr=...)`), with the master weights in place of half-precision parameters.
-
-    Raises:
-        ValueError: in `load_state_dict`, for a state of another precision, other parameters or other flags.
     """
 
     def __init__(
@@ -175,7 +172,7 @@ class MixedPrecisionOptimizer:
 
     @torch.no_grad()
     def step(self, finite: Tensor) -> Tensor:
-        """One step with the parameters' averaged gradients, still scaled; the model's gradients are used up.
+        """One step with the parameters' averaged gradients, still scaled; what is in .grad is used up.
 
         Skipped entirely, momentum and weight decay included, unless all gradients are finite: where the bool
         scalar `finite` says so, and no half-precision gradient has overflowed. Parameters without gradient
@@ -211,10 +208,13 @@ class MixedPrecisionOptimizer:
                 gradients.append(gradient)
         return gradients
 
+    def zero_grad(self) -> None:
+        """Set all gradients to None."""
+        for parameter in (*self._parameters.values(), *self._masters.values()):
+            parameter.grad = None
+
     def _copy_masters_to_model(self) -> None:
         torch._foreach_copy_([self._parameters[name] for name in self._masters], list(self._masters.values()))
-        for master in self._masters.values():
-            master.grad = None
 
     def _momentum(self) -> dict[str, Tensor]:
         return {
@@ -230,7 +230,11 @@ class MixedPrecisionOptimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()` of an optimizer of the same parameters and precision."""
+        """Go on from `state_dict()` of an optimizer of the same parameters and precision.
+
+        Raises:
+            ValueError: they differ.
+        """
         own = self.state_dict()
         for part, remedy in (
             ("momentum", "the same --arch, --momentum and --dgc"),

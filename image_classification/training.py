@@ -151,7 +151,7 @@ def train_epoch(
 
         applied = optimizer.step(exchange.finish())
         exchange.settle(applied)
-        model.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         meter.count_step(applied)
 
         stop = should_stop()
@@ -283,11 +283,11 @@ def evaluate(
             hits_and_loss += torch.stack([hits[:, 0].sum(), hits.sum(), loss])
         images_seen += len(labels)
         asked = time.perf_counter()
-    # A rank without a batch took no time for it. It still takes part in the sum below.
-    latency = torch.tensor(stopwatch.laps() or [0.0], dtype=torch.float64)
+    laps = stopwatch.laps()
     compute_time = time.perf_counter() - started - data_time
+    latency = torch.tensor(laps or [0.0], dtype=torch.float64)  # a rank without a batch takes part in the sum
 
-    own = torch.tensor([images_seen, data_time, compute_time, len(latency), 1.0], dtype=torch.float64)
+    own = torch.tensor([images_seen, data_time, compute_time, len(laps), 1.0], dtype=torch.float64)
     totals = sum_over_ranks(torch.cat([hits_and_loss, own.to(precision.device)]))
     top1, top5, loss_sum, count, data_time, compute_time, batches, world_size = totals.tolist()
     if count == 0:

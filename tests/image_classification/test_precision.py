@@ -226,6 +226,13 @@ def test_a_dynamic_scale_gives_up_once_no_scale_can_help_and_a_static_one_at_onc
     assert not LossScale(Precision.choose(CPU, static_loss_scale=128)).can_back_off()
 
 
+def test_a_scale_once_given_out_stays_what_it_was() -> None:
+    scale = LossScale(Precision.choose(CPU, dynamic_loss_scale=True))
+    given = scale.value
+    scale.update(torch.tensor(1.0))
+    assert (float(given), float(scale.value)) == (2**16, 2**15)
+
+
 def test_master_weights_collect_steps_too_small_for_half_precision() -> None:
     precision = Precision.choose(CPU, fp16=True)
     model = precision.convert(nn.Linear(1, 1, bias=False))
