@@ -117,11 +117,13 @@ def records(path: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(line, record) of each line that can be read."""
+    """(line, record) of each line that holds one."""
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(json.JSONDecodeError):
-            found.append((line, json.loads(line.removeprefix("DLLL "))))
+            record = json.loads(line.removeprefix("DLLL "))
+            if isinstance(record, dict) and "step" in record:
+                found.append((line, record))
     return found
 
 
@@ -144,12 +146,13 @@ class Raport(Sink):
         self.path = path
         with self._writing():
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = _lines(path) if start != START and path.exists() else []
-            with replacing(path) as file:
-                for line, record in kept:
-                    if _position(record["step"]) <= start:
-                        file.write(line.encode() + b"\n")
-            self.file = path.open("a", encoding="utf-8")
+            kept = _lines(path) if start != START and path.is_file() else []
+            if kept:
+                with replacing(path) as file:
+                    for line, record in kept:
+                        if _position(record["step"]) <= start:
+                            file.write(line.encode() + b"\n")
+            self.file = path.open("a" if kept else "w", encoding="utf-8")
         self.began = time.monotonic()
         if not kept:
             for name, metric in METRICS.items():

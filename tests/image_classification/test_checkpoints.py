@@ -176,6 +176,22 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path):
         assert checkpoints.load(tmp_path / NAME, RUN)["epoch"] == 1
 
 
+def test_a_device_is_never_replaced_by_a_checkpoint(tmp_path):
+    os.mkfifo(tmp_path / NAME)
+    with pytest.raises(OSError, match=rf"^cannot write checkpoint {tmp_path / NAME}: not a regular file; the last"):
+        save(tmp_path, 1)
+    assert (tmp_path / NAME).is_fifo()
+
+
+def test_a_checkpoint_may_be_a_link_to_another_disk(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / NAME).symlink_to(tmp_path / "disk" / "real")
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    assert (tmp_path / NAME).is_symlink()
+    assert checkpoints.load(tmp_path / "disk" / "real", RUN)["epoch"] == 2
+
+
 def test_a_workspace_that_is_a_file_is_an_error_that_says_so(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"^cannot write checkpoint .*: File exists; the last one is intact"):

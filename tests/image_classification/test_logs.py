@@ -5,6 +5,7 @@ import math
 import os
 import resource
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -131,6 +132,22 @@ def test_a_line_that_a_kill_tore_apart_is_left_out(tmp_path):
     assert steps(path) == ALL_STEPS[:4]
     run(path, (1, 0), 2)
     assert steps(path) == [*ALL_STEPS[:8], ()]
+
+
+def test_a_raport_may_go_to_a_device_which_stays_one():
+    reader, writer = os.pipe()
+    for start in (logs.START, logs.END):
+        raport = logs.Raport(Path(f"/proc/self/fd/{writer}"), start)
+        raport.log((0, 1), {"lr": 0.1})
+        raport.close()
+        assert os.read(reader, 100_000).splitlines()[-1].startswith(b"DLLL {")
+    os.close(reader)
+    os.close(writer)
+
+
+def test_lines_that_are_no_records_are_left_out(tmp_path):
+    (tmp_path / "notes.json").write_text('{"a": 1}\n[3]\n3\ntext\n\nDLLL {"step": [0], "data": {}}\n')
+    assert logs.records(tmp_path / "notes.json") == [{"step": [0], "data": {}}]
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
