@@ -75,8 +75,9 @@ class LowRank:
     cols, and what is not compressed, travels in float32 with P.
 
     Error feedback is part of it: each rank keeps what its own part of the average, P P^T M, leaves of M. The paper
-    subtracts the average instead. Both sum up to the same over the ranks, and only that sum travels, so that the
-    averages are equal; but what one rank's gradients have of their own does not pile up in its residual.
+    subtracts the average itself. Both add up to the same over the ranks, and only the sum travels, so that the
+    averages are equal. But where ranks see different data, what is a rank's own then piles up in its residual step by
+    step; here it goes whenever P turns to its directions.
 
     The first Q is drawn from `seed`, equal on all ranks. Sums start from the same numbers on all ranks, so that the
     ranks end with the same bits where their machines compute alike.
