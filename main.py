@@ -49,7 +49,16 @@ OPTIONS = {
     "error_feedback": "error_feedback",
     "compressor_warmup_steps": "warmup_steps",
     "powersgd_rank": "rank",
+    "topk_ratio": "ratio",
+    "efx_bits": "efx_bits",
+    "efx_randk": "efx_randk",
+    "big_grad": "big_grad",
+    "dgc_clip": "clip",
 }
+
+
+# Compressors that a flag of their own chooses.
+CHOSEN_BY = {"powersgd": "--powersgd-rank", "dgc": "--dgc"}
 
 
 # Flags: types
@@ -371,19 +380,14 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
            f"--powersgd-rank goes with --compression-type none or svd, got {kind}")
     only_one("dgc powersgd_rank")
     only_one("dgc error_feedback efx_bits efx_randk")
-    top_k = kind in ("topk", "topk_rmsprop")
-    goes_with("efx_bits efx_randk", top_k, "--compression-type topk or topk_rmsprop")
-    goes_with("topk_ratio", top_k or flags.dgc, "--compression-type topk or topk_rmsprop, or --dgc")
-    goes_with("dgc_clip", flags.dgc, "--dgc")
-    takes = {*row.takes}
-    if flags.dgc or flags.powersgd_rank:
-        takes |= {"bucket_size", "error_feedback", "warmup_steps", "rank"}
-    for name, option in OPTIONS.items():
-        others = [other for other, row in compression.COMPRESSORS.items() if row.listed and option in row.takes]
-        refuse(name in changed and option not in takes,
-               f"{spelled(name)} has no effect with --compression-type {kind}; use {', '.join(others)}")
     refuse(flags.powersgd_rank and flags.big_grad and kind == "none",
            "--powersgd-rank factors each layer's matrix, and --big-grad leaves one long vector; drop one")
+    chosen = compressor_name(flags)
+    for name, option in OPTIONS.items():
+        others = [CHOSEN_BY.get(other, other) for other, row in compression.COMPRESSORS.items() if option in row.takes]
+        refuse(name in changed and option not in compression.COMPRESSORS[chosen].takes,
+               f"{spelled(name)} has no effect with {CHOSEN_BY.get(chosen, f'--compression-type {chosen}')}; "
+               f"use {', '.join(others)}")
 
     # search
     goes_with("search_alpha search_beta search_max_bits search_min_bits popsize search_iterations "
@@ -503,11 +507,19 @@ def join_ranks(flags: argparse.Namespace) -> Iterator[World]:
 # What the flags build
 
 
+def compressor_name(flags: argparse.Namespace) -> str:
+    """The registry's name of the compressor that the flags ask for."""
+    if flags.dgc:
+        return "dgc"
+    return "powersgd" if flags.powersgd_rank and flags.compression_type == "none" else flags.compression_type
+
+
 def compressor_of(flags: argparse.Namespace) -> compression.Compressor:
     """The compressor that the flags ask for, with those of the flags that it takes."""
-    name = "powersgd" if flags.powersgd_rank and flags.compression_type == "none" else flags.compression_type
+    name = compressor_name(flags)
     takes = compression.COMPRESSORS[name].takes
-    options = {option: getattr(flags, flag) for flag, option in OPTIONS.items() if option in takes}
+    names = OPTIONS | {"momentum": "momentum", "nesterov": "nesterov"}
+    options = {option: getattr(flags, flag) for flag, option in names.items() if option in takes}
     return compression.build(name, **{option: value for option, value in options.items() if value is not None})
 
 
@@ -608,7 +620,10 @@ class Run:
             self.exchange.recorder = compression.Recorder(self.exchange.layers)
         self.optimizer = MixedPrecisionOptimizer(
             parameter_groups(
-                self.module, weight_decay=flags.weight_decay, bn_weight_decay=flags.bn_weight_decay
+                self.module,
+                weight_decay=flags.weight_decay,
+                bn_weight_decay=flags.bn_weight_decay,
+                without_momentum=self.exchange.without_momentum,
             ),
             functools.partial(sgd, lr=flags.lr, momentum=flags.momentum, nesterov=flags.nesterov),
             self.precision,
