@@ -10,7 +10,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -190,7 +190,7 @@ class Exchange:
         start = time.perf_counter()
         flat = gradients.flat
         if self.averager.lossless:
-            self.averager.average_(gradients, step)
+            self.averager.average_(replace(gradients, loss_scale=self._loss_scale), step)
         else:
             scaled = not (isinstance(self._loss_scale, float) and self._loss_scale == 1.0)
             work = flat.to(torch.float32)

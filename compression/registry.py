@@ -14,6 +14,8 @@ from compression.averagers import (
     Dense,
     Gathered,
     LowRank,
+    Observing,
+    OneHop,
     RandomShare,
     Residual,
     RmsScore,
@@ -21,6 +23,8 @@ from compression.averagers import (
     TwoHop,
     WarmUp,
 )
+from compression.codecs.base import Codec
+from compression.codecs.low_rank import SpectralAtoms, sides
 from compression.codecs.quantizers import MaxMin, Quantizer
 from compression.codecs.sparsifiers import RandomK, TopK
 from compression.collectives import Collectives
@@ -57,6 +61,7 @@ class Options:
 class Row:
     """One compressor: what it is, the options it takes, how its averager and its codec are built.
 
+    A `quantizer` has bits and makes the codec; other codecs are made by `codec` from options of their own.
     `listed`: among the choices of --compression-type; the others have a flag of their own. `own_warmup`: what it does
     in its first `warmup_steps` is its own business, and not float32.
     """
@@ -66,7 +71,7 @@ class Row:
     average: Build
     quantizer: type[Quantizer] | None = None
     listed: bool = True
-    sparsifier: type[TopK] | None = None
+    codec: Callable[..., Codec] | None = None
     own_warmup: bool = False
 
     @property
@@ -89,6 +94,17 @@ def _quantized(quantizer: type[Quantizer]) -> Build:
 
 def _powersgd(options: Options, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:
     return LowRank(options.rank, layers, collectives, seed)
+
+
+def _svd(options: Options, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:
+    def atoms(layer: Layer) -> Codec:
+        return SpectralAtoms(*sides(layer.shape), options.rank, contraction=options.error_feedback)
+
+    return OneHop(atoms, layers, collectives, seed, options.error_feedback)
+
+
+def _stats(options: Options, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:
+    return Observing(collectives, {layer.name: layer.numel for layer in layers})
 
 
 def _top_k(score: type[RmsScore] | None = None) -> Build:
@@ -133,11 +149,18 @@ COMPRESSORS: dict[str, Row] = {
         "sends nothing, every gradient is zero", ("big_grad",), lambda options, layers, collectives, seed: Sanity()
     ),
     "maxmin": Row("uniform levels between minimum and maximum", _QUANTIZER, _quantized(MaxMin), MaxMin),
-    "topk": Row("the largest by magnitude, values and indices", _TOP_K, _top_k(), sparsifier=TopK),
+    "topk": Row("the largest by magnitude, values and indices", _TOP_K, _top_k(), codec=TopK),
     "topk_rmsprop": Row("the largest by magnitude over their running root mean square", _TOP_K, _top_k(RmsScore)),
+    "svd": Row(
+        "some atoms of each layer's singular value decomposition, drawn at random",
+        ("rank", "bucket_size", "error_feedback", "warmup_steps"),
+        _svd,
+        codec=SpectralAtoms,
+    ),
+    "stats": Row("float32 all-reduce, and statistics of the gradients on the way", ("big_grad",), _stats),
     "powersgd": Row(
         "two thin factors of each layer, warm-started, always with error feedback",
-        ("rank", "bucket_size", "warmup_steps"),
+        ("rank", "bucket_size", "error_feedback", "warmup_steps"),
         _powersgd,
         listed=False,
     ),
@@ -219,15 +242,16 @@ def _check_sparse(options: Options) -> None:
 
 
 def codec(name: str, **options: Any) -> Any:
-    """The codec of a compressor's name: `codec("maxmin", bits=4, bucket_size=512)`, `codec("topk", ratio=0.01)`.
+    """The codec of a compressor's name: `codec("maxmin", bits=4, bucket_size=512)`, `codec("topk", ratio=0.01)`,
+    `codec("svd", rows=64, cols=576, rank=4)`.
 
     Raises ValueError for a name that has no codec of its own.
     """
     row = _row(name)
-    if row.sparsifier is not None:
-        return row.sparsifier(**options)
+    if row.codec is not None:
+        return row.codec(**options)
     if row.quantizer is None:
-        with_codec = [name for name, row in COMPRESSORS.items() if row.quantizer or row.sparsifier]
+        with_codec = [name for name, row in COMPRESSORS.items() if row.quantizer or row.codec]
         raise ValueError(f"compressor {name} has no codec; those with one: {', '.join(with_codec)}")
     return row.quantizer(**{"bits": Options.bits, **options})
 

@@ -12,6 +12,7 @@ One file per way of agreeing:
 | --- | --- | --- | --- |
 | float32, half | yes | Dense: all-reduce | 2 (W-1)/W x width x N |
 | b-bit codes | no | TwoHop: exchange, decode and add, encode again, gather | 2 (W-1)/W x encoded |
+| codes of any other kind | no | OneHop: one gather | (W-1) x encoded |
 | (index, value) pairs | no, and the mean is denser | Gathered: one gather | (W-1) x encoded |
 | P and Q of PowerSGD | yes | LowRank: two all-reduces | 2 (W-1)/W x 4 R (rows + cols) |
 
@@ -23,7 +24,9 @@ from compression.averagers.dense import Dense, Sanity
 from compression.averagers.dgc import DeepGradientCompression
 from compression.averagers.gathered import Gathered, Residual, RmsScore
 from compression.averagers.low_rank import LowRank
+from compression.averagers.one_hop import OneHop
 from compression.averagers.random_share import RandomShare
+from compression.averagers.statistics import Observing
 from compression.averagers.two_hop import TwoHop
 from compression.averagers.warm_up import WarmUp
 
@@ -35,6 +38,8 @@ __all__ = [
     "Gradients",
     "LowRank",
     "Memory",
+    "Observing",
+    "OneHop",
     "RandomShare",
     "Residual",
     "RmsScore",

@@ -12,12 +12,14 @@ from torch import Tensor
 class Gradients:
     """Gradients of some layers in one flat buffer: layer `names[i]` begins at `offsets[i]`.
 
-    `flat` is contiguous, float32 for every averager but `Dense`, which takes any floating-point type.
+    `flat` is contiguous, float32 and without the loss scale; those that lossless averagers get may have any
+    floating-point type, and `loss_scale` in them.
     """
 
     flat: Tensor
     names: tuple[str, ...]
     offsets: tuple[int, ...]
+    loss_scale: float | Tensor = 1.0
 
 
 class Averager(Protocol):

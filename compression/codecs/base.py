@@ -1,0 +1,37 @@
+"""What averagers ask of a codec, and the codec that changes nothing."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Codec(Protocol):
+    """A pure function between R messages of N floats and R messages of B bytes, B known without seeing the values.
+
+    Finite values decode to finite ones. Where a value is not finite, some decoded value is not finite either.
+    """
+
+    def wire_bytes(self, count: int) -> int:
+        """Exact length of a message of `count` values."""
+
+    def encode(self, values_RN: Tensor, seed: int) -> Tensor:
+        """float32 [R, N] -> uint8 [R, B]; what is random follows from `seed`, independent for each message."""
+
+    def decode(self, wire_RB: Tensor, count: int) -> Tensor:
+        """uint8 [R, B] -> float32 [R, count]."""
+
+
+@dataclass(frozen=True)
+class Float32:
+    """Values as they are, 4 bytes each."""
+
+    def wire_bytes(self, count: int) -> int:
+        return 4 * count
+
+    def encode(self, values_RN: Tensor, seed: int) -> Tensor:
+        return values_RN.to(torch.float32).contiguous().view(torch.uint8)
+
+    def decode(self, wire_RB: Tensor, count: int) -> Tensor:
+        return wire_RB.contiguous().view(torch.float32)
