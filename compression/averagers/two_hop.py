@@ -70,7 +70,7 @@ class TwoHop:
     def set_widths(self, widths: Mapping[str, int]) -> None:
         """Bits per layer from now on; DENSE sends a layer in float32. Unnamed layers keep theirs."""
         for name, bits in widths.items():
-            if name not in self.layers or not self.layers[name].compressed:
+            if name not in self.layers or not (self.layers[name].compressed or bits == DENSE):
                 raise ValueError(f"{name} is not a compressed layer of this model")
             if bits != DENSE:
                 self.codec.with_bits(bits)  # checks the range
