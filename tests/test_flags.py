@@ -120,7 +120,8 @@ REGISTERED = tuple(name for name, row in compression.COMPRESSORS.items() if row.
 @pytest.fixture(autouse=True)
 def everything_is_built(monkeypatch):
     """The flags of all compressors are checked, whether or not the registry holds them yet; no launcher."""
-    full = {name: compression.COMPRESSORS.get(name) or row(name) for name in TYPES}
+    names = (*TYPES, *(name for name, row in compression.COMPRESSORS.items() if not row.listed))
+    full = {name: compression.COMPRESSORS.get(name) or row(name) for name in names}
     monkeypatch.setattr(compression, "COMPRESSORS", full)
     monkeypatch.setattr(registry, "COMPRESSORS", full)
     monkeypatch.setattr(main, "NOT_BUILT", ())
@@ -129,10 +130,11 @@ def everything_is_built(monkeypatch):
 
 
 def row(name):
-    takes = ("bits",) if name in MIN_BITS else ()
-    if name != "stats":
-        takes += ("bucket_size", "error_feedback", "warmup_steps")
-    return SimpleNamespace(has_bits=name in MIN_BITS, min_bits=MIN_BITS.get(name, 0), takes=takes, listed=True)
+    """What the registry will say of a type that is not built yet."""
+    has_bits = name in MIN_BITS
+    takes = () if name == "stats" else ("bucket_size", "error_feedback", "warmup_steps", "big_grad")
+    takes += ("bits",) * has_bits + ("rank",) * (name == "svd")
+    return SimpleNamespace(has_bits=has_bits, min_bits=MIN_BITS.get(name, 0), takes=takes, listed=True)
 
 
 def parse(line):
@@ -337,17 +339,19 @@ REFUSED = {
     "--dgc --compression-type maxmin": "--dgc is a top-k, and --compression-type is maxmin; use topk",
     "--dgc --error-feedback": "--dgc and --error-feedback exclude each other; drop one",
     "--dgc --powersgd-rank 4": "--dgc and --powersgd-rank exclude each other; drop one",
-    "--dgc --quantization-bits 2": "--quantization-bits has no effect with --compression-type none; use ",
-    "--dgc-clip 1": f"--dgc-clip {WITHOUT} --dgc",
+    "--dgc --quantization-bits 2": f"--quantization-bits has no effect with --dgc; use {QUANTIZERS}",
+    "--dgc-clip 1": "--dgc-clip has no effect with --compression-type none; use --dgc",
     "--powersgd-rank 4 --compression-type topk": "--powersgd-rank goes with --compression-type none or svd, got topk",
     "--powersgd-rank 4 --big-grad": (
         "--powersgd-rank factors each layer's matrix, and --big-grad leaves one long vector; drop one"
     ),
-    "--efx-bits 4": f"--efx-bits {WITHOUT} --compression-type topk or topk_rmsprop",
-    "--efx-randk 0.1 --compression-type maxmin": f"--efx-randk {WITHOUT} --compression-type topk or topk_rmsprop",
+    "--efx-bits 4": "--efx-bits has no effect with --compression-type none; use topk, topk_rmsprop",
+    "--efx-randk 0.1 --compression-type maxmin": (
+        "--efx-randk has no effect with --compression-type maxmin; use topk, topk_rmsprop"
+    ),
     "--compression-type topk --efx-bits 4 --error-feedback": "--error-feedback and --efx-bits exclude each other",
     "--compression-type topk --efx-bits 4 --efx-randk 0.1": "--efx-bits and --efx-randk exclude each other; drop one",
-    "--topk-ratio 0.1": f"--topk-ratio {WITHOUT} --compression-type topk or topk_rmsprop, or --dgc",
+    "--topk-ratio 0.1": "--topk-ratio has no effect with --compression-type none; use topk, topk_rmsprop, --dgc",
     "--quantization-bits 2": (
         f"--quantization-bits has no effect with --compression-type none; use {QUANTIZERS}"
     ),
