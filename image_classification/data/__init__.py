@@ -56,7 +56,7 @@ def resolve_backend(requested: str | None) -> tuple[str, str | None]:
     Raises:
         ValueError: an unknown name, or a backend whose package is not installed.
     """
-    name = ALIASES.get(requested or "", requested) or DEFAULT_BACKEND
+    name = DEFAULT_BACKEND if requested is None else ALIASES.get(requested, requested)
     if name not in BACKENDS:
         raise ValueError(f"unknown data backend {name!r}; choose one of {', '.join(BACKENDS)}")
     if not name.startswith("dali") or _dali_is_installed():

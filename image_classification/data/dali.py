@@ -70,6 +70,8 @@ class DaliReader:
         self._threads = max(1, samples.options.workers)
         self._files = ThreadPoolExecutor(self._threads, thread_name_prefix="files")
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="dali")
+        # Of its own, so that decoding waits for no training step; without a GPU there is none.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pipeline: Any = None
 
     def read(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[Pixels]:
@@ -101,11 +103,15 @@ class DaliReader:
         self, epoch: int, batch: np.ndarray, files: Sequence[Future[Sample[_Content] | None]]
     ) -> Pixels:
         samples = [file.result() for file in files]
+        if self._pipeline is None:
+            self._pipeline = _pipeline(self._samples.options, self._threads, self._device)
         try:
-            return assemble(samples, self._pixels)
+            with torch.cuda.stream(self._stream):
+                return assemble(samples, self._pixels)
         except RuntimeError as error:
             self._pipeline = None  # of no use after an error
-            warnings.warn(f"DALI failed on a batch, Pillow decodes it: {error}", stacklevel=2)
+            reason = " ".join(str(error).split())
+            warnings.warn(f"DALI failed on a batch, Pillow decodes it: {reason}", stacklevel=2)
         return assemble([self._samples.rendered(epoch, int(index)) for index in batch], stack)
 
     def _pixels(self, contents: Sequence[_Content]) -> Tensor:
@@ -121,14 +127,12 @@ class DaliReader:
             pixels[list(encoded)] = self._run(list(encoded.values()))
         if rendered:
             pixels[list(rendered)] = stack(list(rendered.values())).to(self._device)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # DALI reuses its output at the next run
+        if self._stream is not None:
+            self._stream.synchronize()  # DALI reuses its output at the next run
         return pixels
 
     def _run(self, encoded: Sequence[_Encoded]) -> Tensor:
         """DALI's pixels, uint8 [B, S, S, 3], until its next run."""
-        if self._pipeline is None:
-            self._pipeline = _pipeline(self._samples.options, self._threads, self._device)
         views = [file.view for file in encoded]
         (images,) = self._pipeline.run(
             files=[file.data for file in encoded],

@@ -98,6 +98,8 @@ class FolderLoader:
 
     def _normalized(self, images: Tensor) -> Tensor:
         """uint8 [B, S, S, 3] -> float32 [B, 3, S, S] on the device. Bytes travel there, a quarter of the floats."""
+        if images.is_cuda:  # decoded there, on a stream that must not reuse this memory too early
+            images.record_stream(torch.cuda.current_stream(images.device))
         channels_first = images.to(self._options.device, non_blocking=True).permute(0, 3, 1, 2)
         values = channels_first.to(torch.float32, memory_format=self._options.memory_format)
         return values.sub_(self._mean).div_(self._std)
