@@ -1,3 +1,4 @@
+import functools
 import math
 
 import pytest
@@ -35,10 +36,11 @@ IN_TORCHVISION = {
 }
 
 
-def on_meta(arch: str, **options: object) -> nn.Module:
+@functools.cache
+def on_meta(arch: str, num_classes: int = 1000) -> nn.Module:
     """The network's shapes, without its memory."""
     with torch.device("meta"):
-        return models.build(arch, **options)  # type: ignore[arg-type]
+        return models.build(arch, num_classes=num_classes)
 
 
 def shapes(model: nn.Module) -> dict[str, torch.Size]:
