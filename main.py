@@ -37,7 +37,13 @@ from image_classification.losses import training_loss
 from image_classification.optim import parameter_groups, sgd
 from image_classification.precision import MixedPrecisionOptimizer, Precision
 from image_classification.schedules import schedule
-from image_classification.training import NonFiniteGradientError, averaged_batch_norm, evaluate, train_epoch
+from image_classification.training import (
+    NonFiniteGradientError,
+    averaged_batch_norm,
+    evaluate,
+    last_iteration,
+    train_epoch,
+)
 
 # Flags that parse but cannot run yet: "--flag", or "--flag value" for one choice of a flag.
 NOT_BUILT: tuple[str, ...] = ()
@@ -585,6 +591,9 @@ class Run:
         self.flags, self.ranks = flags, ranks
         self.workspace = Path(flags.workspace)
         self.epoch, self.iteration, self.best = 0, 0, 0.0
+        self.iterations = None if flags.prof == -1 else flags.prof
+        total = flags.optimizer_batch_size
+        self.accumulation = 1 if total == -1 else total // (ranks.size * flags.batch_size)
         with ranks.together():
             saved = self._saved()
         fresh = ranks.control.broadcast(secrets.randbelow(2**32))
@@ -635,6 +644,13 @@ class Run:
                 self.exchange.set_widths(search.load_scheme(flags.compression_scheme, compressed, names))
             if saved:
                 self._restore(saved)
+            if not flags.evaluate and self.epoch < flags.epochs:  # raises where no step fits into an epoch
+                last_iteration(
+                    len(self.train_loader),
+                    start=self.iteration,
+                    iterations=self.iterations,
+                    accumulation=self.accumulation,
+                )
         with ranks.together():
             if ranks.rank == 0:
                 self.workspace.mkdir(parents=True, exist_ok=True)
@@ -676,7 +692,6 @@ class Run:
         """One epoch of training; False where a signal ended it early, with a checkpoint written."""
         flags = self.flags
         mix = None if flags.mixup == 0 else self._mix
-        total = flags.optimizer_batch_size
         lr = schedule(flags.lr_schedule, lr=flags.lr, epochs=flags.epochs, warmup=flags.warmup)(epoch)
         self.totals.zero_()
         self.exchange.report()
@@ -690,8 +705,8 @@ class Run:
                 epoch=epoch,
                 lr=lr,
                 start=self.iteration,
-                iterations=None if flags.prof == -1 else flags.prof,
-                accumulation=1 if total == -1 else total // (self.ranks.size * flags.batch_size),
+                iterations=self.iterations,
+                accumulation=self.accumulation,
                 world_size=self.ranks.size,
                 mix=mix,
                 print_freq=flags.print_freq,
@@ -725,7 +740,7 @@ class Run:
                     self.module,
                     self.val_loader,
                     self.precision,
-                    iterations=None if self.flags.prof == -1 else self.flags.prof,
+                    iterations=self.iterations,
                     sum_over_ranks=self.ranks.sum,
                 )
             )

@@ -118,18 +118,7 @@ def train_epoch(
             gradient. That step was skipped on every rank alike, and so the weights are good.
         ValueError: no step fits into the epoch, or `start` is not the first batch of one.
     """
-    end = len(loader) if iterations is None else min(iterations, len(loader))
-    end -= end % accumulation
-    if end == 0:
-        raise ValueError(
-            f"an epoch of {len(loader) if iterations is None else iterations} iterations is too short for one "
-            f"optimizer step of {accumulation}; use more images, or a smaller --batch-size or --optimizer-batch-size"
-        )
-    if start % accumulation or not 0 <= start < end:
-        raise ValueError(
-            f"iteration {start} starts no optimizer step: they start at multiples of {accumulation} below {end}; "
-            "resume with the batch sizes and --prof of the run that was interrupted"
-        )
+    end = last_iteration(len(loader), start=start, iterations=iterations, accumulation=accumulation)
     model.train()
     optimizer.set_lr(lr)
     precision = optimizer.precision
@@ -172,6 +161,26 @@ def train_epoch(
         iteration=done,
         finished=done == end,
     )
+
+
+def last_iteration(batches: int, *, start: int = 0, iterations: int | None = None, accumulation: int = 1) -> int:
+    """Where an epoch of `batches` batches ends that `train_epoch` begins at batch `start`: after its last whole step.
+
+    Raises ValueError as `train_epoch` does.
+    """
+    end = batches if iterations is None else min(iterations, batches)
+    if end < accumulation:
+        raise ValueError(
+            f"an epoch of {end} iterations is too short for one optimizer step of {accumulation}; "
+            "use more images, or a smaller --batch-size or --optimizer-batch-size"
+        )
+    end -= end % accumulation
+    if start % accumulation or not 0 <= start < end:
+        raise ValueError(
+            f"iteration {start} starts no optimizer step: they start at multiples of {accumulation} below {end}; "
+            "resume with the batch sizes and --prof of the run that was interrupted"
+        )
+    return end
 
 
 class _Meter:
