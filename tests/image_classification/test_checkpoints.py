@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy
@@ -109,6 +110,20 @@ def test_a_single_changed_byte_in_a_weight_is_noticed(tmp_path):
     flip_a_weight(tmp_path / NAME)
     with pytest.raises(checkpoints.Damaged, match=r"is damaged \(wrong checksum of .*\); choose another$"):
         checkpoints.load(tmp_path / NAME, RUN)
+
+
+@settings(deadline=None, max_examples=40)
+@given(place=st.floats(0, 0.9999), mask=st.integers(1, 255))
+def test_any_changed_byte_is_noticed_or_harmless(tmp_path_factory, place, mask):
+    folder = tmp_path_factory.mktemp("changed")
+    save(folder, 1)
+    raw = bytearray((folder / NAME).read_bytes())
+    raw[int(place * len(raw))] ^= mask
+    (folder / NAME).write_bytes(raw)
+    with suppress(checkpoints.Damaged):
+        loaded = checkpoints.load(folder / NAME, RUN)
+        assert torch.equal(loaded["state_dict"]["w"], content(1)["state_dict"]["w"])
+    shutil.rmtree(folder)
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
