@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # install.sh PYTHON: Horovod for the torch of that interpreter, built from the unmodified source and installed beside it.
 #
-# Horovod has no ready wheels, and one that is built fits exactly one torch: each is built once, in minutes, and kept in
+# Horovod publishes no wheels, and one that is built fits exactly one torch: each is built once, in minutes, and kept in
 # the user's cache folder. Horovod's own variables choose what goes in: HOROVOD_WITH_MPI=1 and
 # HOROVOD_GPU_OPERATIONS=NCCL where the machine has them; gloo is always there.
 set -euo pipefail
@@ -11,7 +11,6 @@ version=0.28.1
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 fail() { echo "build_horovod: $*" >&2; exit 1; }
-command -v c++ >/dev/null || fail "no C++ compiler (c++) found: install one, on Debian with: apt-get install g++"
 
 pip() { "$python" -m pip --quiet --disable-pip-version-check "$@"; }
 pip install -r "$here/requirements.txt"
@@ -24,6 +23,7 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/gradient-compression-trainer/wheels
 kept=$cache/horovod$version-$fits-$with
 
 if [[ ! -d $kept ]]; then
+  command -v c++ >/dev/null || fail "no C++ compiler (c++) found: install one, on Debian with: apt-get install g++"
   mkdir -p "$cache"
   fresh=$(mktemp -d "$cache/building.XXXXXX")
   trap 'rm -rf "$fresh"' EXIT

@@ -1,7 +1,0 @@
-# Horovod 0.28.1 asks for C++14 after everything else; the headers of torch 2.13 need C++17.
-# Whichever standard a target asks for, the compiler is told 17.
-foreach(standard 11 14 17)
-  set(CMAKE_CXX${standard}_STANDARD_COMPILE_OPTION "-std=gnu++17")
-  set(CMAKE_CXX${standard}_EXTENSION_COMPILE_OPTION "-std=gnu++17")
-endforeach()
-set(CMAKE_CXX_FLAGS_RELWITHDEBINFO "-O2 -DNDEBUG -w")  # no debug symbols: a 1 MB wheel, and much less memory to link it
