@@ -16,8 +16,7 @@ import random
 import secrets
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,13 +24,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 import compression
 import search
+from compression.world import Failure, World, in_words, join_ranks, tells_of_lost_ranks
 from image_classification import checkpoints, data, logs, models
-from image_classification.interruption import Interruption, Store
+from image_classification.interruption import Interruption
 from image_classification.logs import Step
 from image_classification.losses import training_loss
 from image_classification.optim import parameter_groups, sgd
@@ -423,93 +422,6 @@ def check_world(flags: argparse.Namespace, world_size: int) -> None:
            f"{flags.batch_size} = {batch}")
 
 
-# The ranks
-
-
-class Failure(Exception):
-    """What ends the program with one line, on every rank the same. `status` is its exit status."""
-
-    def __init__(self, words: str, status: int = 2) -> None:
-        super().__init__(" ".join(words.split()))
-        self.status = status
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among the ranks. `control` carries all but gradients, on the main thread."""
-
-    local_rank: int
-    device: torch.device
-    control: compression.Collectives
-    store: Store | None
-
-    @property
-    def rank(self) -> int:
-        return self.control.rank
-
-    @property
-    def size(self) -> int:
-        return self.control.world_size
-
-    def sum(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over the ranks."""
-        total = values.clone()
-        self.control.sum_(total)
-        return total
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Around what can fail on one rank alone: where any rank fails, all of them end with the same line."""
-        failure = None
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            failure = str(error)
-        failures = [words for words in self.control.collect(failure) if words is not None]
-        if failures:
-            raise Failure(failures[0])
-
-    def hold_equal(self, values: Mapping[str, Any], what: str) -> None:
-        """Raises Failure, on every rank alike, where a value differs from rank 0's."""
-        first, *others = self.control.collect(dict(values))
-        for rank, theirs in enumerate(others, start=1):
-            for name in first:
-                if theirs.get(name) != first[name]:
-                    raise Failure(
-                        f"{what} must be the same on every rank: {name} is {first[name]!r} on rank 0 and "
-                        f"{theirs.get(name)!r} on rank {rank}; start all ranks alike"
-                    )
-
-
-@contextlib.contextmanager
-def join_ranks(flags: argparse.Namespace) -> Iterator[World]:
-    """Join the other ranks, where a launcher started any, and leave them in order at the end.
-
-    The program chooses its number of threads by itself, so that results do not depend on the launcher: the
-    machine's cores divided by the ranks on it.
-    """
-    kind = flags.device if flags.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and flags.local_rank >= torch.cuda.device_count():
-        raise Failure(
-            f"--device cuda needs a GPU for each rank of a machine: local rank {flags.local_rank} has none, "
-            f"{torch.cuda.device_count()} are visible; start fewer ranks or use --device cpu"
-        )
-    device = torch.device(kind, flags.local_rank) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    if "RANK" not in os.environ:
-        yield World(flags.local_rank, device, compression.Solo(), None)
-        return
-    backend = flags.dist_backend if flags.dist_backend != "auto" else "nccl" if kind == "cuda" else "gloo"
-    store, rank, size = next(iter(rendezvous("env://")))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    try:
-        yield World(flags.local_rank, device, compression.TorchDistributed(), store)
-    finally:
-        dist.destroy_process_group()
-
-
 # What the flags build
 
 
@@ -619,12 +531,12 @@ class Run:
         if flags.compile:
             self.module.compile()
         self.model: nn.Module = self.module
-        if ranks.store is not None:
+        if dist.is_initialized():
             with warnings.catch_warnings():
                 # torch 2.13 renames the argument and 2.11 knows only the old name.
                 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
                 self.model = DistributedDataParallel(self.module, broadcast_buffers=False)
-        self.exchange = compression.attach(self.model, compressor, seed=self.seed)
+        self.exchange = compression.attach(self.model, compressor, ranks.gradients, self.seed)
         if flags.search:
             self.exchange.recorder = compression.Recorder(self.exchange.layers)
         self.optimizer = MixedPrecisionOptimizer(
@@ -637,6 +549,8 @@ class Run:
             functools.partial(sgd, lr=flags.lr, momentum=flags.momentum, nesterov=flags.nesterov),
             self.precision,
         )
+        if flags.hvd:  # as DDP does it
+            self.module.load_state_dict(ranks.control.broadcast(self.module.state_dict()))
         with ranks.together():
             if flags.compression_scheme:
                 names = [layer.name for layer in self.exchange.layers]
@@ -922,16 +836,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns its exit status."""
     flags = parse(argv)
     try:
-        with join_ranks(flags) as ranks:
+        with join_ranks(flags.device, flags.local_rank, backend=flags.dist_backend, hvd=flags.hvd) as ranks:
             ranks.hold_equal({name: value for name, value in vars(flags).items() if name != "local_rank"}, "the flags")
             if "compression_type" not in flags.given and (flags.search or flags.compression_scheme) and ranks.rank == 0:
                 print("no --compression-type given: widths of maxmin are chosen", file=sys.stderr)
             with contextlib.closing(Run(flags, ranks)) as run:
                 return run.execute()
     except Failure as failure:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("RANK", os.environ.get("HOROVOD_RANK", 0))) == 0:
             print(f"main.py: error: {failure}", file=sys.stderr)
         return failure.status
+    except (ValueError, OSError) as error:  # on this rank alone, and the others lose it
+        print(f"main.py: error: {in_words(error)}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not tells_of_lost_ranks(error):
+            raise
+        words = " ".join(str(error).splitlines()[0].split())
+        print(f"main.py: error: no way to the other ranks ({words}); one that has ended says why", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
