@@ -370,6 +370,9 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
     only_one("no_checkpoints gather_checkpoints")
     goes_with("checkpoint_filename", not flags.no_checkpoints or flags.resume == "auto",
               "checkpoints; drop --no-checkpoints")
+    refuse(Path(flags.checkpoint_filename).name != flags.checkpoint_filename,
+           f"--checkpoint-filename {flags.checkpoint_filename} is a path, and a name is needed; "
+           "choose the folder with --workspace")
     refuse(flags.checkpoint_filename == checkpoints.BEST,
            f"--checkpoint-filename {checkpoints.BEST} is where the best checkpoint goes; choose another name")
 
@@ -552,9 +555,14 @@ class Run:
         if flags.hvd:  # as DDP does it
             self.module.load_state_dict(ranks.control.broadcast(self.module.state_dict()))
         with ranks.together():
+            compressed = [layer.name for layer in self.exchange.layers if layer.compressed]
+            refuse(
+                flags.search and not compressed,
+                f"--search chooses widths of compressed layers, and no layer has a bucket of {flags.bucket_size} "
+                "values; lower --bucket-size",
+            )
             if flags.compression_scheme:
                 names = [layer.name for layer in self.exchange.layers]
-                compressed = [layer.name for layer in self.exchange.layers if layer.compressed]
                 self.exchange.set_widths(search.load_scheme(flags.compression_scheme, compressed, names))
             if saved:
                 self._restore(saved)
@@ -571,7 +579,6 @@ class Run:
             start = logs.END if flags.evaluate and saved else (self.epoch, self.iteration)
             self.log = build_logger(flags, ranks, len(self.train_loader), start)
             self.log.parameters({name: value for name, value in vars(flags).items() if name != "given"})
-        self.interruption = Interruption(ranks.store)
         self.steps = 0
         self.totals = torch.zeros(6, dtype=torch.float64, device=ranks.device)
         self.summary: dict[str, float] = {}
@@ -588,6 +595,7 @@ class Run:
         if flags.evaluate:
             self._log_epoch(self._validate())
             return self._finish()
+        self.interruption = Interruption(self.ranks.store)
         last = flags.epochs if flags.run_epochs == -1 else min(flags.epochs, self.epoch + flags.run_epochs)
         for epoch in range(self.epoch, last):
             if not self._train(epoch):
