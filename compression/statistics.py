@@ -6,8 +6,8 @@ Nothing here knows ranks or models. A sink is anything that takes a step, a laye
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,11 +99,12 @@ class JsonLines:
     """A sink: a file of one JSON object a line, with `step`, `layer` and the fields of `Statistics`; NaN is null."""
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
-        """Open for a run whose first step is `first_step`: lines of earlier steps are kept, later ones go.
+        """For a run whose first step is `first_step`: lines of earlier steps are kept, later ones go.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: the file cannot be written; as every call.
         """
+        self.path = path
         kept = []
         if first_step and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -111,17 +112,22 @@ class JsonLines:
                     if json.loads(line)["step"] < first_step:
                         kept.append(line + "\n")
         beside = path.with_name(path.name + ".part")
-        beside.write_text("".join(kept), encoding="utf-8")
-        os.replace(beside, path)
-        self.file = path.open("a", encoding="utf-8")
+        with self._writing():
+            beside.write_text("".join(kept), encoding="utf-8")
+            os.replace(beside, path)
 
     def __call__(self, step: int, layer: str, statistics: Statistics) -> None:
         fields = {name: _without_nan(value) for name, value in asdict(statistics).items()}
-        self.file.write(json.dumps({"step": step, "layer": layer, **fields}, allow_nan=False) + "\n")
-        self.file.flush()
+        line = json.dumps({"step": step, "layer": layer, **fields}, allow_nan=False)
+        with self._writing(), self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
-    def close(self) -> None:
-        self.file.close()
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: {error.strerror}; make room or choose another folder") from error
 
 
 class TensorBoard:

@@ -129,7 +129,6 @@ def train(name: str, sink: Any, steps: int = 60) -> Tensor:
 def test_training_is_bit_identical_to_training_without_compression(tmp_path: Path) -> None:
     sink = JsonLines(tmp_path / "gradient_stats.jsonl")
     assert torch.equal(train("stats", sink), train("none", None))
-    sink.close()
     lines = [json.loads(line) for line in (tmp_path / "gradient_stats.jsonl").read_text().splitlines()]
     assert {(line["step"], line["layer"]) for line in lines} == {
         (step, layer) for step in (0, 50) for layer in ("0.weight", "0.bias", "2.weight", "2.bias")
@@ -144,7 +143,6 @@ def test_the_file_holds_every_field_and_null_for_what_is_not_a_number(tmp_path: 
     sink = JsonLines(tmp_path / "stats.jsonl")
     sink(50, "fc.weight", measure(torch.tensor([1.0, 2.0, 4.0, math.inf])))
     sink(50, "fc.bias", measure(torch.tensor([math.nan])))
-    sink.close()
     first, second = (json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines())
     assert first["step"] == 50
     assert first["layer"] == "fc.weight"
@@ -161,15 +159,18 @@ def test_a_resumed_run_goes_on_in_the_file_and_a_new_one_begins_it_anew(tmp_path
     sink = JsonLines(path)
     for step in (0, 50, 100):
         sink(step, "fc", seen)
-    sink.close()
     with path.open("a") as file:
         file.write('{"step": 1')  # torn apart by a kill
     resumed = JsonLines(path, first_step=80)
     resumed(100, "fc", seen)
-    resumed.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 50, 100]
-    JsonLines(path).close()
+    JsonLines(path)
     assert path.read_text() == ""
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"cannot write .*stats.jsonl: No such file or directory; make room or choose"):
+        JsonLines(tmp_path / "missing" / "stats.jsonl")
 
 
 def test_tensorboard_gets_histograms_and_curves_without_holes(tmp_path: Path) -> None:
