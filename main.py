@@ -28,6 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import compression
 import search
+from compression.averagers import Observing
+from compression.statistics import JsonLines, TensorBoard, to_all
 from compression.world import Failure, World, in_words, join_ranks, tells_of_lost_ranks
 from image_classification import checkpoints, data, logs, models
 from image_classification.interruption import Interruption
@@ -576,13 +578,14 @@ class Run:
         with ranks.together():
             if ranks.rank == 0:
                 self.workspace.mkdir(parents=True, exist_ok=True)
+            self.written: list[Path] = []
             start = logs.END if flags.evaluate and saved else (self.epoch, self.iteration)
             self.log = build_logger(flags, ranks, len(self.train_loader), start)
             self.log.parameters({name: value for name, value in vars(flags).items() if name != "given"})
+            self._observe()
         self.steps = 0
         self.totals = torch.zeros(6, dtype=torch.float64, device=ranks.device)
         self.summary: dict[str, float] = {}
-        self.written: list[Path] = []
 
     # The epochs
 
@@ -721,6 +724,15 @@ class Run:
         self.log.detail(step, {f"search.error/{name}": error for name, error in result.error_by_layer().items()})
 
     # What is written
+
+    def _observe(self) -> None:
+        """Let gradient statistics, where they are asked for, go to a file and to TensorBoard."""
+        averager = self.exchange.averager
+        if isinstance(averager, Observing) and self.ranks.rank == 0 and not self.flags.evaluate:
+            path = self.workspace / "gradient_stats.jsonl"
+            boards = [sink.writer for sink in self.log.sinks if isinstance(sink, logs.TensorBoard)]
+            averager.sink = to_all([JsonLines(path, self.exchange.step), *map(TensorBoard, boards)])
+            self.written.append(path)
 
     def _traffic(self) -> dict[str, float]:
         """Bytes and seconds per step since the last call, means over ranks."""
