@@ -74,8 +74,8 @@ class Residual:
 class RmsScore:
     """abs(x) / (sqrt(v) + 1e-8), v the running mean 0.99 v + 0.01 g^2 of the squared gradient, as RMSprop divides.
 
-    x is what is owed, and g the gradient alone: what waits to be sent gains in score, and not in v. g^2 is cut at
-    3.4e38, so that v stays finite.
+    x is what is owed, and g the gradient alone: what waits to be sent gains in score, and not in v. v is cut at 3.4e38,
+    so that it stays finite.
     """
 
     DECAY = 0.99
@@ -91,8 +91,8 @@ class RmsScore:
         places = zip(spans(gradients, self.memory), gradients.offsets, owed.offsets, strict=True)
         for (gradient, here), at, owed_at in places:
             score, new = scores[at : at + len(gradient)], pending[here]
-            torch.mul(gradient, gradient, out=score).clamp_(max=LIMIT)
-            torch.mul(mean_square[here], self.DECAY, out=new).add_(score, alpha=1 - self.DECAY)
+            torch.mul(mean_square[here], self.DECAY, out=new)
+            new.addcmul_(gradient, gradient, value=1 - self.DECAY).clamp_(max=LIMIT)
             torch.sqrt(new, out=score).add_(self.EPSILON)
             torch.div(owed.flat[owed_at : owed_at + len(gradient)], score, out=score)
         return Gradients(scores, gradients.names, gradients.offsets)
@@ -105,9 +105,9 @@ class Gathered:
     not compressed travel as float32 in the same message. Not in two hops: the owner of a share would have to
     sparsify the mean a second time.
 
-    `dropped` averages what the top-k leaves out, in place, and is added: an alternative to remembering it, and only
-    with an accumulator that does not. With `whole`, the top-k selects over all compressed layers of a buffer as if
-    they were one, and they must lie side by side in it, in the model's order.
+    `dropped` averages what the top-k leaves out, in place, and is added: an alternative to an accumulator that
+    remembers it, so that the two exclude each other. With `whole`, the top-k selects over all compressed layers of a
+    buffer as if they were one, and they must lie side by side in it, in the model's order.
     """
 
     lossless = False
@@ -122,10 +122,13 @@ class Gathered:
         dropped: Averager | None = None,
         whole: bool = False,
     ) -> None:
+        if accumulator is not None and dropped is not None:
+            raise ValueError("what a top-k drops is either remembered by an accumulator or averaged, not both")
         self.codec, self.collectives = codec, collectives
         self.accumulator: Accumulator = accumulator or Oblivious()
         self.score, self.dropped, self.whole = score, dropped, whole
-        self.layers = {layer.name: layer for layer in layers}
+        self.sizes = {layer.name: layer.numel for layer in layers}
+        self.compressed = {layer.name for layer in layers if layer.compressed}
         self.memories = {**self.accumulator.memories, **(score.memories if score else {})}
         self._encoded_bytes = 0
 
@@ -135,33 +138,45 @@ class Gathered:
 
     def average_(self, gradients: Gradients, step: int) -> None:
         compressed, dense = self._sort(gradients)
-        network, fast = self.collectives, kernels.sparse_for_device(gradients.flat.device)
-        layout = self._plan(compressed)
-
-        owed = self.accumulator.add(compressed)
-        scores = owed if self.score is None else self.score.rate(compressed, owed)
-        indices = fast.select(layout, scores.flat, self._starts(scores))
-        message = torch.empty(layout.wire_bytes + 4 * dense.numel(), dtype=torch.uint8, device=dense.device)
-        fast.encode(layout, owed.flat, self._starts(owed), indices, message[: layout.wire_bytes])
-        message[layout.wire_bytes :] = dense.view(torch.uint8)
-        self._encoded_bytes += message.nbytes
-        positions = indices + torch.from_numpy(np.repeat(self._starts(owed), layout.kept)).to(indices.device)
-        self.accumulator.sent(positions)
+        layout, network = self._plan(compressed), self.collectives
+        message, positions = self._encode(layout, compressed, dense)
         received = network.gather(message, [len(message)] * network.world_size).view(network.world_size, -1)
-
         if self.dropped is not None:
-            owed.flat.index_fill_(0, positions, 0.0)
+            gradients.flat.index_fill_(0, positions, 0.0)
             self.dropped.average_(compressed, step)
         else:
             for name, at in zip(compressed.names, compressed.offsets, strict=True):
-                compressed.flat[at : at + self.layers[name].numel].zero_()
-        share, floats = 1.0 / network.world_size, torch.empty_like(dense)
+                gradients.flat[at : at + self.sizes[name]].zero_()
+        self._add_up(layout, received, compressed, dense)
+        start = 0
+        for values in self._others(gradients):
+            values.copy_(dense[start : start + len(values)])
+            start += len(values)
+
+    def _encode(self, layout: SparsePlan, compressed: Gradients, dense: Tensor) -> tuple[Tensor, Tensor]:
+        """What this rank sends, and the positions of the values in it, in the buffer of what is owed."""
+        fast = kernels.sparse_for_device(dense.device)
+        owed = self.accumulator.add(compressed)
+        scores = owed if self.score is None else self.score.rate(compressed, owed)
+        indices = fast.select(layout, scores.flat, self._starts(scores))
+        starts = self._starts(owed)
+        message = torch.empty(layout.wire_bytes + dense.nbytes, dtype=torch.uint8, device=dense.device)
+        fast.encode(layout, owed.flat, starts, indices, message[: layout.wire_bytes])
+        message[layout.wire_bytes :] = dense.view(torch.uint8)
+        self._encoded_bytes += message.nbytes
+        positions = indices + torch.from_numpy(np.repeat(starts, layout.kept)).to(indices.device)
+        self.accumulator.sent(positions)
+        return message, positions
+
+    def _add_up(self, layout: SparsePlan, received: Tensor, compressed: Gradients, dense: Tensor) -> None:
+        """Add the mean of all ranks' sparse values to what is there; set `dense` to that of the dense ones."""
+        fast = kernels.sparse_for_device(dense.device)
+        starts, share, floats = self._starts(compressed), 1.0 / len(received), torch.empty_like(dense)
         dense.zero_()
         for row in received:
-            fast.decode(layout, row[: layout.wire_bytes], compressed.flat, self._starts(compressed), share)
+            fast.decode(layout, row[: layout.wire_bytes], compressed.flat, starts, share)
             floats.view(torch.uint8).copy_(row[layout.wire_bytes :])
             dense += floats * share
-        self._scatter(dense, gradients)
 
     def settle(self, applied: bool) -> None:
         for memory in self.memories.values():
@@ -182,26 +197,19 @@ class Gathered:
     def _sort(self, gradients: Gradients) -> tuple[Gradients, Tensor]:
         """The compressed layers, in place, and a copy of the values of the others."""
         places = list(zip(gradients.names, gradients.offsets, strict=True))
-        compressed = [(name, at) for name, at in places if self.layers[name].compressed]
-        others = [
-            gradients.flat[at : at + layer.numel]
-            for name, at in places
-            if not (layer := self.layers[name]).compressed
-        ]
-        dense = torch.cat(others) if others else gradients.flat.new_empty(0)
+        compressed = [place for place in places if place[0] in self.compressed]
         names, offsets = zip(*compressed, strict=True) if compressed else ((), ())
+        others = self._others(gradients)
+        dense = torch.cat(others) if others else gradients.flat.new_empty(0)
         return Gradients(gradients.flat, names, offsets), dense
 
-    def _scatter(self, dense: Tensor, gradients: Gradients) -> None:
-        """Put the values of the layers that are not compressed back in place."""
-        start = 0
-        for name, at in zip(gradients.names, gradients.offsets, strict=True):
-            if not (layer := self.layers[name]).compressed:
-                gradients.flat[at : at + layer.numel] = dense[start : start + layer.numel]
-                start += layer.numel
+    def _others(self, gradients: Gradients) -> list[Tensor]:
+        """The values of each layer that is not compressed, in place."""
+        places = zip(gradients.names, gradients.offsets, strict=True)
+        return [gradients.flat[at : at + self.sizes[name]] for name, at in places if name not in self.compressed]
 
     def _plan(self, compressed: Gradients) -> SparsePlan:
-        counts = [self.layers[name].numel for name in compressed.names]
+        counts = [self.sizes[name] for name in compressed.names]
         return self.codec.plan([sum(counts)] if self.whole and counts else counts)
 
     def _starts(self, gradients: Gradients) -> Ints:
@@ -209,7 +217,7 @@ class Gathered:
         starts = np.array(gradients.offsets, np.int64)
         if not self.whole:
             return starts
-        counts = np.array([self.layers[name].numel for name in gradients.names], np.int64)
+        counts = np.array([self.sizes[name] for name in gradients.names], np.int64)
         if not np.array_equal(starts[1:], (starts + counts)[:-1]):
             raise ValueError("a top-k over the whole model needs its compressed layers side by side, in order")
         return starts[:1]

@@ -1,8 +1,9 @@
 """The sparse kernels for CPUs: numba, the same bits as `sparse_reference.py`.
 
-The largest values are found without sorting. The bits of a magnitude are an integer of 31 bits: three passes count
-its leading 11, the next 10 and the last 10 bits, each among the values that agree with the threshold so far, and a
-fourth collects. The passes share the values evenly between threads, whatever the layers' sizes.
+The largest values are found without sorting. The bits of a magnitude are an integer of 31 bits. One pass over all
+values counts the leading 11 bits, a second collects those that can still be among the largest, few as a rule; of
+them the next 10 and the last 10 bits are counted in the same way, and what lies above the threshold is collected. The
+passes share the values evenly between threads, whatever the layers' sizes.
 """
 
 from functools import partial
@@ -16,7 +17,6 @@ from compression.kernels.sparse_reference import damage
 from compression.kernels.threads import jit, split
 from compression.layers import Ints
 
-_SHIFTS = (20, 10, 0)  # of the bits that each pass counts
 _BINS = 2048
 _TILE = 1024
 _MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -66,12 +66,13 @@ def _descend(
     known: np.ndarray,
     shift: int,
     above: np.ndarray,
-    ties: np.ndarray,
+    equal: np.ndarray,
 ) -> None:
     """Append to every layer's known bits the digit in which its k-th largest key lies.
 
     missing[l]: how many of the values that begin with the known bits are to be kept. above[p]: how many values of
-    part p lie above those. After the last digit, ties[p]: how many that equal it are kept, lower indices first.
+    part p lie above those; equal[p]: how many begin with them, and after the last digit, how many of these are kept,
+    lower indices first.
     """
     totals = np.empty(_BINS, np.int64)
     first = 0
@@ -90,9 +91,10 @@ def _descend(
         for p in range(first, last):
             for d in range(digit + 1, _BINS):
                 above[p] += counts[p, d]
+            equal[p] = counts[p, digit]
             if shift == 0:
-                ties[p] = min(counts[p, digit], missing[layer])
-                missing[layer] -= ties[p]
+                equal[p] = min(equal[p], missing[layer])
+                missing[layer] -= equal[p]
         first = last
 
 
@@ -101,18 +103,18 @@ def _collect(
     parts: np.ndarray,
     keys: np.ndarray,
     least: np.ndarray,
-    ties: np.ndarray,
+    equal: np.ndarray,
     to: np.ndarray,
     indices: np.ndarray,
     begin: int,
     end: int,
 ) -> None:
-    """Write the indices of the kept values of every part; ties count from the lower index on."""
+    """Write the indices of every part's values above the least, and of the first equal[p] that equal it."""
     for p in range(begin, end):
         layer, start, stop, offset = parts[p, 0], parts[p, 1], parts[p, 2], parts[p, 3]
         threshold = np.int32(least[layer])
         run = keys[start:stop]
-        at, left = to[p], ties[p]
+        at, left = to[p], equal[p]
         for i in range(len(run)):
             key = run[i] & _MAGNITUDE
             if key >= threshold:
@@ -225,20 +227,33 @@ def _decode(
 
 def select(plan: SparsePlan, scores: Tensor, at: Ints) -> Tensor:
     """As `sparse_reference.select`."""
-    layers = len(plan.count)
-    parts = _parts(plan.count, at)
     keys = scores.numpy().view(np.int32)
-    known, missing = np.zeros(layers, np.int64), plan.kept.copy()
+    parts = _parts(plan.count, at)
+    known, missing = np.zeros(len(plan.count), np.int64), plan.kept.copy()
     counts = np.empty((len(parts), _BINS), np.int32)
-    above, ties = np.zeros(len(parts), np.int64), np.zeros(len(parts), np.int64)
-    length = parts[:, 2] - parts[:, 1]
-    for shift in _SHIFTS:
-        split(length, partial(_count, parts, keys, known, shift, counts))
-        _descend(parts, counts, missing, known, shift, above, ties)
-    indices = torch.empty(int(plan.kept.sum()), dtype=torch.int64)
-    to = np.cumsum(above + ties) - above - ties
-    split(length, partial(_collect, parts, keys, known, ties, to, indices.numpy()))
-    return indices
+    above, equal = np.zeros(len(parts), np.int64), np.zeros(len(parts), np.int64)
+
+    def narrow(parts: np.ndarray, keys: np.ndarray, shift: int) -> None:
+        split(parts[:, 2] - parts[:, 1], partial(_count, parts, keys, known, shift, counts))
+        _descend(parts, counts, missing, known, shift, above, equal)
+
+    def collect(parts: np.ndarray, keys: np.ndarray, least: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Indices, and where those of each part end."""
+        ends = np.cumsum(above + equal)
+        indices = np.empty(ends[-1] if len(ends) else 0, np.int64)
+        arguments = (parts, keys, least, equal, ends - above - equal, indices)
+        split(parts[:, 2] - parts[:, 1], partial(_collect, *arguments))
+        return indices, ends
+
+    narrow(parts, keys, 20)
+    near, ends = collect(parts, keys, known << 20)
+    starts = ends - above - equal
+    near_keys = keys[near + np.repeat(at[parts[:, 0]], ends - starts)]
+    near_parts = np.stack([parts[:, 0], starts, ends, starts], axis=1)
+    narrow(near_parts, near_keys, 10)
+    narrow(near_parts, near_keys, 0)
+    chosen, _ = collect(near_parts, near_keys, known)
+    return torch.from_numpy(near[chosen])
 
 
 def encode(plan: SparsePlan, values: Tensor, at: Ints, indices: Tensor, wire: Tensor) -> None:
