@@ -153,7 +153,7 @@ COMPRESSORS: dict[str, Row] = {
     "topk_rmsprop": Row("the largest by magnitude over their running root mean square", _TOP_K, _top_k(RmsScore)),
     "svd": Row(
         "some atoms of each layer's singular value decomposition, drawn at random",
-        ("rank", "bucket_size", "error_feedback", "warmup_steps"),
+        ("rank", "bucket_size", "error_feedback", "warmup_steps", "big_grad"),
         _svd,
         codec=SpectralAtoms,
     ),
