@@ -150,7 +150,7 @@ def train_epoch(
             if skipped and not optimizer.scale.can_back_off():
                 raise _non_finite(exchange.nonfinite_layer(), epoch, done, optimizer.scale.value)
             if line_is_due:
-                log(done, _train_metrics(totals * world_size, world_size, lr))
+                log(done, _train_metrics(totals, world_size, lr))
             meter.restart()
         if stop:
             break
@@ -230,7 +230,7 @@ class _Meter:
 
 
 def _train_metrics(totals: Tensor, world_size: int, lr: float) -> dict[str, float]:
-    """From the totals of a meter, summed over all ranks."""
+    """From the totals of a meter. One rank's stand for all, and so do their sums over the ranks: these are ratios."""
     loss, images, batches, data_time, compute_time = totals.tolist()
     return {
         "train.loss": loss / images,
