@@ -485,12 +485,11 @@ def build_logger(flags: argparse.Namespace, ranks: World, iterations: int, start
     """All sinks on rank 0, none elsewhere. `start` is where the run goes on."""
     if ranks.rank != 0:
         return logs.Logger()
-    sinks: list[logs.Sink] = [
-        logs.Terminal(iterations),
-        logs.Raport(Path(flags.workspace) / flags.raport_file, start),
-    ]
+    sinks: list[logs.Sink] = [logs.Terminal(iterations)]
     if flags.tensorboard_dir:
         sinks.append(logs.TensorBoard(Path(flags.tensorboard_dir), iterations, start))
+    # Last: it takes the place of an earlier run's, which must not happen where another sink fails.
+    sinks.append(logs.Raport(Path(flags.workspace) / flags.raport_file, start))
     return logs.Logger(*sinks)
 
 
