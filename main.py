@@ -510,8 +510,8 @@ class Run:
         self.iterations = None if flags.prof == -1 else flags.prof
         total = flags.optimizer_batch_size
         self.accumulation = 1 if total == -1 else total // (ranks.size * flags.batch_size)
-        with ranks.together():
-            saved = self._saved()
+        saved = self._saved()
+        self.resumed = saved is not None
         fresh = ranks.control.broadcast(secrets.randbelow(2**32))
         self.seed: int = flags.seed if flags.seed is not None else saved["seed"] if saved else fresh
         if flags.deterministic:
@@ -579,7 +579,7 @@ class Run:
                 self.workspace.mkdir(parents=True, exist_ok=True)
             self.written: list[Path] = []
             start = logs.END if flags.evaluate and saved else (self.epoch, self.iteration)
-            self.log = build_logger(flags, ranks, len(self.train_loader), start)
+            self.log = build_logger(flags, ranks, self.iterations or len(self.train_loader), start)
             self.log.parameters({name: value for name, value in vars(flags).items() if name != "given"})
             self._observe()
         self.steps = 0
@@ -591,7 +591,7 @@ class Run:
     def execute(self) -> int:
         """Do what the flags ask for. Returns the exit status."""
         flags = self.flags
-        if flags.search and (flags.evaluate or (flags.pretrained_weights and not flags.resume)):
+        if flags.search and (flags.evaluate or (flags.pretrained_weights and not self.resumed)):
             self._calibrate()
             self._search("calibration")
         if flags.evaluate:
@@ -801,16 +801,19 @@ class Run:
 
     def _saved(self) -> dict[str, Any] | None:
         """The checkpoint to go on from."""
-        flags = self.flags
+        flags, ranks = self.flags, self.ranks
         expected = {"arch": flags.arch, "num_classes": flags.num_classes}
-        if flags.resume is None:
-            return None
-        if flags.resume != "auto":
-            return checkpoints.load(Path(flags.resume), expected)
-        found = checkpoints.newest_good(
-            self.workspace, flags.checkpoint_filename, expected, lambda words: print(words, file=sys.stderr)
-        )
-        return None if found is None else found[1]
+        path = None if flags.resume in (None, "auto") else Path(flags.resume)
+        if flags.resume == "auto":
+            with ranks.together():
+                if ranks.rank == 0:
+                    found = checkpoints.newest_good(
+                        self.workspace, flags.checkpoint_filename, expected, lambda words: print(words, file=sys.stderr)
+                    )
+                    path = found and found[0]
+            path = ranks.control.broadcast(path)
+        with ranks.together():
+            return checkpoints.load(path, expected) if path else None
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         """Go on where a checkpoint ends. What belongs to ranks is restored where their number is the same."""

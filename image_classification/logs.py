@@ -53,6 +53,7 @@ METRICS = {
     "val.compute_latency_at95": Metric("s", ".4f", shown=False),
     "val.compute_latency_at99": Metric("s", ".4f", shown=False),
     "val.compute_latency_at100": Metric("s", ".4f", shown=False),
+    "best.top1": Metric("%", ".2f"),
     "comm.bytes_sent": Metric("bytes/step", ",.0f"),
     "comm.bytes_dense": Metric("bytes/step", ",.0f", shown=False),
     "comm.ratio": Metric("", ".4f"),
