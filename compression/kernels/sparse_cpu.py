@@ -1,7 +1,7 @@
 """The sparse kernels for CPUs: numba, the same bits as `sparse_reference.py`.
 
 The largest values are found without sorting. The bits of a magnitude are an integer of 31 bits. One pass over all
-values counts the leading 11 bits, a second collects those that can still be among the largest, few as a rule; of
+values counts the leading 11 bits, a second collects those that can still be among the largest, where they are few; of
 them the next 10 and the last 10 bits are counted in the same way, and what lies above the threshold is collected. The
 passes share the values evenly between threads, whatever the layers' sizes.
 """
@@ -246,14 +246,16 @@ def select(plan: SparsePlan, scores: Tensor, at: Ints) -> Tensor:
         return indices, ends
 
     narrow(parts, keys, 20)
-    near, ends = collect(parts, keys, known << 20)
-    starts = ends - above - equal
-    near_keys = keys[near + np.repeat(at[parts[:, 0]], ends - starts)]
-    near_parts = np.stack([parts[:, 0], starts, ends, starts], axis=1)
-    narrow(near_parts, near_keys, 10)
-    narrow(near_parts, near_keys, 0)
-    chosen, _ = collect(near_parts, near_keys, known)
-    return torch.from_numpy(near[chosen])
+    near = None
+    if 4 * (above + equal).sum() < plan.count.sum():
+        near, ends = collect(parts, keys, known << 20)
+        starts = ends - above - equal
+        keys = keys[near + np.repeat(at[parts[:, 0]], ends - starts)]
+        parts = np.stack([parts[:, 0], starts, ends, starts], axis=1)
+    narrow(parts, keys, 10)
+    narrow(parts, keys, 0)
+    chosen, _ = collect(parts, keys, known)
+    return torch.from_numpy(chosen if near is None else near[chosen])
 
 
 def encode(plan: SparsePlan, values: Tensor, at: Ints, indices: Tensor, wire: Tensor) -> None:
