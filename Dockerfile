@@ -7,8 +7,8 @@
 # Why this base, and not a CUDA image with wheels: it has apex, whose FusedSGD steps the optimizer and which has no wheels,
 # an NCCL and an MPI that were built for each other, and torch 2.13 with Triton 3.7.1, the versions of requirements.txt.
 #
-# The checks of this repository have no docker daemon, so none of them builds this file. Horovod's CUDA, NCCL and MPI
-# sources have been compiled against CUDA 13.3, NCCL 2.32, Open MPI 4.1 and torch 2.13 outside of it.
+# The checks of this repository have no docker daemon, so none of them builds this file. Outside of it, Horovod's CUDA,
+# NCCL and MPI sources passed the compiler, not the linker, with CUDA 13.3, NCCL 2.32, Open MPI 4.1 and torch 2.13.
 FROM nvcr.io/nvidia/pytorch:26.07-py3
 
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
