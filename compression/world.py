@@ -113,23 +113,24 @@ def join_ranks(device: str, local_rank: int, *, backend: str = "auto", hvd: bool
         local_rank, ranks_here = horovod.local_rank(), horovod.local_size()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     place = _device(device, local_rank)
-    if horovod is not None:
+    with contextlib.ExitStack() as stack:
+        if horovod is not None:
+            stack.callback(horovod.shutdown)
+            world = _over_horovod(horovod, local_rank, place)
+        elif "RANK" in os.environ:
+            if backend == "auto":
+                backend = "nccl" if place.type == "cuda" else "gloo"
+            store, rank, size = next(iter(rendezvous("env://")))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+            stack.callback(dist.destroy_process_group)
+            world = World(local_rank, place, TorchDistributed(), None, store)
+        else:
+            world = World(local_rank, place, Solo(), None, None)
         try:
-            yield _over_horovod(horovod, local_rank, place)
-        finally:
-            horovod.shutdown()
-        return
-    if "RANK" not in os.environ:
-        yield World(local_rank, place, Solo(), None, None)
-        return
-    if backend == "auto":
-        backend = "nccl" if place.type == "cuda" else "gloo"
-    store, rank, size = next(iter(rendezvous("env://")))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    try:
-        yield World(local_rank, place, TorchDistributed(), None, store)
-    finally:
-        dist.destroy_process_group()
+            yield world
+        except Failure:
+            world.control.collect(None)  # rank 0 may hold the store, and others may still look at it
+            raise
 
 
 def _device(device: str, local_rank: int) -> torch.device:
