@@ -1,0 +1,22 @@
+"""What tests of several folders share."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 3 classes, 24 training and 9 validation images of 32 x 32 noise each; a class is a color."""
+    root = tmp_path_factory.mktemp("pictures")
+    for split, count in (("train", 24), ("val", 9)):
+        for label in range(3):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                noise = np.random.default_rng([label, index, count]).integers(0, 90, (32, 32, 3), dtype=np.uint8)
+                noise[..., label] += 120
+                Image.fromarray(noise).save(folder / f"{index}.png")
+    return root
