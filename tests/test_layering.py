@@ -1,0 +1,98 @@
+"""Layering: who may import whom, and what is imported only inside the functions that need it."""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("image_classification", "compression", "search")
+MAY_IMPORT = {"image_classification": set(), "compression": set(), "search": {"compression"}}
+LAZY = ("horovod", "nvidia", "apex", "tensorboard", "torch.utils.tensorboard", "matplotlib", "triton")
+
+MODULES = [*sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")), ROOT / "main.py"]
+every_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@cache
+def imported(path: Path) -> tuple[tuple[str, bool], ...]:
+    """(module, whether this runs when the file is imported) of every import in a file, in absolute names."""
+    return tuple(_imported(ast.parse(path.read_text()), path.relative_to(ROOT).parts[:-1], True))
+
+
+def _imported(tree: ast.AST, package: tuple[str, ...], at_once: bool) -> Iterator[tuple[str, bool]]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((name.name, at_once) for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = ".".join(package[: len(package) + 1 - node.level]) if node.level else ""
+            module = ".".join(filter(None, (above, node.module)))
+            yield from ((f"{module}.{name.name}", at_once) for name in node.names)
+        else:
+            inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from _imported(node, package, at_once and not inside)
+
+
+def is_within(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def reached_at_once(path: Path) -> set[Path]:
+    """The program's own files that importing this one imports."""
+    reached, waiting = set(), [path]
+    while waiting:
+        for name, at_once in imported(waiting.pop()):
+            parts = name.split(".")
+            for count in range(1, len(parts) + 1) if at_once else ():
+                module = ROOT.joinpath(*parts[:count])
+                for file in (module.with_suffix(".py"), module / "__init__.py"):
+                    if file in MODULES and file not in reached:
+                        reached.add(file)
+                        waiting.append(file)
+    return reached
+
+
+@every_module
+def test_packages_import_only_those_below_them(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    allowed = {package, *MAY_IMPORT.get(package, PACKAGES)}
+    others = {name for name, _ in imported(path) if name.split(".")[0] in (*PACKAGES, "main", "benchmarks", "tests")}
+    assert {name.split(".")[0] for name in others} <= allowed, sorted(others)
+
+
+@every_module
+def test_what_many_machines_do_not_have_is_imported_where_it_is_used(path: Path) -> None:
+    early = [name for name, at_once in imported(path) for lazy in LAZY if at_once and is_within(name, lazy)]
+    if early:  # a module that is itself imported only where it is used may import what it is about
+        assert path not in reached_at_once(ROOT / "main.py"), early
+
+
+@every_module
+def test_the_command_line_is_read_by_main_alone(path: Path) -> None:
+    if path != ROOT / "main.py":
+        assert not [name for name, _ in imported(path) if is_within(name, "argparse")]
+        names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+        assert "Namespace" not in names
+
+
+def test_the_walk_over_imports_reaches_the_program() -> None:
+    reached = {str(path.relative_to(ROOT)) for path in reached_at_once(ROOT / "main.py")}
+    assert {"compression/exchange.py", "search/optimum.py", "image_classification/training.py"} <= reached
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import a.b", [("a.b", True)]),
+        ("from . import c", [("search.c", True)]),
+        ("from .c import d", [("search.c.d", True)]),
+        ("def f():\n    import a", [("a", False)]),
+        ("class C:\n    import a", [("a", True)]),
+        ("try:\n    import a\nexcept ImportError:\n    a = None", [("a", True)]),
+        ("class C:\n    def f(self):\n        from a import b", [("a.b", False)]),
+    ],
+)
+def test_imports_are_found_wherever_they_stand(source: str, expected: list[tuple[str, bool]]) -> None:
+    assert list(_imported(ast.parse(source), ("search",), True)) == expected
