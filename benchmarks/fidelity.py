@@ -31,6 +31,23 @@ from image_classification.models import build
 SETTINGS: dict[str, tuple[Any, ...]] = {"bits": (2, 4, 8), "ratio": (0.001, 0.01, 0.1), "rank": (1, 4, 16)}
 NORMAL = {"normal": torch.randn(512, 256, 3, 3, generator=torch.Generator().manual_seed(0))}
 
+PAGE = """# Fidelity
+
+What a compressor keeps of a gradient g in one encoding, |decoded - g| / |g| over all layers, and what it sends
+for it: bits per value, with scales, indices and the layers that stay float32. On the left 512 x 256 x 3 x 3
+normal numbers, on the right resnet18's gradient (10 classes, 32 pixels, 64 images) {steps} steps into training
+on scikit-learn's digits.
+
+{table}
+
+Options not named have their defaults: buckets of 512 values, no error feedback. An unbiased code may err by
+more than the gradient's length and still be right on average: errors of ranks and steps cancel. The others
+(1bit, top-k, PowerSGD) need error feedback, which sends later what is missing here. What remembers is measured
+in its first step; PowerSGD's factors improve from step to step.
+
+Made by `python benchmarks/fidelity.py -o docs/fidelity.md` on {machine}; Python {python}, torch {torch}.
+"""
+
 
 def real_gradient(steps: int, batch_size: int = 64) -> dict[str, Tensor]:
     """resnet18's gradients after some steps of training on the digits, at 32 pixels."""
@@ -89,38 +106,19 @@ def table(gradient: Mapping[str, Tensor]) -> Iterator[str]:
             yield f"| {name} | {setting} | {bits:.3f} | {error:.4f} | {real_bits:.3f} | {real_error:.4f} |"
 
 
-def page(gradient: Mapping[str, Tensor], steps: int) -> str:
-    """The whole page."""
-    return "\n".join(
-        [
-            "# Fidelity",
-            "",
-            "What a compressor keeps of a gradient g in one encoding, |decoded - g| / |g| over all layers, and what it sends",
-            "for it: bits per value, with scales, indices and the layers that stay float32. On the left 512 x 256 x 3 x 3",
-            f"normal numbers, on the right resnet18's gradient (10 classes, 32 pixels, 64 images) {steps} steps into training",
-            "on scikit-learn's digits.",
-            "",
-            *table(gradient),
-            "",
-            "Options not named have their defaults: buckets of 512 values, no error feedback. An unbiased code may err by",
-            "more than the gradient's length and still be right on average: errors of ranks and steps cancel. The others",
-            "(1bit, top-k, PowerSGD) need error feedback, which sends later what is missing here. What remembers is measured",
-            "in its first step; PowerSGD's factors improve from step to step.",
-            "",
-            "Made by `python benchmarks/fidelity.py -o docs/fidelity.md` on "
-            f"{machine()}; Python {platform.python_version()}, torch {torch.__version__}.",
-            "",
-        ]
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, help="write the page to this file too")
     parser.add_argument("--steps", type=int, default=10, help="training steps before the gradient is taken")
     flags = parser.parse_args()
-    text = page(real_gradient(flags.steps), flags.steps)
-    print(text)
+    text = PAGE.format(
+        steps=flags.steps,
+        table="\n".join(table(real_gradient(flags.steps))),
+        machine=machine(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+    )
+    print(text, end="")
     if flags.output:
         flags.output.write_text(text, encoding="utf-8")
 
