@@ -1,6 +1,6 @@
 """What the training loop costs: images per second of `train_epoch` next to a bare torch loop.
 
-    python benchmarks/loop.py [--arch resnet18] [--image-size 64] [--batch-size 16] [--iterations 4] [--rounds 9]
+    python benchmarks/loop.py [--arch resnet18] [--image-size 64] [--batch-size 16] [--iterations 2] [--rounds 21]
 
 Both train the same network on the same batches, held in memory, with torch's fused SGD. The exchange does nothing, so
 that what is measured is the loop alone: its clocks and sums, the skipping of bad steps, the parameter groups. Both keep
@@ -86,8 +86,8 @@ def main() -> None:
     parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--iterations", type=int, default=4, help="of each loop in each round")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--iterations", type=int, default=2, help="of each loop in each round")
+    parser.add_argument("--rounds", type=int, default=21)
     flags = parser.parse_args()
 
     keep_freed_memory()
