@@ -305,15 +305,19 @@ class HookedExchange(Exchange):
         super().close()
 
     def _grouping(self) -> list[list[str]]:
-        groups: list[list[str]] = [[]]
-        size = 0
+        """Names by bucket, in the order in which backward fills them. A bucket holds one type, as in DDP."""
+        full: list[list[str]] = []
+        filling: dict[torch.dtype, list[str]] = {}
+        size: dict[torch.dtype, int] = {}
         for name, parameter in reversed(self._parameters.items()):
-            if groups[-1] and size + parameter.nbytes > BUCKET_BYTES:
-                groups.append([])
-                size = 0
-            groups[-1].append(name)
-            size += parameter.nbytes
-        return groups
+            kind = parameter.dtype
+            if kind in filling and size[kind] + parameter.nbytes > BUCKET_BYTES:
+                full.append(filling.pop(kind))
+            if kind not in filling:
+                filling[kind], size[kind] = [], 0
+            filling[kind].append(name)
+            size[kind] += parameter.nbytes
+        return [*full, *filling.values()]
 
     def _arrived(self, parameter: Tensor) -> None:
         if not self._sync:
