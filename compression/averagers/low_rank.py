@@ -216,5 +216,5 @@ class LowRank:
 
 def _restored(right_RC: Tensor) -> Tensor:
     """A scaled right factor at its true size, its columns no longer than the largest float."""
-    length = right_RC.to(torch.float64).norm(dim=0)
+    length = right_RC.to(torch.float64).square().sum(0).sqrt()
     return (right_RC * (LIMIT * HEADROOM / length).clamp_max(1.0) / HEADROOM).to(torch.float32)

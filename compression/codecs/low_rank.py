@@ -13,6 +13,8 @@ from torch import Tensor
 from compression.kernels.families import LIMIT
 from compression.randomness import stream_key
 
+EIGH_ERROR = 1e-7  # of eigenvalues in float32, in units of the largest
+
 
 def sides(shape: Sequence[int]) -> tuple[int, int]:
     """(rows, cols) of a layer as a matrix."""
@@ -35,8 +37,8 @@ class SpectralAtoms:
 
     With `contraction`, for error feedback, atoms are drawn alike and not scaled: the projection on what they span.
 
-    u comes from the eigenvectors of the smaller Gram matrix, and sigma v^T is u^T M itself: the atoms add up to M
-    whatever eigh got wrong.
+    u is an eigenvector of the smaller Gram matrix, and sigma v^T is u^T M itself: the atoms add up to M, however
+    exact the eigenvalues are.
 
     A message is the short vectors, orthonormal, then the long ones with all scales in them: 4 rank (rows + cols) bytes.
     Where that is no less than float32, it is the matrix as it is. Finite for every finite matrix; a column of the
@@ -71,7 +73,7 @@ class SpectralAtoms:
             return values_RN.view(torch.uint8)
         wire_RB = torch.empty(values_RN.shape[0], nbytes, dtype=torch.uint8, device=values_RN.device)
         for row, values in enumerate(values_RN):
-            draw = (stream_key(seed, row) >> 11) * 2.0**-53
+            draw = (stream_key(seed, row) >> 24) * 2.0**-40
             short, long = self._atoms(values.view(self.rows, self.cols), draw)
             wire_RB[row] = torch.cat([short.reshape(-1), long.reshape(-1)]).view(torch.uint8)
         return wire_RB
@@ -98,17 +100,17 @@ class SpectralAtoms:
         largest = matrix.abs().amax()
         usable = torch.isfinite(largest) & (largest > 0)
         unit = torch.where(usable, matrix / largest, 0.0)
-        short = torch.linalg.eigh(unit @ unit.T).eigenvectors.T
-        long = short @ unit
-        sigma, order = long.to(torch.float64).norm(dim=1).sort(descending=True)
+        squares, vectors = torch.linalg.eigh(unit @ unit.T)
+        least = EIGH_ERROR * squares[-1]  # every atom keeps a chance: a wrong one costs variance, none costs the mean
+        sigma = torch.maximum(squares, least).to(torch.float64).sqrt().flip(0)
         chances = inclusion_probabilities(sigma, self.rank)
         drawn = systematic_sample(chances, self.rank, draw)
-        chosen = order[drawn]
+        short = vectors.T[len(sigma) - 1 - drawn]
         weights = torch.ones_like(chances) if self.contraction else torch.where(chances > 0, 1.0 / chances, 0.0)
-        scaled = long[chosen] * weights[drawn, None] * largest.to(torch.float64)
-        scaled *= (LIMIT / scaled.norm(dim=0)).clamp_max(1.0)
-        scaled = torch.where(usable | (largest == 0), scaled, torch.nan)
-        return short[chosen], scaled.to(torch.float32)
+        long = (short @ unit) * weights[drawn, None] * largest.to(torch.float64)
+        long *= (LIMIT / long.square().sum(0).sqrt()).clamp_max(1.0)
+        long = torch.where(usable | (largest == 0), long, torch.nan)
+        return short, long.to(torch.float32)
 
 
 def inclusion_probabilities(sigma: Tensor, total: int) -> Tensor:
@@ -126,10 +128,11 @@ def inclusion_probabilities(sigma: Tensor, total: int) -> Tensor:
 
 
 def systematic_sample(chances: Tensor, count: int, draw: float) -> Tensor:
-    """Different indices, `count` of them, each with its probability; one draw from [0, 1) decides. int64 [count].
+    """Different indices, `count` of them, each with its probability. int64 [count].
 
     The probabilities, at most 1, lie side by side on a line of length `count`; what the points draw, draw + 1, ... hit
-    is taken. On a shorter line the last index stands for what is missing.
+    is taken. `draw` is from [0, 1), a multiple of 2^-40, so that no point is rounded into its neighbor's place. On a
+    shorter line the last index stands for what is missing.
     """
     points = draw + torch.arange(count, dtype=torch.float64, device=chances.device)
     return torch.searchsorted(chances.cumsum(0), points, right=True).clamp_max(len(chances) - 1)
