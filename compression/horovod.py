@@ -3,7 +3,8 @@
 Horovod is imported when ranks join, so that nothing else of the program needs it.
 """
 
-import itertools
+import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,20 +18,22 @@ def join() -> Any:
         import horovod.torch as hvd
     except ImportError as error:
         raise ValueError(f"--hvd needs Horovod ({error}); install it with: make horovod") from error
+    # Fusion would add up the ranks' values in another order than torch does, and differently from step to step.
+    os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"
     hvd.init()
     return hvd
 
 
 class Horovod:
-    """Collectives over an initialized Horovod.
+    """Collectives over an initialized Horovod. An instance is used by one thread.
 
-    `prefix` sets the instance's tensors apart from those of others: Horovod matches ranks by name, and names that it
-    counts by itself would mix the calls of two threads.
+    Horovod matches ranks by name; `prefix` sets the names of one thread apart from those of others. Names come back
+    from step to step, because Horovod remembers what it negotiated under a name.
     """
 
     def __init__(self, hvd: Any, prefix: str) -> None:
         self._hvd = hvd
-        self._names = (f"{prefix}.{number}" for number in itertools.count())
+        self._prefix = prefix
         self.rank: int = hvd.rank()
         self.world_size: int = hvd.size()
 
@@ -40,21 +43,30 @@ class Horovod:
             self.sum_(wide)
             values.copy_(wide)
             return
-        self._hvd.allreduce_(values, op=self._hvd.Sum, name=next(self._names))
+        if values.numel():
+            name = f"{self._prefix}.sum.{values.numel()}"
+            self._wait(self._hvd.allreduce_async_(values, op=self._hvd.Sum, name=name))
 
     def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
         splits = torch.tensor(sizes, dtype=torch.int32)
-        received, _ = self._hvd.alltoall(messages, splits=splits, name=next(self._names))
+        name = f"{self._prefix}.exchange.{len(messages)}"
+        received, _ = self._wait(self._hvd.alltoall_async(messages, splits=splits, name=name))
         rows: Tensor = received.view(self.world_size, sizes[self.rank])
         return rows
 
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
-        gathered: Tensor = self._hvd.allgather(message, name=next(self._names))
+        gathered: Tensor = self._wait(self._hvd.allgather_async(message, name=f"{self._prefix}.gather.{sum(sizes)}"))
         return gathered
 
     def broadcast(self, value: Any) -> Any:
-        return self._hvd.broadcast_object(value, root_rank=0, name=next(self._names))
+        return self._hvd.broadcast_object(value, root_rank=0, name=f"{self._prefix}.broadcast")
 
     def collect(self, value: Any) -> list[Any]:
-        values: list[Any] = self._hvd.allgather_object(value, name=next(self._names))
+        values: list[Any] = self._hvd.allgather_object(value, name=f"{self._prefix}.collect")
         return values
+
+    def _wait(self, handle: Any) -> Any:
+        """Horovod's own waiting spins with Python's lock in hand, and keeps backward from going on."""
+        while not self._hvd.poll(handle):
+            time.sleep(1e-4)
+        return self._hvd.synchronize(handle)
