@@ -1,0 +1,187 @@
+"""Resuming: whatever a run is stopped by, and wherever, the run that goes on ends with the same bits."""
+
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from program import SMALL, run, run_well, signal_in_step
+
+from compression import COMPRESSORS
+from image_classification.logs import records
+
+FLAGS_OF = {"powersgd": "--powersgd-rank 2", "dgc": "--dgc --topk-ratio 0.1"}
+"""How to ask for a compressor that is no --compression-type."""
+
+
+def compressors() -> dict[str, str]:
+    """Flags that ask for each compressor of the registry, with all that it can remember."""
+    flags = {}
+    for name, row in COMPRESSORS.items():
+        flags[name] = f"--compression-type {name}" if row.listed else FLAGS_OF[name]
+        if row.listed and "error_feedback" in row.takes:
+            flags[name] += " --error-feedback"
+    return flags
+
+
+SETTINGS = {
+    **compressors(),
+    "warm-up": "--compression-type maxmin --compressor-warmup-steps 3",
+    "one tensor": "--compression-type topk --error-feedback --big-grad",
+    "dropped values in bits": "--compression-type topk --efx-bits 4",
+    "dropped values at random": "--compression-type topk --efx-randk 0.1",
+    "search": "--search --popsize 1 --search-iterations 0 --error-feedback",
+    "masters": "--amp --opt-level O2 --compression-type maxmin --error-feedback",
+    "moving loss scale": "--fp16 --dynamic-loss-scale --compression-type maxmin --error-feedback",
+    "schedule": "--lr-schedule cosine --warmup 1 --nesterov --label-smoothing 0.1",
+    "mixup": "--mixup 0.2",
+}
+
+
+def differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """Paths at which two nested structures of tensors and plain values differ in a bit."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return [path for key in one for path in differences(one[key], other[key], f"{where}.{key}")]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        pairs = enumerate(zip(one, other, strict=True))
+        return [path for index, pair in pairs for path in differences(*pair, f"{where}.{index}")]
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        same = one.dtype == other.dtype and torch.equal(one, other)
+    else:
+        same = type(one) is type(other) and one == other
+    return [] if same else [where]
+
+
+def checkpoint(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def argv(pictures: Path, workspace: Path, flags: str = "", epochs: int = 2) -> list[object]:
+    return [pictures, *SMALL, "--workspace", workspace, "--epochs", epochs, "--prof", 3, *flags.split()]
+
+
+@pytest.mark.parametrize("flags", SETTINGS.values(), ids=SETTINGS)
+def test_a_run_that_goes_on_after_an_epoch_ends_with_the_same_bits(flags: str, pictures: Path, tmp_path: Path) -> None:
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    run_well(*argv(pictures, straight, flags), "--gather-checkpoints")
+    run_well(*argv(pictures, resumed, flags), "--resume", straight / "checkpoint-1.pth.tar")
+    last = checkpoint(straight / "checkpoint.pth.tar")
+    assert differences(last, checkpoint(straight / "checkpoint-1.pth.tar"))
+    assert differences(last, checkpoint(resumed / "checkpoint.pth.tar")) == []
+
+
+class Interruption(NamedTuple):
+    """A signal, the exit status that it gives, and the run that it hits."""
+
+    number: int
+    status: int
+    ranks: int
+    flags: str = ""
+    iterations_per_step: int = 1
+
+
+INTERRUPTIONS = {
+    "alone": Interruption(signal.SIGTERM, 143, ranks=1),
+    "by hand": Interruption(signal.SIGINT, 130, ranks=1, flags="--search --popsize 1 --search-iterations 0"),
+    "two ranks": Interruption(signal.SIGINT, 130, ranks=2),
+    "two ranks, micro-batches": Interruption(
+        signal.SIGTERM, 143, ranks=2, flags="--optimizer-batch-size 16 --prof 6", iterations_per_step=2
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INTERRUPTIONS.values(), ids=INTERRUPTIONS)
+def test_a_run_that_a_signal_stops_within_an_epoch_goes_on_with_the_same_bits(
+    case: Interruption, pictures: Path, tmp_path: Path
+) -> None:
+    """The last rank gets the signal in its first step of the second epoch. All stop after the same step."""
+    flags = f"--compression-type maxmin --error-feedback {case.flags}"
+    straight, stopped = (argv(pictures, tmp_path / name, flags) for name in ("straight", "stopped"))
+    run_well(*straight, ranks=case.ranks)
+    first, *_ = ended = run(*stopped, ranks=case.ranks, before=partial(signal_in_step, 4, case.number, case.ranks - 1))
+    assert [rank.status for rank in ended] == [case.status] * case.ranks, first.err
+    saved = checkpoint(tmp_path / "stopped/checkpoint.pth.tar")
+    iteration = (1 if case.ranks == 1 else 2) * case.iterations_per_step
+    assert (saved["epoch"], saved["iteration"]) == (1, iteration)
+    assert f"stopped by a signal after iteration {iteration} of epoch 1; go on with --resume " in first.out
+    run_well(*stopped, "--resume", "auto", ranks=case.ranks)
+    last = [checkpoint(tmp_path / name / "checkpoint.pth.tar") for name in ("straight", "stopped")]
+    assert differences(*last) == []
+
+
+def test_ranks_go_on_after_an_epoch_with_the_same_bits(pictures: Path, tmp_path: Path) -> None:
+    flags = "--compression-type maxmin --error-feedback --search --popsize 1 --search-iterations 0"
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    run_well(*argv(pictures, straight, flags), "--gather-checkpoints", ranks=2)
+    run_well(*argv(pictures, resumed, flags), "--resume", straight / "checkpoint-1.pth.tar", ranks=2)
+    last = [checkpoint(folder / "checkpoint.pth.tar") for folder in (straight, resumed)]
+    assert differences(*last) == []
+
+
+def test_all_ranks_of_a_launcher_may_get_the_signal_at_once(pictures: Path, tmp_path: Path) -> None:
+    before = partial(signal_in_step, 1, signal.SIGTERM)
+    first, second = run(*argv(pictures, tmp_path), ranks=2, before=before)
+    assert (first.status, second.status) == (143, 143)
+    assert checkpoint(tmp_path / "checkpoint.pth.tar")["iteration"] == 2
+
+
+def test_a_run_that_is_stopped_without_checkpoints_says_that_nothing_was_saved(pictures: Path, tmp_path: Path) -> None:
+    before = partial(signal_in_step, 2, signal.SIGTERM)
+    [rank] = run(*argv(pictures, tmp_path), "--no-checkpoints", before=before)
+    assert rank.status == 143
+    assert "stopped by a signal after iteration 2 of epoch 0; --no-checkpoints: nothing was saved" in rank.out
+    assert [path.name for path in tmp_path.iterdir()] == ["experiment_raport.json"]
+
+
+def test_auto_starts_anew_where_there_is_no_checkpoint(pictures: Path, tmp_path: Path) -> None:
+    run_well(*argv(pictures, tmp_path / "fresh"))
+    run_well(*argv(pictures, tmp_path / "auto"), "--resume", "auto")
+    last = [checkpoint(tmp_path / name / "checkpoint.pth.tar") for name in ("fresh", "auto")]
+    assert differences(*last) == []
+
+
+def test_auto_passes_over_a_damaged_checkpoint_and_goes_on_from_the_one_before(pictures: Path, tmp_path: Path) -> None:
+    flags = argv(pictures, tmp_path, "--gather-checkpoints", epochs=3)
+    run_well(*flags)
+    newest, gathered = (tmp_path / name for name in ("checkpoint.pth.tar", "checkpoint-3.pth.tar"))
+    straight = checkpoint(newest)
+    for path in (newest, gathered):
+        path.write_bytes(path.read_bytes()[:-1000])
+    [rank] = run_well(*flags, "--resume", "auto")
+    assert f"passed over: checkpoint {newest} is damaged" in rank.err
+    assert f"passed over: checkpoint {gathered} is damaged" in rank.err
+    assert "epoch 2 |" in rank.out
+    assert "epoch 1 |" not in rank.out
+    assert differences(straight, checkpoint(newest)) == []
+
+
+def test_a_raport_holds_every_epoch_once_however_often_the_run_was_resumed(pictures: Path, tmp_path: Path) -> None:
+    before = partial(signal_in_step, 4, signal.SIGTERM)
+    assert run(*argv(pictures, tmp_path), before=before)[0].status == 143
+    run_well(*argv(pictures, tmp_path), "--resume", "auto")
+    steps = [record["step"] for record in records(tmp_path / "experiment_raport.json") if record["type"] == "LOG"]
+    assert [step for step in steps if isinstance(step, list)] == [
+        [0, 1], [0, 2], [0, 3], [0], [1, 1], [1, 2], [1, 3], [1], [],
+    ]  # fmt: skip
+    assert steps.count("PARAMETER") == 2
+
+
+def test_a_finished_run_that_is_resumed_changes_nothing(pictures: Path, tmp_path: Path) -> None:
+    run_well(*argv(pictures, tmp_path))
+    before = checkpoint(tmp_path / "checkpoint.pth.tar")
+    [rank] = run_well(*argv(pictures, tmp_path), "--resume", "auto")
+    assert "epoch 1 |" not in rank.out
+    assert differences(before, checkpoint(tmp_path / "checkpoint.pth.tar")) == []
+
+
+def test_another_number_of_ranks_goes_on_with_what_is_not_the_ranks_own(pictures: Path, tmp_path: Path) -> None:
+    flags = argv(pictures, tmp_path, "--compression-type maxmin --error-feedback")
+    run_well(*flags, "--run-epochs", 1, ranks=2)
+    [rank] = run_well(*flags, "--resume", "auto")
+    assert rank.err == (
+        "the checkpoint is of 2 ranks, and these are 1: residuals, random states and the other ranks' batch-norm "
+        "statistics are dropped\n"
+    )
+    assert checkpoint(tmp_path / "checkpoint.pth.tar")["epoch"] == 2
