@@ -128,7 +128,8 @@ class LowRank:
             own_right = torch.mm((left * HEADROOM).T, own, out=place.right(second, place.right_at))
             own.addmm_(left, _restored(own_right), alpha=-1.0).clamp_(-LIMIT, LIMIT)
         second *= share_of_mean
-        network.sum_(second)
+        if route.matrices:
+            network.sum_(second)
 
         for place in route.matrices:
             right = place.right(second, place.right_at)
