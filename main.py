@@ -35,6 +35,7 @@ from image_classification import checkpoints, data, logs, models
 from image_classification.interruption import Interruption
 from image_classification.logs import Step
 from image_classification.losses import training_loss
+from image_classification.memory import keep_freed_memory
 from image_classification.optim import parameter_groups, sgd
 from image_classification.precision import MixedPrecisionOptimizer, Precision
 from image_classification.schedules import schedule
@@ -857,6 +858,7 @@ class Run:
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns its exit status."""
     flags = parse(argv)
+    keep_freed_memory()
     try:
         with join_ranks(flags.device, flags.local_rank, backend=flags.dist_backend, hvd=flags.hvd) as ranks:
             ranks.hold_equal({name: value for name, value in vars(flags).items() if name != "local_rank"}, "the flags")

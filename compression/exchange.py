@@ -70,7 +70,7 @@ class Exchange:
         self._travelling = False  # and some of its gradients have been submitted
         self._whole = Whole(self.layers) if compressor.at_once else None
         self._waiting: list[tuple[Gradients, Callable[[], None]]] = []  # submitted, but not yet queued
-        self._largest: dict[str, Tensor] = {}  # of each average of the step under way, its largest magnitude
+        self._bad: dict[str, Tensor] = {}  # of each average of the step under way: it is not finite
         self._suspect: tuple[tuple[str, ...], Tensor] | None = None
         self._failure: BaseException | None = None
         self._job_seconds = 0.0
@@ -91,7 +91,7 @@ class Exchange:
             self.settle(self.finish())
         self._open, self._travelling = True, False
         self._waiting.clear()
-        self._largest.clear()
+        self._bad.clear()
         self._loss_scale = loss_scale
 
     def finish(self) -> Tensor:
@@ -101,13 +101,13 @@ class Exchange:
         """
         if self._failure is not None:
             raise self._failure
-        if not self._largest:
+        if not self._bad:
             return torch.ones((), dtype=torch.bool, device=self.device)
-        finite = torch.isfinite(torch.stack(list(self._largest.values())))
-        names = tuple(self._largest)
+        bad = torch.stack(list(self._bad.values()))
+        names = tuple(self._bad)
         seen = self._suspect
-        self._suspect = (names, ~finite if seen is None or seen[0] != names else seen[1] | ~finite)
-        return finite.all()
+        self._suspect = (names, bad if seen is None or seen[0] != names else seen[1] | bad)
+        return ~bad.any()
 
     def settle(self, applied: Tensor) -> None:
         """End the step: commit what the averager remembers where the step was applied, else drop it."""
@@ -244,8 +244,19 @@ class Exchange:
             gradients.flat[at : at + self._parameters[name].numel()]
             for name, at in zip(gradients.names, gradients.offsets, strict=True)
         ]
-        for name, norm in zip(gradients.names, torch._foreach_norm(views, float("inf")), strict=True):
-            self._largest[name] = norm
+        self._bad.update(zip(gradients.names, _not_finite(gradients.flat, views), strict=True))
+
+
+def _not_finite(flat: Tensor, views: list[Tensor]) -> list[Tensor]:
+    """Whether each view of `flat` holds a NaN or an infinity: bool scalars on the device, not waited for."""
+    if flat.device.type == "cuda":
+        return [~torch.isfinite(largest) for largest in torch._foreach_norm(views, float("inf"))]
+    found = torch.zeros(1)
+    if flat.dtype == torch.float32:  # the fastest look there is at all values: it multiplies them by 1
+        torch._amp_foreach_non_finite_check_and_unscale_([flat], found, torch.ones(1))
+    if flat.dtype == torch.float32 and not found:
+        return [found[0].bool()] * len(views)
+    return [~torch.isfinite(view).all() for view in views]
 
 
 class DdpExchange(Exchange):
