@@ -12,14 +12,14 @@ recipe="-b 32 --print-freq 11 --compression-type maxmin --error-feedback"
 
 echo "== 1/3 train on two ranks, max-min at 4 bits with error feedback"
 # shellcheck disable=SC2086  # the words of these lists are separate arguments
-$ranks $model $recipe --epochs 8 --lr 0.02 --lr-schedule cosine --warmup 1 --workspace "$out/train"
+$ranks $model $recipe --epochs 6 --lr 0.02 --lr-schedule cosine --warmup 1 --workspace "$out/train"
 
 echo "== 2/3 search a bit width for every layer on the checkpoint"
 python main.py $model -b 64 --search --evaluate --pretrained-weights "$out/train/checkpoint.pth.tar" \
   --popsize 50 --search-iterations 5 --search-target-bits 4.2 --workspace "$out/search"
 
 echo "== 3/3 train on with the widths found"
-$ranks $model $recipe --epochs 2 --lr 0.002 --pretrained-weights "$out/train/checkpoint.pth.tar" \
+$ranks $model $recipe --epochs 1 --lr 0.002 --pretrained-weights "$out/train/checkpoint.pth.tar" \
   --compression-scheme "$out/search/adapt_logs/compress_scheme_calibration.json" --workspace "$out/scheme"
 
 python benchmarks/summary.py "$out"
