@@ -205,14 +205,14 @@ class TernGrad(NormUniform):
         return -(-count // 5)
 
     def pack(self, codes_MK: Tensor, bits: int) -> Tensor:
-        tiles = []
+        tiles: list[Tensor] = []
         for codes in codes_MK.split(TERNARY_TILE, dim=1):
             fifths = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 5)).reshape(len(codes), 5, -1)
             tiles.append((fifths * 3 ** torch.arange(5, device=codes.device)[:, None]).sum(1).to(torch.uint8))
         return torch.cat(tiles, dim=1)
 
     def unpack(self, packed_MB: Tensor, count: int, bits: int) -> Tensor:
-        tiles = []
+        tiles: list[Tensor] = []
         for packed in packed_MB.to(torch.int64).split(TERNARY_TILE // 5, dim=1):
             fifths = packed.unsqueeze(1) // 3 ** torch.arange(5, device=packed.device)[:, None] % 3
             tiles.append(fifths.reshape(len(packed), -1)[:, : count - TERNARY_TILE * len(tiles)])
