@@ -50,7 +50,8 @@ def folder_of(dataset: str) -> Iterator[str]:
 def train(folder: str, flags: list[str], seed: int) -> dict[str, float]:
     """The last epoch's metrics of one run, and its seconds."""
     with tempfile.TemporaryDirectory() as workspace:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(RANKS), str(MAIN)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", str(RANKS), str(MAIN)]
         command += [folder, *ALWAYS.split(), *flags, "--seed", str(seed), "--workspace", workspace]
         start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -81,16 +82,20 @@ def main() -> None:
     recipe = [*RECIPES[name].split(), "--epochs", str(asked.epochs)]
     print(f"{asked.dataset}: {RANKS} ranks, {' '.join(recipe)}, seeds 0 to {asked.seeds - 1}")
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} cores, torch {torch.__version__}\n")
-    print("| setting | top-1, % | deviation | bytes sent, share of float32 | seconds |")
-    print("| --- | --- | --- | --- | --- |", flush=True)
     with folder_of(asked.dataset) as folder:
-        for setting in asked.settings:
-            runs = [train(folder, recipe + flags_of(setting), seed) for seed in range(asked.seeds)]
-            top1 = [run["val.top1"] for run in runs]
-            spread = f"{statistics.stdev(top1):.1f}" if len(top1) > 1 else ""
-            seconds = statistics.median(run["seconds"] for run in runs)
-            sent = runs[0]["comm.ratio"]
-            print(f"| `{setting}` | {statistics.mean(top1):.1f} | {spread} | {sent:.4f} | {seconds:.0f} |", flush=True)
+        results: dict[str, list[dict[str, float]]] = {setting: [] for setting in asked.settings}
+        for seed in range(asked.seeds):
+            for setting, runs in results.items():
+                runs.append(train(folder, recipe + flags_of(setting), seed))
+                print(f"seed {seed}, {setting}: {runs[-1]['val.top1']:.2f} %", file=sys.stderr, flush=True)
+    print("| setting | top-1, % | deviation | bytes sent, share of float32 | seconds |")
+    print("| --- | --- | --- | --- | --- |")
+    for setting, runs in results.items():
+        top1 = [run["val.top1"] for run in runs]
+        spread = f"{statistics.stdev(top1):.1f}" if len(top1) > 1 else ""
+        seconds = statistics.median(run["seconds"] for run in runs)
+        sent = runs[0]["comm.ratio"]
+        print(f"| `{setting}` | {statistics.mean(top1):.1f} | {spread} | {sent:.4f} | {seconds:.0f} |")
 
 
 if __name__ == "__main__":

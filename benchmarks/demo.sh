@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:-runs/demo}
 rm -rf "$out"
 model="digits -a resnet18 --num-classes 10 --image-size 32 --crop-scale 0.6 --hflip 0 --data-backend pytorch -j 0 --seed 1"
-ranks="python -m torch.distributed.launch --nproc_per_node 2 main.py"
+ranks="python -m torch.distributed.launch --standalone --nproc_per_node 2 main.py"
 recipe="-b 32 --print-freq 11 --compression-type maxmin --error-feedback"
 
 echo "== 1/3 train on two ranks, max-min at 4 bits with error feedback"

@@ -37,7 +37,8 @@ def horovodrun(ranks: int, *program: str, timeout: float = 240) -> subprocess.Co
 
 
 def torchrun(ranks: int, *program: str) -> subprocess.CompletedProcess[str]:
-    return run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), *program])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return run([*launch, *program])
 
 
 @needs_horovod
