@@ -1,0 +1,39 @@
+"""The commands that the README shows are run as they stand there, in its order."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if not line.startswith("make ")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands run: what they write goes here, what they read is the checkout's."""
+    here = tmp_path_factory.mktemp("readme")
+    for name in ("main.py", "benchmarks"):
+        (here / name).symlink_to(ROOT / name)
+    return here
+
+
+def test_the_readme_shows_every_way_in() -> None:
+    shown = " ".join(COMMANDS)
+    assert all(word in shown for word in ("torch.distributed.launch", "horovodrun", "--search", "plot_run.py"))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split(" digits")[0])
+def test_every_command_works_as_shown(command: str, folder: Path) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    if command.startswith("horovodrun") and shutil.which("horovodrun", path=path) is None:
+        pytest.skip("Horovod is not installed: make horovod")
+    done = subprocess.run(
+        command, shell=True, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
