@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import main
+from compression import COMPRESSORS
 from image_classification import models
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +37,20 @@ SMALL = (
 )  # fmt: skip
 """Flags of a run that takes a second."""
 
+UNLISTED = {"powersgd": "--powersgd-rank 2", "dgc": "--dgc --topk-ratio 0.1"}
+"""How to ask for a compressor that is no --compression-type."""
+
 Before = Callable[[], None]
+
+
+def every_compressor() -> dict[str, str]:
+    """Flags that ask for each compressor of the registry, with error feedback where that is a choice."""
+    flags = {}
+    for name, row in COMPRESSORS.items():
+        flags[name] = f"--compression-type {name}" if row.listed else UNLISTED[name]
+        if row.listed and "error_feedback" in row.takes:
+            flags[name] += " --error-feedback"
+    return flags
 
 
 def tiny(num_classes: int) -> nn.Module:
@@ -99,7 +113,9 @@ def run_each(argvs: Sequence[Sequence[object]], before: Before | None = None) ->
         slow = [rank for rank, process in enumerate(processes) if process.exitcode is None]
         assert not slow, f"ranks {slow} of {len(processes)} not done after {PATIENCE_SECONDS} s"
         for process, note in zip(processes, notes, strict=True):
-            assert processes_of_session(process.pid) == []
+            while left := processes_of_session(process.pid):  # multiprocessing's tracker ends a moment later
+                assert time.monotonic() < deadline, f"processes outlived their rank: {left}"
+                time.sleep(0.01)
             assert list((note / "tmp").iterdir()) == []
         return [_rank_of(process.exitcode, note) for process, note in zip(processes, notes, strict=True)]
 
@@ -113,20 +129,25 @@ def environments(ranks: int) -> list[dict[str, str]]:
     one_thread = {"LOCAL_WORLD_SIZE": str(os.cpu_count())}
     if ranks == 1:
         return [one_thread]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     return [
         {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": port,
             **one_thread,
         }
         for rank in range(ranks)
     ]
+
+
+def free_port() -> str:
+    """A port that nobody listens on, as a word of an environment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def processes_of_session(session: int) -> list[str]:
@@ -145,7 +166,7 @@ def processes_of_session(session: int) -> list[str]:
 def _server() -> Any:
     """What starts processes: a server that forks them, with the program imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "pytest"])
+    context.set_forkserver_preload([__name__, "pytest", "matplotlib.figure", "matplotlib.backends.backend_agg"])
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before])
     forkserver.ensure_running()

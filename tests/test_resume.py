@@ -7,27 +7,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from program import SMALL, run, run_well, signal_in_step
+from program import SMALL, every_compressor, run, run_well, signal_in_step
 
-from compression import COMPRESSORS
 from image_classification.logs import records
 
-FLAGS_OF = {"powersgd": "--powersgd-rank 2", "dgc": "--dgc --topk-ratio 0.1"}
-"""How to ask for a compressor that is no --compression-type."""
-
-
-def compressors() -> dict[str, str]:
-    """Flags that ask for each compressor of the registry, with all that it can remember."""
-    flags = {}
-    for name, row in COMPRESSORS.items():
-        flags[name] = f"--compression-type {name}" if row.listed else FLAGS_OF[name]
-        if row.listed and "error_feedback" in row.takes:
-            flags[name] += " --error-feedback"
-    return flags
-
-
 SETTINGS = {
-    **compressors(),
+    **every_compressor(),
     "warm-up": "--compression-type maxmin --compressor-warmup-steps 3",
     "one tensor": "--compression-type topk --error-feedback --big-grad",
     "dropped values in bits": "--compression-type topk --efx-bits 4",
