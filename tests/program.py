@@ -21,6 +21,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -166,11 +167,10 @@ def processes_of_session(session: int) -> list[str]:
 def _server() -> Any:
     """What starts processes: a server that forks them, with the program imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "pytest", "matplotlib.figure", "matplotlib.backends.backend_agg"])
-    before = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before])
-    forkserver.ensure_running()
-    os.environ["PYTHONPATH"] = before
+    context.set_forkserver_preload([__name__, "matplotlib.figure", "matplotlib.backends.backend_agg"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        forkserver.ensure_running()
     return context
 
 
