@@ -286,6 +286,18 @@ def test_a_scheme_serves_a_resumed_run(trained: Stage, searched: Stage, continue
     assert continued.checkpoint()["epoch"] == trained.checkpoint()["epoch"] + 1
 
 
+def test_training_that_searches_for_want_of_a_compressor_says_so_once(adaptive: Stage) -> None:
+    assert [rank.err for rank in adaptive.ranks] == ["no --compression-type given: widths of maxmin are chosen\n", ""]
+
+
+def test_pretrained_weights_are_searched_before_the_first_epoch(trained: Stage, pictures: Path, tmp_path: Path) -> None:
+    flags = "--search --popsize 1 --search-iterations 0 --search-calibration-steps 2 --epochs 1 --prof 2"
+    weights = trained.workspace / "checkpoint.pth.tar"
+    run = stage(tmp_path, pictures, flags, "--pretrained-weights", weights)
+    assert run.metrics(0)["comm.ratio"] == pytest.approx(ratio(installed(run, "calibration")))
+    assert run.search(0)["error"] != run.search("calibration")["error"]
+
+
 # What a run leaves
 
 FILES = {
