@@ -575,6 +575,8 @@ class Run:
                     iterations=self.iterations,
                     accumulation=self.accumulation,
                 )
+        if flags.hvd:
+            self.optimizer.load_state_dict(ranks.control.broadcast(self.optimizer.state_dict()))
         with ranks.together():
             if ranks.rank == 0:
                 self.workspace.mkdir(parents=True, exist_ok=True)
