@@ -48,7 +48,14 @@ from image_classification.training import (
 )
 
 # Flags that parse but cannot run yet: "--flag", or "--flag value" for one choice of a flag.
-NOT_BUILT: tuple[str, ...] = ("--bb-ratio",)
+NOT_BUILT: tuple[str, ...] = (
+    "--bb-ratio",
+    "--compression-type exponential",
+    "--compression-type 1bit",
+    "--compression-type norm_uniform",
+    "--compression-type terngrad",
+    "--compression-type quantile",
+)
 
 # Flags that are options of compressors, and what the registry calls them.
 OPTIONS = {
@@ -220,7 +227,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = encoding.add_argument
     add("--compression-type", default="none",
-        choices=tuple(name for name, row in compression.COMPRESSORS.items() if row.listed),
+        choices=(
+            *(name for name, row in compression.COMPRESSORS.items() if row.listed),
+            *(entry.split()[1] for entry in NOT_BUILT if entry.startswith("--compression-type ")),
+        ),
         help="what the gradients are encoded with (default: %(default)s; maxmin with --search or "
         "--compression-scheme)")
     add("--quantization-bits", type=bit_width, default=4,
