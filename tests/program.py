@@ -20,6 +20,7 @@ from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 import main
 from compression import COMPRESSORS
 from image_classification import models
+from image_classification.losses import training_loss
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_SECONDS = 120
@@ -168,8 +170,8 @@ def _server() -> Any:
     """What starts processes: a server that forks them, with the program imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "matplotlib.figure", "matplotlib.backends.backend_agg"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
         forkserver.ensure_running()
     return context
 
@@ -190,7 +192,7 @@ def _rank_main(argv: list[str], environment: dict[str, str], note: Path, before:
         torch.save({"weights": run.module.state_dict(), "widths": run.exchange.widths}, note / "kept")
         close(run)
 
-    main.Run.close = keep_and_close  # type: ignore[method-assign]
+    patch.object(main.Run, "close", keep_and_close).start()
     if before is not None:
         before()
     sys.exit(main.main(argv))
@@ -213,12 +215,12 @@ def signal_in_step(step: int, number: int, rank: int | None = None) -> None:
             signal.raise_signal(number)
         return ask(run)
 
-    main.Run._should_stop = ask_later  # type: ignore[method-assign]
+    patch.object(main.Run, "_should_stop", ask_later).start()
 
 
 def infinite_loss_in_batch(batch: int, rank: int) -> None:
     """One rank's loss is infinite in one training batch of this run, counted from 1."""
-    build = main.training_loss
+    build = training_loss
     batches = itertools.count(1)
 
     def spoiled(label_smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
@@ -230,4 +232,4 @@ def infinite_loss_in_batch(batch: int, rank: int) -> None:
 
         return spoil
 
-    main.training_loss = spoiled
+    patch.object(main, "training_loss", spoiled).start()

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import main
+from compression.world import join_ranks
 
 PARAMETERS = [name for name, _ in tiny(3).named_parameters()]
 TRAIN_ONLY = ("--training-only", "--no-checkpoints", "--epochs", "1")
@@ -42,7 +44,7 @@ def train_plainly(folder: Path) -> None:
 
     def plain(argv: Sequence[str]) -> int:
         flags = main.parse(argv)
-        with main.join_ranks(flags.device, flags.local_rank) as ranks:
+        with join_ranks(flags.device, flags.local_rank) as ranks:
             loader, _ = main.build_data(flags, flags.seed, ranks)
             model = DistributedDataParallel(main.build_model(flags, flags.seed), broadcast_buffers=False)
             sgd = torch.optim.SGD(model.parameters(), flags.lr, flags.momentum, weight_decay=flags.weight_decay)
@@ -54,7 +56,7 @@ def train_plainly(folder: Path) -> None:
             torch.save(model.module.state_dict(), folder / f"{ranks.rank}.pt")
         return 0
 
-    main.main = plain  # type: ignore[assignment]
+    patch.object(main, "main", plain).start()
 
 
 def test_without_compression_training_is_a_plain_ddp_loop_bit_for_bit(pictures: Path, tmp_path: Path) -> None:

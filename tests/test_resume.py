@@ -92,8 +92,8 @@ def test_a_run_that_a_signal_stops_within_an_epoch_goes_on_with_the_same_bits(
     assert (saved["epoch"], saved["iteration"]) == (1, iteration)
     assert f"stopped by a signal after iteration {iteration} of epoch 1; go on with --resume " in first.out
     run_well(*stopped, "--resume", "auto", ranks=case.ranks)
-    last = [checkpoint(tmp_path / name / "checkpoint.pth.tar") for name in ("straight", "stopped")]
-    assert differences(*last) == []
+    one, other = (checkpoint(tmp_path / name / "checkpoint.pth.tar") for name in ("straight", "stopped"))
+    assert differences(one, other) == []
 
 
 def test_ranks_go_on_after_an_epoch_with_the_same_bits(pictures: Path, tmp_path: Path) -> None:
@@ -101,8 +101,8 @@ def test_ranks_go_on_after_an_epoch_with_the_same_bits(pictures: Path, tmp_path:
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     run_well(*argv(pictures, straight, flags), "--gather-checkpoints", ranks=2)
     run_well(*argv(pictures, resumed, flags), "--resume", straight / "checkpoint-1.pth.tar", ranks=2)
-    last = [checkpoint(folder / "checkpoint.pth.tar") for folder in (straight, resumed)]
-    assert differences(*last) == []
+    one, other = (checkpoint(folder / "checkpoint.pth.tar") for folder in (straight, resumed))
+    assert differences(one, other) == []
 
 
 def test_all_ranks_of_a_launcher_may_get_the_signal_at_once(pictures: Path, tmp_path: Path) -> None:
@@ -123,8 +123,8 @@ def test_a_run_that_is_stopped_without_checkpoints_says_that_nothing_was_saved(p
 def test_auto_starts_anew_where_there_is_no_checkpoint(pictures: Path, tmp_path: Path) -> None:
     run_well(*argv(pictures, tmp_path / "fresh"))
     run_well(*argv(pictures, tmp_path / "auto"), "--resume", "auto")
-    last = [checkpoint(tmp_path / name / "checkpoint.pth.tar") for name in ("fresh", "auto")]
-    assert differences(*last) == []
+    one, other = (checkpoint(tmp_path / name / "checkpoint.pth.tar") for name in ("fresh", "auto"))
+    assert differences(one, other) == []
 
 
 def test_auto_passes_over_a_damaged_checkpoint_and_goes_on_from_the_one_before(pictures: Path, tmp_path: Path) -> None:
