@@ -13,7 +13,7 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from compression.kernels.families import LIMIT, TINY, TREE
+from compression.kernels.families import HUGE, LIMIT, TINY, TREE
 from compression.kernels.threads import jit as _jit
 from compression.kernels.threads import split
 from compression.layers import DENSE, Plan
@@ -22,7 +22,7 @@ FAMILIES = {"maxmin": 0}
 _MAXMIN = FAMILIES["maxmin"]
 
 _TILE = 1024  # codes packed at a time; a multiple of TREE and of 8
-_LIMIT, _TINY = np.float32(LIMIT), np.float32(TINY)
+_HUGE, _LIMIT, _TINY = np.float32(HUGE), np.float32(LIMIT), np.float32(TINY)
 _INFINITY = np.int32(0x7F800000)
 _MANTISSA = np.float32(2.0**-24)
 
@@ -329,7 +329,8 @@ def _encode(
         if feedback:
             dot, length2 = _tree_of_blocks(dots, -(-n // TREE)), _tree_of_blocks(lengths, -(-n // TREE))
             share = dot / length2 if length2 > 0 else np.float32(1.0)
-            share = min(max(share, -_LIMIT / reach), _LIMIT / reach)
+            if reach > _HUGE:
+                share = min(max(share, np.float32(-1.0)), np.float32(1.0))
             low, unit = low * share, unit * share
         _put_scale(scratch, low, wire, record)
         _put_scale(scratch, unit, wire, record + 4)

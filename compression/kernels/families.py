@@ -16,6 +16,7 @@ from torch import Tensor
 
 # Magnitudes and ranges are kept below the largest float32 so that no level overflows by rounding.
 LIMIT = 3.4e38
+HUGE = 1e30
 TINY = float(np.finfo(np.float32).tiny)
 TREE = 512  # values that one tree of additions sums
 TERNARY_TILE = 2560  # codes that are packed together, five to a byte

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compression import randomness
-from compression.kernels.families import FAMILIES, LIMIT, TINY, Family, record_bytes, tree_sum
+from compression.kernels.families import FAMILIES, HUGE, TINY, Family, record_bytes, tree_sum
 from compression.layers import DENSE, Plan
 
 
@@ -93,7 +93,7 @@ def expected_squared_error(family: str, plan: Plan, values: Tensor) -> float:
 def project(kind: Family, vectors_MK: Tensor, scales_MS: Tensor, codes_MK: Tensor, bits: int) -> Tensor:
     """Scales times <v, Q> / |Q|^2: decoded, they give the projection of v on Q, never longer than v.
 
-    No code's level is scaled beyond LIMIT.
+    Levels near the largest float32 are not made larger: neither they nor the steps towards them may overflow.
     """
     ends = torch.tensor([[0, kind.top(bits)]], device=scales_MS.device).expand(len(scales_MS), 2)
     reach = kind.levels(scales_MS, ends, bits).abs().amax(1, keepdim=True).clamp_min(TINY)
@@ -101,7 +101,7 @@ def project(kind: Family, vectors_MK: Tensor, scales_MS: Tensor, codes_MK: Tenso
     q = kind.levels(scales_MS, codes_MK, bits) * unit
     length = tree_sum(q * q)
     share = tree_sum((vectors_MK * unit) * q) / torch.where(length > 0, length, 1.0)
-    bound = LIMIT / reach[:, 0]
+    bound = torch.where(reach[:, 0] > HUGE, 1.0, torch.inf)
     share = torch.where(length > 0, share, 1.0).clamp(-bound, bound)
     return scales_MS * share.unsqueeze(1)
 

@@ -17,7 +17,7 @@ METRICS_OF_THE_PROGRAM = [
     "train.loss", "train.compute_ips", "train.total_ips", "train.data_time", "train.compute_time", "lr",
     "val.top1", "val.top5", "val.loss", "val.compute_ips", "val.total_ips", "val.data_time",
     "val.compute_latency", "val.compute_latency_at95", "val.compute_latency_at99",
-    "val.compute_latency_at100", "comm.bytes_sent", "comm.bytes_dense", "comm.ratio", "comm.time",
+    "val.compute_latency_at100", "best.top1", "comm.bytes_sent", "comm.bytes_dense", "comm.ratio", "comm.time",
     "codec.time",
 ]
 
@@ -181,7 +181,7 @@ def test_plain_lines_show_every_record_with_units_as_far_as_it_can_be_read():
     assert shown == [
         "parameters: arch vgg16, seed 1",
         "epoch 0 iteration 10/20 | train.loss 2.5000 | train.total_ips 1234.6 images/s",
-        "epoch 0 | val.top1 12.50 % | comm.bytes_sent 1,234,568 bytes/step | best.top1 12.5",
+        "epoch 0 | val.top1 12.50 % | comm.bytes_sent 1,234,568 bytes/step | best.top1 12.50 %",
         "summary | val.top1 12.50 % | stopped early",
         "a sentence",
     ]
