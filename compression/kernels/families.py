@@ -86,6 +86,10 @@ class Family(ABC):
     def levels(self, scales_MS: Tensor, codes_MK: Tensor, bits: int) -> Tensor:
         """What the codes stand for."""
 
+    def reach(self, scales_MS: Tensor, bits: int) -> Tensor:
+        """The largest magnitude of any scale and any level, but no denormal number: [M, 1]."""
+        return scales_MS.abs().amax(1, keepdim=True).clamp_min(TINY)
+
     def packed_bytes(self, count: int, bits: int) -> int:
         return -(-count * bits // 8)
 
@@ -107,8 +111,8 @@ class MaxMin(Family):
 
     def fit(self, vectors_MK: Tensor, bits: int) -> Tensor:
         low, high = vectors_MK.aminmax(dim=1, keepdim=True)
-        low, high = low.clamp_min(-LIMIT) + 0.0, high.clamp_max(LIMIT)  # + 0.0: no negative zero
-        unit = (high - low).clamp_max(LIMIT) / self.top(bits)
+        low, high = low.clamp_min(-LIMIT) + 0.0, high.clamp_max(LIMIT) + 0.0  # + 0.0: no negative zero
+        unit = _over((high - low).clamp_max(LIMIT), self.top(bits))
         return _finite(vectors_MK, torch.cat([low, unit], dim=1))
 
     def positions(self, vectors_MK: Tensor, scales_MS: Tensor, bits: int) -> Tensor:
@@ -117,6 +121,10 @@ class MaxMin(Family):
 
     def levels(self, scales_MS: Tensor, codes_MK: Tensor, bits: int) -> Tensor:
         return scales_MS[:, :1] + scales_MS[:, 1:] * codes_MK.to(torch.float32)
+
+    def reach(self, scales_MS: Tensor, bits: int) -> Tensor:
+        highest = scales_MS[:, :1] + scales_MS[:, 1:] * self.top(bits)
+        return torch.maximum(super().reach(scales_MS, bits), highest.abs())
 
 
 class NormUniform(Family):
@@ -130,12 +138,12 @@ class NormUniform(Family):
 
     def positions(self, vectors_MK: Tensor, scales_MS: Tensor, bits: int) -> Tensor:
         zero = self.top(bits) // 2
-        unit = scales_MS / zero
+        unit = _over(scales_MS, zero)
         return torch.where(unit > 0, vectors_MK / unit, 0.0) + zero
 
     def levels(self, scales_MS: Tensor, codes_MK: Tensor, bits: int) -> Tensor:
         zero = self.top(bits) // 2
-        return (codes_MK - zero).to(torch.float32) * (scales_MS / zero)
+        return (codes_MK - zero).to(torch.float32) * _over(scales_MS, zero)
 
 
 class Exponential(NormUniform):
@@ -179,9 +187,9 @@ class OneBit(Family):
         power = _power(vectors_MK)
         shares, means = vectors_MK / power, []
         for members in (~(vectors_MK < 0), vectors_MK < 0):
-            count = members.sum(1, keepdim=True).clamp_min(1).to(torch.float32)
-            means.append(tree_sum(torch.where(members, shares, 0.0)).unsqueeze(1) / count * power)
-        return _finite(vectors_MK, torch.cat(means, dim=1).clamp(-LIMIT, LIMIT))
+            count = tree_sum(members.to(torch.float32)).clamp_min(1)
+            means.append(tree_sum(shares * members) / count * power[:, 0])
+        return _finite(vectors_MK, torch.stack(means, dim=1).clamp(-LIMIT, LIMIT))
 
     def positions(self, vectors_MK: Tensor, scales_MS: Tensor, bits: int) -> Tensor:
         return (vectors_MK < 0).to(torch.float32)
@@ -199,8 +207,9 @@ class TernGrad(NormUniform):
     def fit(self, vectors_MK: Tensor, bits: int) -> Tensor:
         power = _power(vectors_MK)
         shares = vectors_MK / power
-        mean = tree_sum(shares * shares).unsqueeze(1) / torch.tensor(vectors_MK.shape[1], dtype=torch.float32)
-        return torch.minimum(super().fit(vectors_MK, bits), 2.5 * (mean.sqrt() * power))
+        mean = _over(tree_sum(shares * shares).unsqueeze(1), vectors_MK.shape[1])
+        clipped = torch.minimum(super().fit(vectors_MK, bits), 2.5 * (mean.double().sqrt().float() * power))
+        return _finite(vectors_MK, clipped)
 
     def packed_bytes(self, count: int, bits: int) -> int:
         return -(-count // 5)
@@ -236,7 +245,7 @@ class Quantile(Family):
 
     def fit(self, vectors_MK: Tensor, bits: int) -> Tensor:
         top, count = self.top(bits), vectors_MK.shape[1]
-        keys = _ordered(vectors_MK.view(torch.int32)).to(torch.int64)
+        keys = _ordered((vectors_MK + 0.0).view(torch.int32)).to(torch.int64)  # + 0.0: one zero
         first, last = keys.aminmax(dim=1, keepdim=True)
         shift = torch.tensor([max(int(span).bit_length() - HISTOGRAM_BITS, 0) for span in last - first])
         shift = shift.to(keys.device)[:, None]
@@ -267,6 +276,11 @@ FAMILIES: dict[str, Family] = {
     "terngrad": TernGrad(),
     "quantile": Quantile(),
 }
+
+
+def _over(values: Tensor, divisor: int) -> Tensor:
+    """The quotient, correctly rounded: by a plain number, GPUs multiply by its rounded inverse."""
+    return values / torch.full_like(values, divisor)
 
 
 def _finite(vectors_MK: Tensor, scales_MS: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compression import randomness
-from compression.kernels.families import FAMILIES, HUGE, TINY, Family, record_bytes, tree_sum
+from compression.kernels.families import FAMILIES, HUGE, Family, record_bytes, tree_sum
 from compression.layers import DENSE, Plan
 
 
@@ -95,15 +95,13 @@ def project(kind: Family, vectors_MK: Tensor, scales_MS: Tensor, codes_MK: Tenso
 
     Levels near the largest float32 are not made larger: neither they nor the steps towards them may overflow.
     """
-    ends = torch.tensor([[0, kind.top(bits)]], device=scales_MS.device).expand(len(scales_MS), 2)
-    reach = kind.levels(scales_MS, ends, bits).abs().amax(1, keepdim=True).clamp_min(TINY)
+    reach = kind.reach(scales_MS, bits)
     unit = 1.0 / reach
     q = kind.levels(scales_MS, codes_MK, bits) * unit
     length = tree_sum(q * q)
-    share = tree_sum((vectors_MK * unit) * q) / torch.where(length > 0, length, 1.0)
-    bound = torch.where(reach[:, 0] > HUGE, 1.0, torch.inf)
-    share = torch.where(length > 0, share, 1.0).clamp(-bound, bound)
-    return scales_MS * share.unsqueeze(1)
+    bound = torch.where(reach > HUGE, 1.0, torch.inf)
+    share = (tree_sum((vectors_MK * unit) * q) / length).unsqueeze(1).clamp(-bound, bound)
+    return torch.where(length.unsqueeze(1) > 0, scales_MS * share, scales_MS)
 
 
 def _between(kind: Family, vectors_MK: Tensor, scales_MS: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -5,26 +5,63 @@ own follows torch's thread count. Compiled code releases the GIL. It is cached o
 written; where none can, it is compiled again in each process.
 """
 
+import contextlib
 import functools
+import hashlib
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
 import numpy as np
 import torch
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numpy.typing import NDArray
 
 Result = TypeVar("Result")
+_njit: Any = numba.njit  # its type hints leave out the options that spare wrappers which nobody calls
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile at the first call: without the GIL, dividing as numpy does, cached on disk."""
-    try:
-        return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # numba found no folder that it may write its cache to
-        return numba.njit(nogil=True, error_model="numpy")(function)
+    """Compile a kernel at its first call: without the GIL, dividing as numpy does, cached on disk."""
+    kernel: Callable[..., Any] = _njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
+    with contextlib.suppress(RuntimeError):  # numba found no folder that it may write to
+        kernel._cache = _Cache(function)  # type: ignore[attr-defined]
+    return kernel
+
+
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a part of kernels, with each of them and callable from nowhere else."""
+    part: Callable[..., Any] = _njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    return part
+
+
+class _Cache(FunctionCache):
+    """Numba's cache, but what it holds is stale once any kernel's source has changed, whichever file it is in.
+
+    Numba looks at the file of the kernel itself, and misses what the kernel calls. A cache that cannot be read or
+    written counts as none.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._cache_file = IndexDataCacheFile(self.cache_path, self._impl.filename_base, _sources())
+
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        with contextlib.suppress(Exception):
+            return super().load_overload(signature, context)
+
+    def save_overload(self, signature: Any, compiled: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().save_overload(signature, compiled)
+
+
+@functools.cache
+def _sources() -> str:
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def split(weights: NDArray[np.int64], work: Callable[[int, int], Result]) -> list[Result]:

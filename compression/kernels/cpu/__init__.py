@@ -1,0 +1,52 @@
+"""The kernels for CPUs: one fused pass per bucket in numba, the same bits as `reference.py`.
+
+A bucket is read once into the first-level cache and leaves as a record. Every loop over values is one that LLVM
+vectorizes: minima are taken over order-preserving integers, codes are packed eight at a time inside 64-bit words.
+"""
+
+import numpy as np
+from torch import Tensor
+
+from compression.kernels.cpu import buckets
+from compression.kernels.cpu.families import FAMILIES
+from compression.kernels.threads import split
+from compression.layers import Plan
+
+
+def encode(
+    family: str,
+    plan: Plan,
+    values: Tensor,
+    keys: np.ndarray,
+    wire: Tensor,
+    residual: Tensor | None = None,
+    pending: Tensor | None = None,
+) -> None:
+    """As `reference.encode`."""
+    feedback = residual is not None and pending is not None
+    nothing = np.empty(0, np.float32)
+    old = residual.numpy() if residual is not None else nothing
+    new = pending.numpy() if pending is not None else nothing
+    columns = (plan.position, plan.count, plan.bits, plan.wire_at, plan.slot, plan.element, plan.memory_at)
+    tensors = (values.numpy(), keys, wire.numpy(), old, new, feedback)
+    split(plan.count, lambda start, stop: buckets.encode(FAMILIES[family], start, stop, *columns, *tensors))
+
+
+def decode(
+    family: str, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False
+) -> None:
+    """As `reference.decode`."""
+    columns = (plan.position, plan.count, plan.bits, plan.wire_at)
+    tensors = (wire.numpy(), out.numpy(), np.float32(factor), accumulate)
+    split(plan.count, lambda start, stop: buckets.decode(FAMILIES[family], start, stop, *columns, *tensors))
+
+
+def expected_squared_error(family: str, plan: Plan, values: Tensor) -> float:
+    """As `reference.expected_squared_error`; sums of 512 in float32, the rest in float64."""
+    columns = (plan.position, plan.count, plan.bits)
+    return sum(
+        split(
+            plan.count,
+            lambda start, stop: buckets.squared_error(FAMILIES[family], start, stop, *columns, values.numpy()),
+        )
+    )

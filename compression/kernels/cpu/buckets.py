@@ -1,0 +1,231 @@
+"""The compiled kernels: ranges of buckets, encoded, decoded or measured.
+
+A bucket goes through in tiles that stay in the first-level cache. Every loop over values is one that LLVM vectorizes.
+"""
+
+import numpy as np
+
+from compression.kernels.cpu.families import (
+    BINS,
+    ONEBIT,
+    QUANTILE,
+    TERNGRAD,
+    clamp,
+    fit,
+    levels,
+    positions,
+    reach,
+    scale_count,
+    top_code,
+)
+from compression.kernels.cpu.memory import load, load_float, store, store_float
+from compression.kernels.cpu.packing import pack, pack_ternary, unpack, unpack_ternary
+from compression.kernels.cpu.sums import START, add_products, blocks_of, total, tree_width
+from compression.kernels.families import HUGE, TERNARY_TILE, TREE
+from compression.kernels.threads import inlined, jit
+from compression.layers import DENSE
+
+TILE = TERNARY_TILE  # values worked on at a time: a multiple of TREE, of 8 and of 5
+_SCALES = 256
+_HUGE, _ZERO, _ONE = np.float32(HUGE), np.float32(0.0), np.float32(1.0)
+_MANTISSA = np.float32(2.0**-24)
+
+
+@inlined
+def _uniform(element: np.uint32, low: np.uint32, high: np.uint32) -> np.float32:
+    bits = np.uint32(element + low)
+    bits ^= bits >> np.uint32(16)
+    bits = np.uint32(bits * np.uint32(0x21F0AAAD))
+    bits ^= high
+    bits ^= bits >> np.uint32(15)
+    bits = np.uint32(bits * np.uint32(0x735A2D97))
+    bits ^= bits >> np.uint32(15)
+    return np.float32(np.int32(bits >> np.uint32(8))) * _MANTISSA
+
+
+@inlined
+def _round(
+    family: int,
+    places: np.ndarray,
+    count: int,
+    top: np.float32,
+    element: int,
+    low: np.uint32,
+    high: np.uint32,
+    codes: np.ndarray,
+) -> None:
+    """Codes from positions: the one below, or the next with the chance of the fraction."""
+    first = np.uint32(element)
+    if family == ONEBIT:  # no position lies between two codes
+        for i in range(count):
+            store(codes, i, np.int32(load(places, i)))
+    else:
+        for i in range(count):
+            place = clamp(load(places, i), _ZERO, top)
+            floor = np.floor(place)
+            draw = _uniform(np.uint32(first + np.uint32(i)), low, high)
+            store(codes, i, np.int32(floor + (_ONE if draw < place - floor else _ZERO)))
+
+
+@inlined
+def _put_codes(family: int, codes: np.ndarray, count: int, bits: int, tile: int, wire: np.ndarray, at: int) -> None:
+    """Pack a tile of a record whose codes begin at byte `at`."""
+    if family == TERNGRAD:
+        pack_ternary(codes, count, wire, at + tile // 5)
+    else:
+        pack(codes, count, bits, wire, at + tile * bits // 8)
+
+
+@inlined
+def _get_codes(family: int, wire: np.ndarray, at: int, tile: int, count: int, bits: int, codes: np.ndarray) -> None:
+    if family == TERNGRAD:
+        unpack_ternary(wire, at + tile // 5, count, codes)
+    else:
+        unpack(wire, at + tile * bits // 8, count, bits, codes)
+
+
+@inlined
+def _project(family: int, bits: int, dot: np.float32, square: np.float32, scales: np.ndarray) -> None:
+    """Scales times <v, Q> / |Q|^2, as `reference.project`."""
+    if square > 0:
+        share = dot / square
+        if reach(family, bits, scales) > _HUGE:
+            share = clamp(share, -_ONE, _ONE)
+        for k in range(scale_count(family, bits)):
+            scales[k] *= share
+
+
+@jit
+def encode(
+    family: int,
+    start: int,
+    stop: int,
+    position: np.ndarray,
+    count: np.ndarray,
+    bits: np.ndarray,
+    wire_at: np.ndarray,
+    slot: np.ndarray,
+    element: np.ndarray,
+    memory_at: np.ndarray,
+    values: np.ndarray,
+    keys: np.ndarray,
+    wire: np.ndarray,
+    residual: np.ndarray,
+    pending: np.ndarray,
+    feedback: bool,
+) -> None:
+    room = TREE
+    for m in range(start, stop):
+        room = max(room, blocks_of(blocks_of(count[m])) * TREE)
+    codes, places = np.empty(TILE + 8, np.uint8), np.empty(TILE, np.float32)
+    scales, bins = np.empty(_SCALES, np.float32), np.empty(BINS + 2 if family == QUANTILE else 0, np.int32)
+    terms, sums = np.empty(2 * TREE, np.float32), np.empty(2 * room, np.float32)
+    for m in range(start, stop):
+        n, b, record = count[m], bits[m], wire_at[m]
+        source, at = values, position[m]
+        if b == DENSE:
+            for i in range(n):
+                store_float(wire, record + 4 * i, load(values, at + i))
+            continue
+        if feedback:
+            source, at = pending, memory_at[m]
+            for i in range(n):
+                store(pending, at + i, load(values, position[m] + i) + load(residual, at + i))
+        finite = fit(family, source, at, n, b, scales, places, terms, sums, bins)
+        head, width = record + 4 * scale_count(family, b), tree_width(n)
+        unit, top = _ONE / reach(family, b, scales), np.float32(top_code(family, b))
+        projects = feedback and finite and family != ONEBIT
+        for tile in range(0, n, TILE):
+            length = min(TILE, n - tile)
+            positions(family, source, at + tile, length, b, scales, finite, bins, places)
+            _round(family, places, length, top, element[m] + tile, keys[slot[m], 0], keys[slot[m], 1], codes)
+            _put_codes(family, codes, length, b, tile, wire, head)
+            if projects:
+                levels(family, codes, length, b, scales, places)
+                add_products(source, at + tile, unit, places, unit, length, width, terms, sums, tile // TREE)
+        if projects:
+            _project(family, b, total(sums, START, blocks_of(n)), total(sums, room, blocks_of(n)), scales)
+        for k in range(scale_count(family, b)):
+            store_float(wire, record + 4 * k, scales[k])
+        if feedback:
+            for tile in range(0, n, TILE):
+                length = min(TILE, n - tile)
+                if n > TILE:
+                    _get_codes(family, wire, head, tile, length, b, codes)
+                levels(family, codes, length, b, scales, places)
+                for i in range(length):
+                    store(pending, at + tile + i, load(pending, at + tile + i) - load(places, i))
+
+
+@jit
+def decode(
+    family: int,
+    start: int,
+    stop: int,
+    position: np.ndarray,
+    count: np.ndarray,
+    bits: np.ndarray,
+    wire_at: np.ndarray,
+    wire: np.ndarray,
+    out: np.ndarray,
+    factor: np.float32,
+    accumulate: bool,
+) -> None:
+    codes, decoded = np.empty(TILE + 8, np.uint8), np.empty(TILE, np.float32)
+    scales = np.empty(_SCALES, np.float32)
+    for m in range(start, stop):
+        n, b, head = count[m], bits[m], wire_at[m]
+        if b != DENSE:
+            head += 4 * scale_count(family, b)
+            for k in range(scale_count(family, b)):
+                scales[k] = load_float(wire, wire_at[m] + 4 * k)
+        for tile in range(0, n, TILE):
+            length, at = min(TILE, n - tile), position[m] + tile
+            if b == DENSE:
+                for i in range(length):
+                    store(decoded, i, load_float(wire, head + 4 * (tile + i)))
+            else:
+                _get_codes(family, wire, head, tile, length, b, codes)
+                levels(family, codes, length, b, scales, decoded)
+            if accumulate:
+                for i in range(length):
+                    store(out, at + i, load(out, at + i) + factor * load(decoded, i))
+            else:
+                for i in range(length):
+                    store(out, at + i, factor * load(decoded, i))
+
+
+@jit
+def squared_error(
+    family: int, start: int, stop: int, position: np.ndarray, count: np.ndarray, bits: np.ndarray, values: np.ndarray
+) -> float:
+    room = TREE
+    for m in range(start, stop):
+        room = max(room, blocks_of(blocks_of(count[m])) * TREE)
+    terms, sums = np.empty(2 * TREE, np.float32), np.empty(2 * room, np.float32)
+    places, low, high = np.empty(TREE, np.float32), np.empty(TREE, np.float32), np.empty(TREE, np.float32)
+    lower, upper = np.empty(TREE, np.uint8), np.empty(TREE, np.uint8)
+    scales, bins = np.empty(_SCALES, np.float32), np.empty(BINS + 2 if family == QUANTILE else 0, np.int32)
+    error = 0.0
+    for m in range(start, stop):
+        n, b, at = count[m], bits[m], position[m]
+        finite = fit(family, values, at, n, b, scales, places, terms, sums, bins)
+        top, unit = np.float32(top_code(family, b)), _ONE / reach(family, b, scales)
+        for tile in range(0, n, TREE):
+            length = min(TREE, n - tile)
+            positions(family, values, at + tile, length, b, scales, finite, bins, places)
+            for i in range(length):
+                place = clamp(load(places, i), _ZERO, top)
+                floor = np.floor(place)
+                store(places, i, place - floor)
+                store(lower, i, np.int32(floor))
+                store(upper, i, np.int32(floor + (_ONE if floor < top else _ZERO)))
+            levels(family, lower, length, b, scales, low)
+            levels(family, upper, length, b, scales, high)
+            for i in range(length):
+                gap = (load(high, i) - load(low, i)) * unit
+                store(low, i, gap * load(places, i))
+                store(high, i, gap * (_ONE - load(places, i)))
+            add_products(low, START, _ONE, high, _ONE, length, np.int64(TREE), terms, sums, START)
+            error += float(sums[0]) / float(unit) ** 2
+    return error

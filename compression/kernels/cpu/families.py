@@ -1,0 +1,271 @@
+"""The families of quantizers, compiled: the three functions of `kernels/families.py`, on one bucket or tile.
+
+`family` is a number on which every function branches once per call, so that one kernel serves all families and is
+compiled once. Values are given as an array, the place of the first one, and their count.
+"""
+
+import numpy as np
+
+from compression.kernels.cpu.memory import load, store
+from compression.kernels.cpu.sums import START, add_products, blocks_of, total, tree_width
+from compression.kernels.families import HISTOGRAM_BITS, LIMIT, TINY, TREE
+from compression.kernels.threads import inlined
+
+# From NORM_UNIFORM on, one scale and codes on both sides of zero.
+FAMILIES = {"maxmin": 0, "quantile": 1, "1bit": 2, "norm_uniform": 3, "terngrad": 4, "exponential": 5}
+MAXMIN, QUANTILE, ONEBIT, NORM_UNIFORM, TERNGRAD, EXPONENTIAL = FAMILIES.values()
+
+_OTHERS, _NEGATIVES, _VALUES = np.int64(0), np.int64(1), np.int64(2)  # groups whose moments scales are made of
+BINS = 1 << HISTOGRAM_BITS
+_ORIGIN, _SHIFT = BINS, BINS + 1  # where a histogram says how keys become bins
+_LIMIT, _TINY = np.float32(LIMIT), np.float32(TINY)
+_NAN, _ZERO, _HALF, _ONE = np.float32(np.nan), np.float32(0.0), np.float32(0.5), np.float32(1.0)
+_MAGNITUDE, _SIGN = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+_INFINITY, _MINUS_INFINITY = np.int32(0x7F800000), np.int32(-0x7F800001)  # as `_ordered` has them
+_STEP = np.float32(2.0**-23)
+
+
+@inlined
+def scale_count(family: int, bits: int) -> int:
+    if family == QUANTILE:
+        return 1 << bits
+    return 1 if family >= NORM_UNIFORM else 2
+
+
+@inlined
+def top_code(family: int, bits: int) -> int:
+    return (1 << bits) - (2 if family >= NORM_UNIFORM else 1)
+
+
+@inlined
+def clamp(value: np.float32, low: np.float32, high: np.float32) -> np.float32:
+    value = low if value < low else value
+    return high if value > high else value
+
+
+@inlined
+def reach(family: int, bits: int, scales: np.ndarray) -> np.float32:
+    """The largest magnitude of any scale and any level, but no denormal number."""
+    first, last = scales[0], scales[scale_count(family, bits) - 1]
+    farthest = clamp(abs(first), abs(last), _LIMIT)
+    if family == MAXMIN:
+        farthest = clamp(abs(first + last * np.float32(top_code(family, bits))), farthest, _LIMIT)
+    return clamp(farthest, _TINY, _LIMIT)
+
+
+@inlined
+def fit(
+    family: int,
+    values: np.ndarray,
+    at: int,
+    count: int,
+    bits: int,
+    scales: np.ndarray,
+    places: np.ndarray,
+    terms: np.ndarray,
+    sums: np.ndarray,
+    bins: np.ndarray,
+) -> bool:
+    """Write the scales of a bucket, all NaN where a value is not finite; returns whether all are.
+
+    `places`, `terms` and `sums` are scratch; `bins` is filled with what `positions` needs of a quantile's histogram.
+    """
+    smallest, largest = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+    for i in range(at, at + count):
+        key = _ordered(np.float32(load(values, i)).view(np.int32))
+        smallest = key if key < smallest else smallest
+        largest = key if key > largest else largest
+    if largest >= _INFINITY or smallest <= _MINUS_INFINITY:
+        for k in range(scale_count(family, bits)):
+            scales[k] = _NAN
+        return False
+    low, high = _float(_ordered(smallest)) + _ZERO, _float(_ordered(largest)) + _ZERO  # + 0: no negative zero
+    norm = -low if -low > high else high
+    if family == MAXMIN:
+        low, high = clamp(low, -_LIMIT, _LIMIT), clamp(high, -_LIMIT, _LIMIT)
+        scales[0], scales[1] = low, clamp(high - low, _ZERO, _LIMIT) / np.float32(top_code(family, bits))
+    elif family == QUANTILE:
+        _quantiles(values, at, count, low, high, top_code(family, bits), scales, bins)
+    elif family == ONEBIT:
+        for group in range(2):
+            _moments(group, values, at, count, _power(norm), places, terms, sums)
+            members = total(sums, len(sums) // 2, blocks_of(count))
+            mean = total(sums, START, blocks_of(count)) / (members if members > 0 else _ONE) * _power(norm)
+            scales[group] = clamp(mean, -_LIMIT, _LIMIT)
+    else:
+        scales[0] = clamp(norm, _ZERO, _LIMIT)
+        if family == TERNGRAD:
+            _moments(_VALUES, values, at, count, _power(norm), places, terms, sums)
+            mean = total(sums, len(sums) // 2, blocks_of(count)) / np.float32(count)
+            scales[0] = clamp(np.float32(2.5) * (np.sqrt(mean) * _power(norm)), _ZERO, scales[0])
+    return True
+
+
+@inlined
+def positions(
+    family: int,
+    values: np.ndarray,
+    at: int,
+    count: int,
+    bits: int,
+    scales: np.ndarray,
+    finite: bool,
+    bins: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """Where the values lie on the axis of codes: 0 to the top code, after clamping."""
+    zero = top_code(family, bits) // 2
+    low, unit, middle = _ZERO, scales[0], np.float32(zero)
+    if family == MAXMIN:
+        low, unit, middle = scales[0], scales[1], _ZERO
+    elif family >= NORM_UNIFORM and family != EXPONENTIAL:
+        unit /= middle
+    if family == ONEBIT:
+        for i in range(count):
+            store(out, i, _ONE if load(values, at + i) < 0 else _ZERO)
+    elif family == QUANTILE and finite:
+        _quantile_positions(values, at, count, scales, top_code(family, bits), bins, out)
+    elif family == QUANTILE or not unit > 0:
+        for i in range(count):
+            store(out, i, _ZERO if family == QUANTILE else middle)
+    elif family == EXPONENTIAL:
+        _exponential_positions(values, at, count, unit, zero, out)
+    else:
+        for i in range(count):
+            store(out, i, (load(values, at + i) - low) / unit + middle)
+
+
+@inlined
+def levels(family: int, codes: np.ndarray, count: int, bits: int, scales: np.ndarray, out: np.ndarray) -> None:
+    """What the codes stand for."""
+    first, second = scales[0], scales[1]
+    zero, below = np.float32(top_code(family, bits) // 2), np.int32(127 - top_code(family, bits) // 2)
+    if family == MAXMIN:
+        for i in range(count):
+            store(out, i, first + second * np.float32(load(codes, i)))
+    elif family == ONEBIT:
+        for i in range(count):
+            store(out, i, second if load(codes, i) > 0 else first)
+    elif family == QUANTILE:
+        for i in range(count):
+            store(out, i, load(scales, load(codes, i)))
+    elif family == EXPONENTIAL:
+        for i in range(count):
+            steps = np.float32(load(codes, i)) - zero
+            power = _float(np.int32(np.int32(abs(steps)) + below) << np.int32(23))
+            power = power if steps != 0 else _ZERO
+            store(out, i, (-power if steps < 0 else power) * first)
+    else:
+        unit = first / zero
+        for i in range(count):
+            store(out, i, (np.float32(load(codes, i)) - zero) * unit)
+
+
+@inlined
+def _float(bits: np.int32) -> np.float32:
+    return np.int32(bits).view(np.float32)
+
+
+@inlined
+def _ordered(bits: np.int32) -> np.int32:
+    """Float bits as integers of the same order; its own inverse. NaN lies beyond the infinities."""
+    return np.int32(bits ^ ((bits >> np.int32(31)) & _MAGNITUDE))
+
+
+@inlined
+def _power(norm: np.float32) -> np.float32:
+    """The largest power of two that is no larger than a norm."""
+    return clamp(_float(np.float32(norm).view(np.int32) & _INFINITY), _TINY, _LIMIT)
+
+
+@inlined
+def _moments(
+    group: int,
+    values: np.ndarray,
+    at: int,
+    count: int,
+    power: np.float32,
+    places: np.ndarray,
+    terms: np.ndarray,
+    sums: np.ndarray,
+) -> None:
+    """Sums for `total` of v x and of x x, where v is value / power, and x says what the group is about.
+
+    It is 1 for its members and 0 elsewhere in the groups _OTHERS and _NEGATIVES, and v itself in the group _VALUES.
+    """
+    inverse, width = _ONE / power, tree_width(count)
+    for first in range(0, count, len(places)):
+        length = min(len(places), count - first)
+        for i in range(length):
+            value = load(values, at + first + i)
+            member = _ONE if (value < 0) == (group == _NEGATIVES) else _ZERO
+            store(places, i, value * inverse if group == _VALUES else member)
+        add_products(values, at + first, inverse, places, _ONE, length, width, terms, sums, first // TREE)
+
+
+@inlined
+def _key(value: np.float32) -> np.int64:
+    """The place of a number in the order of floats, both zeros alike."""
+    return np.int64(_ordered(np.float32(value + _ZERO).view(np.int32)))
+
+
+@inlined
+def _quantiles(
+    values: np.ndarray,
+    at: int,
+    count: int,
+    low: np.float32,
+    high: np.float32,
+    top: int,
+    scales: np.ndarray,
+    bins: np.ndarray,
+) -> None:
+    """Count keys in bins, take the levels from the counts, then replace the counts by the code at or below the bin."""
+    origin, shift = _key(low), 0
+    while (_key(high) - origin) >> shift >= BINS:
+        shift += 1
+    used = ((_key(high) - origin) >> shift) + 1
+    for b in range(used):
+        store(bins, b, 0)
+    for i in range(at, at + count):
+        b = (_key(load(values, i)) - origin) >> shift
+        store(bins, b, load(bins, b) + 1)
+    scales[0], scales[top] = low, high
+    k, seen, rank = 0, 0, -1
+    for b in range(used):
+        seen += load(bins, b)
+        while rank < seen:  # the next quantile lies in this bin
+            if k > 0:
+                scales[k] = _float(_ordered(np.int32(origin + (b << shift)))) + _ZERO
+            k += 1
+            rank = k * (count - 1) // top if k < top else count
+        store(bins, b, k - 1)
+    bins[_ORIGIN], bins[_SHIFT] = origin, shift
+
+
+@inlined
+def _quantile_positions(
+    values: np.ndarray, at: int, count: int, scales: np.ndarray, top: int, bins: np.ndarray, out: np.ndarray
+) -> None:
+    origin, shift = np.int64(bins[_ORIGIN]), np.int64(bins[_SHIFT])
+    half = _ONE if scales[top] - scales[0] <= _LIMIT else _HALF  # no difference of two levels overflows
+    for i in range(count):
+        value = load(values, at + i)
+        code = load(bins, (_key(value) - origin) >> shift)
+        low = load(scales, code) * half
+        gap = load(scales, code + 1) * half - low
+        store(out, i, np.float32(code) + ((value * half - low) / gap if gap > 0 else _ZERO))
+
+
+@inlined
+def _exponential_positions(
+    values: np.ndarray, at: int, count: int, norm: np.float32, zero: int, out: np.ndarray
+) -> None:
+    offset, middle = np.int32((127 - zero) << 23), np.float32(zero)
+    least, inverse = _float((128 - zero) << 23), _float((126 + zero) << 23)
+    for i in range(count):
+        value = load(values, at + i)
+        share = abs(value) / norm
+        steps = np.float32(np.int32(np.float32(share).view(np.int32) - offset)) * _STEP
+        steps = share * inverse if share < least else steps
+        store(out, i, middle + (-steps if value < 0 else steps))

@@ -1,0 +1,94 @@
+"""Codes of a few bits, to bytes and back: up to a tile of codes at a time, one per byte while they are worked on."""
+
+import numpy as np
+
+from compression.kernels.cpu.memory import load, load_word, store, store_word
+from compression.kernels.threads import inlined
+
+
+@inlined
+def pack(codes: np.ndarray, count: int, bits: int, wire: np.ndarray, at: int) -> None:
+    """Codes as one little-endian bit stream of ceil(count bits / 8) bytes; may overwrite up to 7 codes behind them."""
+    groups, nbytes = (count + 7) // 8, (count * bits + 7) // 8
+    for i in range(count, 8 * groups):
+        store(codes, i, 0)
+    one, two, four = np.uint64(8 - bits), np.uint64(16 - 2 * bits), np.uint64(32 - 4 * bits)
+    whole = _whole_groups(nbytes, bits)
+    for g in range(whole):
+        store_word(wire, at + g * bits, _squeeze(load_word(codes, 8 * g), one, two, four))
+    for g in range(whole, groups):
+        x = _squeeze(load_word(codes, 8 * g), one, two, four)
+        for k in range(g * bits, nbytes if nbytes < (g + 1) * bits else (g + 1) * bits):
+            store(wire, at + k, x & np.uint64(0xFF))
+            x >>= np.uint64(8)
+
+
+@inlined
+def unpack(wire: np.ndarray, at: int, count: int, bits: int, codes: np.ndarray) -> None:
+    """The inverse of `pack`; may write up to 7 codes more than `count`."""
+    groups, nbytes = (count + 7) // 8, (count * bits + 7) // 8
+    whole = _whole_groups(nbytes, bits)
+    for g in range(whole):
+        store_word(codes, 8 * g, load_word(wire, at + g * bits))
+    for g in range(whole, groups):
+        x = np.uint64(0)
+        for k in range(g * bits, nbytes if nbytes < (g + 1) * bits else (g + 1) * bits):
+            x |= np.uint64(load(wire, at + k)) << np.uint64(8 * (k - g * bits))
+        store_word(codes, 8 * g, x)
+    one, two, four = np.uint64(8 - bits), np.uint64(16 - 2 * bits), np.uint64(32 - 4 * bits)
+    mask = np.uint64((1 << bits) - 1)
+    mask |= mask << np.uint64(bits)
+    low = mask | (mask << np.uint64(2 * bits))
+    high = low << np.uint64(4 * bits)
+    pair = mask | (mask << np.uint64(32))
+    pairs = pair << np.uint64(2 * bits)
+    single = np.uint64((1 << bits) - 1) * np.uint64(0x0001000100010001)
+    singles = single << np.uint64(bits)
+    for g in range(groups):
+        x = load_word(codes, 8 * g)
+        x = (x & low) | ((x & high) << four)
+        x = (x & pair) | ((x & pairs) << two)
+        store_word(codes, 8 * g, (x & single) | ((x & singles) << one))
+
+
+@inlined
+def _whole_groups(nbytes: int, bits: int) -> int:
+    """Groups of eight codes that may be moved as eight bytes without touching what lies behind the stream."""
+    return (nbytes - 8) // bits + 1 if nbytes >= 8 else 0
+
+
+@inlined
+def _squeeze(x: np.uint64, one: np.uint64, two: np.uint64, four: np.uint64) -> np.uint64:
+    """Eight codes, one per byte, moved together by pairs, fours and eights."""
+    x = (x & np.uint64(0x00FF00FF00FF00FF)) | ((x & np.uint64(0xFF00FF00FF00FF00)) >> one)
+    x = (x & np.uint64(0x0000FFFF0000FFFF)) | ((x & np.uint64(0xFFFF0000FFFF0000)) >> two)
+    return (x & np.uint64(0x00000000FFFFFFFF)) | ((x & np.uint64(0xFFFFFFFF00000000)) >> four)
+
+
+@inlined
+def pack_ternary(codes: np.ndarray, count: int, wire: np.ndarray, at: int) -> None:
+    """Codes below 3, five to a byte, as ceil(count / 5) bytes; may overwrite up to 4 codes behind them.
+
+    Byte i holds code i of every fifth of the tile, the first fifth in the lowest digit.
+    """
+    n = (count + 4) // 5
+    for i in range(count, 5 * n):
+        store(codes, i, 0)
+    for i in range(n):
+        low = load(codes, i) + 3 * load(codes, n + i) + 9 * load(codes, 2 * n + i)
+        store(wire, at + i, low + 27 * load(codes, 3 * n + i) + 81 * load(codes, 4 * n + i))
+
+
+@inlined
+def unpack_ternary(wire: np.ndarray, at: int, count: int, codes: np.ndarray) -> None:
+    """The inverse of `pack_ternary`; may write up to 4 codes more than `count`."""
+    n = (count + 4) // 5
+    for i in range(n):
+        x = np.uint32(load(wire, at + i))
+        by3, by9 = (x * np.uint32(171)) >> np.uint32(9), (x * np.uint32(57)) >> np.uint32(9)  # exact below 243
+        by27, by81 = (x * np.uint32(19)) >> np.uint32(9), (x * np.uint32(203)) >> np.uint32(14)
+        store(codes, i, x - np.uint32(3) * by3)
+        store(codes, n + i, by3 - np.uint32(3) * by9)
+        store(codes, 2 * n + i, by9 - np.uint32(3) * by27)
+        store(codes, 3 * n + i, by27 - np.uint32(3) * by81)
+        store(codes, 4 * n + i, by81)

@@ -1,0 +1,78 @@
+"""Sums in the one order that all kernels share: that of `families.tree_sum`."""
+
+import numpy as np
+
+from compression.kernels.cpu.memory import load, store
+from compression.kernels.families import TREE
+from compression.kernels.threads import inlined
+
+START = np.int64(0)  # a numpy integer: numba compiles a function once more for every plain number it is called with
+
+
+@inlined
+def tree_width(count: int) -> int:
+    """How many terms a tree over `count` values pads its blocks to."""
+    width = 1
+    while width < min(count, TREE):
+        width *= 2
+    return width
+
+
+@inlined
+def blocks_of(count: int) -> int:
+    return (count + TREE - 1) // TREE
+
+
+@inlined
+def _fold(terms: np.ndarray, at: int, count: int, width: int) -> np.float32:
+    """Sum of `count` terms from `at` on by halves, padded with zeros to `width`; overwrites them."""
+    for i in range(at + count, at + width):
+        store(terms, i, 0)
+    while width >= 4:  # two halvings in one pass
+        width //= 4
+        for i in range(at, at + width):
+            left = load(terms, i) + load(terms, i + 2 * width)
+            store(terms, i, left + (load(terms, i + width) + load(terms, i + 3 * width)))
+    return load(terms, at) + load(terms, at + 1) if width == 2 else load(terms, at)
+
+
+@inlined
+def total(sums: np.ndarray, at: int, count: int) -> np.float32:
+    """Sum of the sums of `count` blocks, in blocks again until one is left; overwrites them, padding included."""
+    while count > 1:
+        width, blocks = tree_width(count), blocks_of(count)
+        for block in range(blocks):
+            first = block * TREE
+            store(sums, at + block, _fold(sums, at + first, min(width, count - first), width))
+        count = blocks
+    return load(sums, at)
+
+
+@inlined
+def add_products(
+    a: np.ndarray,
+    a_at: int,
+    unit_a: np.float32,
+    b: np.ndarray,
+    unit_b: np.float32,
+    count: int,
+    width: int,
+    terms: np.ndarray,
+    sums: np.ndarray,
+    block: int,
+) -> None:
+    """The sums of a b and of b b over each block of 512 of `count` values, the factors in their units. `b` begins at 0.
+
+    Those of a b go to the first half of `sums` from `block` on, those of b b to the second. `width` is the bucket's
+    `tree_width`; `terms` is scratch for two blocks.
+    """
+    half = len(sums) // 2
+    for first in range(0, count, TREE):
+        length = min(TREE, count - first)
+        for i in range(length):
+            factor = load(b, first + i) * unit_b
+            store(terms, i, (load(a, a_at + first + i) * unit_a) * factor)
+            store(terms, TREE + i, factor * factor)
+        for part in range(2):
+            store(sums, part * half + block, _fold(terms, part * TREE, length, width))
+        block += 1
