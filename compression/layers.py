@@ -113,12 +113,13 @@ def plan(
     owners: Sequence[int],
     shares: Mapping[str, Sequence[tuple[int, int]]],
     bits: Mapping[str, int],
-    bucket_size: int,
+    bucket_size: int | None,
     record_bytes: Callable[[int, int], int],
 ) -> Plan:
     """The plan of all buckets of `segments` that belong to `owners`, one message per owner.
 
-    `shares[name][rank]` is the layer's cut. Within a message the records follow the order of `segments`.
+    `shares[name][rank]` is the layer's cut. A share is cut into buckets of `bucket_size` values, or is one bucket where
+    that is None. Within a message the records follow the order of `segments`.
     `record_bytes(count, bits)` is the format's; a DENSE record is 4 bytes a value.
     """
     rows: list[NDArray[np.int64]] = []
@@ -131,7 +132,7 @@ def plan(
             if start == stop:
                 continue
             width = bits[segment.layer.name]
-            length = bucket_length(segment.layer.numel, bucket_size)
+            length = stop - start if bucket_size is None else bucket_length(segment.layer.numel, bucket_size)
             element = np.arange(start, stop, length, dtype=np.int64)
             count = np.minimum(length, stop - element)
             first, last = (4 * int(n) if width == DENSE else record_bytes(int(n), width) for n in count[[0, -1]])

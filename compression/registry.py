@@ -5,7 +5,7 @@ its family's file) and one row here.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from compression.averagers import (
@@ -25,7 +25,16 @@ from compression.averagers import (
 )
 from compression.codecs.base import Codec
 from compression.codecs.low_rank import SpectralAtoms, sides
-from compression.codecs.quantizers import MaxMin, Quantizer
+from compression.codecs.quantizers import (
+    Exponential,
+    MaxMin,
+    NormUniform,
+    OneBit,
+    Quantile,
+    Quantizer,
+    TernGrad,
+    VariableWidth,
+)
 from compression.codecs.sparsifiers import RandomK, TopK
 from compression.collectives import Collectives
 from compression.layers import Layer
@@ -61,7 +70,7 @@ class Options:
 class Row:
     """One compressor: what it is, the options it takes, how its averager and its codec are built.
 
-    A `quantizer` has bits and makes the codec; other codecs are made by `codec` from options of their own.
+    A `quantizer` makes the codec; other codecs are made by `codec` from options of their own.
     `listed`: among the choices of --compression-type; the others have a flag of their own. `own_warmup`: what it does
     in its first `warmup_steps` is its own business, and not float32.
     """
@@ -77,19 +86,28 @@ class Row:
     @property
     def has_bits(self) -> bool:
         """Whether its bit width can be chosen, per layer too, and so searched for."""
-        return self.quantizer is not None
+        return self._with_bits is not None
 
     @property
     def min_bits(self) -> int:
-        return self.quantizer.min_bits if self.quantizer is not None else 0
+        return self._with_bits.min_bits if self._with_bits is not None else 0
+
+    @property
+    def _with_bits(self) -> type[VariableWidth] | None:
+        return self.quantizer if self.quantizer and issubclass(self.quantizer, VariableWidth) else None
 
 
-def _quantized(quantizer: type[Quantizer]) -> Build:
+def _quantized(quantizer: type[Quantizer], needs_feedback: bool = False) -> Build:
     def average(options: Options, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:
-        codec = quantizer(options.bits, options.bucket_size)
-        return TwoHop(codec, layers, collectives, seed, options.error_feedback)
+        codec = quantizer(**_own(quantizer, options))
+        return TwoHop(codec, layers, collectives, seed, options.error_feedback or needs_feedback)
 
     return average
+
+
+def _own(quantizer: type[Quantizer], options: Options) -> dict[str, Any]:
+    """Those of the options that a quantizer is made from."""
+    return {field.name: getattr(options, field.name) for field in fields(quantizer) if field.init}  # type: ignore[arg-type]
 
 
 def _powersgd(options: Options, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:
@@ -140,7 +158,8 @@ def _dgc(options: Options, layers: Sequence[Layer], collectives: Collectives, se
     )
 
 
-_QUANTIZER = ("bits", "bucket_size", "error_feedback", "warmup_steps", "big_grad")
+_FIXED_WIDTH = ("bucket_size", "error_feedback", "warmup_steps", "big_grad")
+_QUANTIZER = ("bits", *_FIXED_WIDTH)
 _TOP_K = ("ratio", "bucket_size", "error_feedback", "efx_bits", "efx_randk", "warmup_steps", "big_grad")
 
 COMPRESSORS: dict[str, Row] = {
@@ -149,6 +168,25 @@ COMPRESSORS: dict[str, Row] = {
         "sends nothing, every gradient is zero", ("big_grad",), lambda options, layers, collectives, seed: Sanity()
     ),
     "maxmin": Row("uniform levels between minimum and maximum", _QUANTIZER, _quantized(MaxMin), MaxMin),
+    "exponential": Row(
+        "signs, and levels that halve from the largest magnitude (NUQSGD)",
+        _QUANTIZER,
+        _quantized(Exponential),
+        Exponential,
+    ),
+    "1bit": Row(
+        "signs, and the means of negatives and others, always with error feedback",
+        _FIXED_WIDTH,
+        _quantized(OneBit, needs_feedback=True),
+        OneBit,
+    ),
+    "norm_uniform": Row(
+        "signs, and uniform levels up to the largest magnitude (QSGD)",
+        _QUANTIZER,
+        _quantized(NormUniform),
+        NormUniform,
+    ),
+    "terngrad": Row("three values, five to a byte", _FIXED_WIDTH, _quantized(TernGrad), TernGrad),
     "topk": Row("the largest by magnitude, values and indices", _TOP_K, _top_k(), codec=TopK),
     "topk_rmsprop": Row("the largest by magnitude over their running root mean square", _TOP_K, _top_k(RmsScore)),
     "svd": Row(
@@ -158,6 +196,7 @@ COMPRESSORS: dict[str, Row] = {
         codec=SpectralAtoms,
     ),
     "stats": Row("float32 all-reduce, and statistics of the gradients on the way", ("big_grad",), _stats),
+    "quantile": Row("levels at the quantiles of each layer", _QUANTIZER, _quantized(Quantile), Quantile),
     "powersgd": Row(
         "two thin factors of each layer, warm-started, always with error feedback",
         ("rank", "bucket_size", "error_feedback", "warmup_steps"),
@@ -213,7 +252,7 @@ def build(name: str, **options: Any) -> Compressor:
         )
     compressor = Compressor(name, Options(**options))
     if row.quantizer is not None:
-        row.quantizer(compressor.options.bits, compressor.options.bucket_size)
+        row.quantizer(**_own(row.quantizer, compressor.options))
     if compressor.options.warmup_steps < 0:
         raise ValueError(f"warmup_steps counts optimizer steps, got {compressor.options.warmup_steps}")
     if compressor.options.rank < 1:
@@ -253,7 +292,7 @@ def codec(name: str, **options: Any) -> Any:
     if row.quantizer is None:
         with_codec = [name for name, row in COMPRESSORS.items() if row.quantizer or row.codec]
         raise ValueError(f"compressor {name} has no codec; those with one: {', '.join(with_codec)}")
-    return row.quantizer(**{"bits": Options.bits, **options})
+    return row.quantizer(**{**_own(row.quantizer, Options()), **options})
 
 
 def with_bits() -> list[str]:

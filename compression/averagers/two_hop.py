@@ -136,6 +136,6 @@ class TwoHop:
             segments.append(Segment(layer, offset, where[0].get(layer.name, 0)))
             owned.append(Segment(layer, packed - start, where[1].get(layer.name, 0) - start))
             packed += stop - start
-        rules = (self.shares, self.widths, self.codec.bucket_size, self.codec.record_bytes)
+        rules = (self.shares, self.widths, self.codec.share_bucket_size, self.codec.record_bytes)
         owners = range(self.collectives.world_size)
         return _Route(plan(segments, owners, *rules), plan(owned, [rank], *rules))

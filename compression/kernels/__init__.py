@@ -8,6 +8,9 @@ from types import ModuleType
 import torch
 
 from compression.kernels import cpu, reference, sparse_cpu, sparse_reference
+from compression.kernels.families import record_bytes
+
+__all__ = ["for_device", "record_bytes", "sparse_for_device"]
 
 
 def for_device(device: torch.device) -> ModuleType:
