@@ -5,7 +5,8 @@
 
 Each setting is a `--compression-type` with its flags, or flags alone; the training flags are those of RECIPES, and all
 runs have two ranks under torch.distributed.launch. A row gives top-1 after the last epoch as mean and standard
-deviation over the seeds, bytes sent as a share of float32's, and seconds.
+deviation over the seeds, bytes sent as a share of float32's, and seconds. With `--runs FILE` every finished run is
+kept there, one JSON object a line, and is not run again: a table that was cut off goes on, and later ones add to it.
 """
 
 import argparse
@@ -47,6 +48,25 @@ def folder_of(dataset: str) -> Iterator[str]:
         yield str(next(path for path in Path(scratch).iterdir() if path.is_dir()))
 
 
+class Runs:
+    """Finished runs by (training flags, seed), kept in a file where one is named."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path is not None and path.exists() else []
+        self.known = {(run["flags"], run["seed"]): run["metrics"] for run in map(json.loads, lines)}
+
+    def get(self, folder: str, flags: list[str], seed: int) -> dict[str, float]:
+        """The last epoch's metrics of one run, and its seconds."""
+        key = (" ".join(flags), seed)
+        if key not in self.known:
+            self.known[key] = train(folder, flags, seed)
+            if self.path is not None:
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"flags": key[0], "seed": seed, "metrics": self.known[key]}) + "\n")
+        return self.known[key]
+
+
 def train(folder: str, flags: list[str], seed: int) -> dict[str, float]:
     """The last epoch's metrics of one run, and its seconds."""
     with tempfile.TemporaryDirectory() as workspace:
@@ -77,16 +97,18 @@ def main() -> None:
     parser.add_argument("--recipe", choices=RECIPES, help="training flags (default: by the dataset's name)")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=Path, metavar="FILE", help="keep finished runs here, and take them from here")
     asked = parser.parse_args()
     name = asked.recipe or next((name for name in RECIPES if name in asked.dataset), "cifar10")
     recipe = [*RECIPES[name].split(), "--epochs", str(asked.epochs)]
     print(f"{asked.dataset}: {RANKS} ranks, {' '.join(recipe)}, seeds 0 to {asked.seeds - 1}")
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} cores, torch {torch.__version__}\n")
+    finished = Runs(asked.runs)
     with folder_of(asked.dataset) as folder:
         results: dict[str, list[dict[str, float]]] = {setting: [] for setting in asked.settings}
         for seed in range(asked.seeds):
             for setting, runs in results.items():
-                runs.append(train(folder, recipe + flags_of(setting), seed))
+                runs.append(finished.get(folder, recipe + flags_of(setting), seed))
                 print(f"seed {seed}, {setting}: {runs[-1]['val.top1']:.2f} %", file=sys.stderr, flush=True)
     print("| setting | top-1, % | deviation | bytes sent, share of float32 | seconds |")
     print("| --- | --- | --- | --- | --- |")

@@ -83,9 +83,8 @@ def fidelity(name: str, options: Mapping[str, Any], gradient: Mapping[str, Tenso
     compressor = compression.build(name, **options)
     layers = layers_of([(layer, tuple(values.shape)) for layer, values in gradient.items()], compressor.bucket_size)
     averager: Averager = compressor.averager(layers, Solo(), seed=0)
-    quantizer = COMPRESSORS[name].quantizer
-    if quantizer is not None:  # its averager encodes twice
-        codec = quantizer(compressor.options.bits, compressor.options.bucket_size)
+    if COMPRESSORS[name].quantizer is not None:  # its averager encodes twice
+        codec = compression.codec(name, **options)
         averager = OneHop(lambda layer: codec, layers, Solo(), seed=0)
     flat = torch.cat([values.reshape(-1) for values in gradient.values()])
     given = flat.clone()
