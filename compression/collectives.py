@@ -8,11 +8,10 @@ exchange all messages but the rank's own, a gather the rank's message W - 1 time
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -69,7 +68,9 @@ class TorchDistributed:
     """Collectives over a torch process group (gloo on CPUs, NCCL on GPUs).
 
     `group` should be used by one thread only: gloo matches collectives by the order in which they are issued.
-    A gather is an all-to-all of copies: gloo's all-gather wants equal sizes, and shares differ by a bucket.
+
+    Exchange and gather are sends and receives between all pairs at once. In torch's all-to-all over gloo the two
+    directions of a link take turns; gloo's all-gather wants equal sizes, and shares differ by a bucket.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -81,18 +82,32 @@ class TorchDistributed:
         dist.all_reduce(values, group=self.group)
 
     def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
-        mine = sizes[self.rank]
-        received = torch.empty(self.world_size * mine, dtype=messages.dtype, device=messages.device)
-        self._all_to_all(received, messages, [mine] * self.world_size, sizes)
-        return received.view(self.world_size, mine)
-
-    def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
-        received = torch.empty(sum(sizes), dtype=message.dtype, device=message.device)
-        self._all_to_all(received, message.repeat(self.world_size), sizes, [len(message)] * self.world_size)
+        received = messages.new_empty(self.world_size, sizes[self.rank])
+        self._swap(messages.split(list(sizes)), received.unbind())
         return received
 
-    def _all_to_all(self, out: Tensor, messages: Tensor, to: Sequence[int], sizes: Sequence[int]) -> None:
-        dist.all_to_all_single(out, messages, list(to), list(sizes), group=self.group)
+    def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
+        received = message.new_empty(sum(sizes))
+        self._swap([message] * self.world_size, received.split(list(sizes)))
+        return received
+
+    def _swap(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> None:
+        """Send `outgoing[r]` to every rank r, and fill `incoming[r]` with what r sends.
+
+        Gloo begins to send when its peer says that it is ready to receive, and says so on the connection that carries
+        its own messages. Said after a long message it arrives after it, and one rank waits while the other sends: so
+        every rank says it first.
+        """
+        incoming[self.rank].copy_(outgoing[self.rank])
+        peers = [(self.rank + turn) % self.world_size for turn in range(1, self.world_size)]
+        receives = [self._transfer(dist.irecv, incoming[peer], peer) for peer in peers[::-1] if len(incoming[peer])]
+        sends = [self._transfer(dist.isend, outgoing[peer], peer) for peer in peers if len(outgoing[peer])]
+        if receives or sends:
+            for work in dist.batch_isend_irecv(receives + sends):
+                work.wait()
+
+    def _transfer(self, way: Callable[..., Any], message: Tensor, peer: int) -> dist.P2POp:
+        return dist.P2POp(way, message, group=self.group, group_peer=peer)
 
     def broadcast(self, value: Any) -> Any:
         box = [value]

@@ -1,0 +1,132 @@
+"""Collectives over gloo: who gets what, what is said first, and what is counted."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from compression import Metered, TorchDistributed
+
+RANKS = 3
+SIZES = ([4, 4, 4], [5, 0, 2], [0, 0, 3], [0, 0, 0], [300_000, 1, 200_000])
+"""Bytes of each rank's share: alike, uneven, none at all, more than a connection holds."""
+
+
+def message(rank: int, nbytes: int) -> Tensor:
+    """What a rank has to say; no two ranks say the same."""
+    return torch.randint(256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(rank))
+
+
+def swap(network: TorchDistributed, sizes: Sequence[int]) -> dict[str, Any]:
+    """Results of one exchange and one gather, and the bytes counted for each."""
+    counted = Metered(network)
+    exchanged = counted.exchange(message(network.rank, sum(sizes)), sizes)
+    sent = counted.traffic.bytes_sent
+    gathered = counted.gather(message(network.rank, sizes[network.rank]), sizes)
+    return {
+        "exchanged": exchanged, "gathered": gathered, "sent": (sent, counted.traffic.bytes_sent - sent)
+    }  # fmt: skip
+
+
+def order_of_posting(network: TorchDistributed) -> list[str]:
+    """What one exchange asks torch for, in order."""
+    asked = []
+    ask = dist.batch_isend_irecv
+
+    def ask_and_note(transfers: list[dist.P2POp]) -> list[dist.Work]:
+        asked.extend(transfer.op.__name__ for transfer in transfers)
+        return ask(transfers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "batch_isend_irecv", ask_and_note)
+        network.exchange(message(network.rank, 3), [1, 1, 1])
+    return asked
+
+
+def rank_main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    results: dict[str, Any] = {"swaps": [swap(TorchDistributed(), sizes) for sizes in SIZES]}
+    results["order"] = order_of_posting(TorchDistributed())
+    few = dist.new_group([1, 2])
+    results["of a group"] = swap(TorchDistributed(few), [3, 2]) if rank else None
+    alone = [dist.new_group([other]) for other in range(RANKS)][rank]
+    results["alone"] = swap(TorchDistributed(alone), [7])
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What every rank ended with."""
+    folder = tmp_path_factory.mktemp("ranks")
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo"}
+    with ExitStack() as stack:
+        ranks = []
+        for rank in range(RANKS):
+            ranks.append(subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment))
+            stack.callback(ranks[-1].kill)
+        assert [rank.wait(timeout=120) for rank in ranks] == [0] * RANKS
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def exchanged(rank: int, members: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """What the rank must get: row r is the part that r addressed to it."""
+    return torch.stack([message(other, sum(sizes)).split(list(sizes))[rank] for other in members])
+
+
+def gathered(members: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    return torch.cat([message(other, nbytes) for other, nbytes in zip(members, sizes, strict=True)])
+
+
+@pytest.mark.parametrize("case", range(len(SIZES)), ids=map(str, SIZES))
+def test_an_exchange_brings_every_rank_what_each_one_addressed_to_it(case: int, results: list[Any]) -> None:
+    for rank, result in enumerate(results):
+        assert torch.equal(result["swaps"][case]["exchanged"], exchanged(rank, range(RANKS), SIZES[case]))
+
+
+@pytest.mark.parametrize("case", range(len(SIZES)), ids=map(str, SIZES))
+def test_a_gather_brings_everyone_all_messages_in_rank_order(case: int, results: list[Any]) -> None:
+    for result in results:
+        assert torch.equal(result["swaps"][case]["gathered"], gathered(range(RANKS), SIZES[case]))
+
+
+@pytest.mark.parametrize("case", range(len(SIZES)), ids=map(str, SIZES))
+def test_a_rank_counts_what_it_sends_to_others_and_not_what_it_keeps(case: int, results: list[Any]) -> None:
+    sizes = SIZES[case]
+    for rank, result in enumerate(results):
+        assert result["swaps"][case]["sent"] == (sum(sizes) - sizes[rank], (RANKS - 1) * sizes[rank])
+
+
+def test_a_group_of_some_ranks_counts_them_from_zero(results: list[Any]) -> None:
+    for rank, result in enumerate(results[1:]):
+        assert torch.equal(result["of a group"]["exchanged"], exchanged(rank, range(2), [3, 2]))
+        assert torch.equal(result["of a group"]["gathered"], gathered(range(2), [3, 2]))
+
+
+def test_a_rank_alone_keeps_its_message_and_sends_nothing(results: list[Any]) -> None:
+    for result in results:
+        assert torch.equal(result["alone"]["exchanged"], message(0, 7)[None])
+        assert torch.equal(result["alone"]["gathered"], message(0, 7))
+        assert result["alone"]["sent"] == (0, 0)
+
+
+def test_every_rank_is_ready_to_receive_before_it_sends(results: list[Any]) -> None:
+    """Else the two directions of a link take turns, where a message is longer than what a connection holds."""
+    for result in results:
+        assert result["order"] == ["irecv"] * (RANKS - 1) + ["isend"] * (RANKS - 1)
+
+
+if __name__ == "__main__":
+    rank_main(int(sys.argv[1]), Path(sys.argv[2]))
