@@ -265,6 +265,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="probability that a training image is flipped")
     add("--skip-bad-images", action="store_true",
         help="leave out images that cannot be read, and say which, in place of stopping")
+    add("--save-weights", metavar="FILE", type=text,
+        help="write the model's weights alone after each epoch, or after --evaluate, as FILE.safetensors")
     add("--deterministic", action="store_true", help="deterministic kernels only")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto",
@@ -346,6 +348,10 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
 
     for flag in NOT_BUILT:
         refuse(flag.lstrip("-").replace("-", "_") in changed, f"{flag} is not built yet; drop it")
+
+    # files
+    refuse(flags.save_weights and not flags.save_weights.endswith(".safetensors"),
+           f"--save-weights writes a .safetensors file, got '{flags.save_weights}'; end its name so")
 
     # optimization and precision
     refuse(flags.warmup >= flags.epochs, f"--warmup {flags.warmup} must be below --epochs {flags.epochs}")
@@ -577,6 +583,8 @@ class Run:
         with ranks.together():
             if ranks.rank == 0:
                 self.workspace.mkdir(parents=True, exist_ok=True)
+                if flags.save_weights:
+                    Path(flags.save_weights).parent.mkdir(parents=True, exist_ok=True)
             self.written: list[Path] = []
             start = logs.END if flags.evaluate and saved else (self.epoch, self.iteration)
             self.log = build_logger(flags, ranks, self.iterations or len(self.train_loader), start)
@@ -596,6 +604,7 @@ class Run:
             self._search("calibration")
         if flags.evaluate:
             self._log_epoch(self._validate())
+            self._save_weights()
             return self._finish()
         self.interruption = Interruption(self.ranks.store)
         last = flags.epochs if flags.run_epochs == -1 else min(flags.epochs, self.epoch + flags.run_epochs)
@@ -610,6 +619,7 @@ class Run:
             self.best = max(self.best, metrics.get("val.top1", 0.0))
             self.epoch, self.iteration = epoch + 1, 0
             self._save(best)
+            self._save_weights()
         return self._finish()
 
     def _train(self, epoch: int) -> bool:
@@ -645,6 +655,7 @@ class Run:
         if not result.finished:
             self.epoch, self.iteration = epoch, result.iteration
             self._save(best=False)
+            self._save_weights()
             where = f"after iteration {result.iteration} of epoch {epoch}"
             self.log.line(f"stopped by a signal {where}; {self._how_to_go_on()}")
         return result.finished
@@ -798,6 +809,14 @@ class Run:
                     content, self.workspace, flags.checkpoint_filename, best=best, gather=flags.gather_checkpoints
                 )
                 self.written.append(self.workspace / flags.checkpoint_filename)
+
+    def _save_weights(self) -> None:
+        if self.flags.save_weights:
+            path = Path(self.flags.save_weights)
+            with self.ranks.together():
+                if self.ranks.rank == 0:
+                    checkpoints.save_weights(self.module, path)
+                    self.written.append(path)
 
     def _saved(self) -> dict[str, Any] | None:
         """The checkpoint to go on from."""

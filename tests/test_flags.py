@@ -101,6 +101,7 @@ EXTENSIONS = (
     Option("--crop-scale", 0.08, "SHARE"),
     Option("--hflip", 0.5, "P"),
     Option("--skip-bad-images"),
+    Option("--save-weights", None, "FILE"),
     Option("--deterministic"),
     Option("--compile"),
     Option("--device", "auto", None, ("auto", "cpu", "cuda")),
@@ -298,6 +299,8 @@ WITHOUT = "has no effect without"
 QUANTIZERS = "maxmin, exponential, norm_uniform, quantile"
 
 REFUSED = {
+    # files
+    "--save-weights model.pth": "--save-weights writes a .safetensors file, got 'model.pth'; end its name so",
     # optimization and precision
     "--epochs 5 --warmup 5": "--warmup 5 must be below --epochs 5",
     "--nesterov --momentum 0": "--nesterov needs a --momentum above 0",

@@ -3,8 +3,10 @@
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from program import SMALL, Rank, run_well, tiny
 
+from image_classification import checkpoints
 from image_classification.logs import records
 
 COMPRESSED = {"3.weight": 16 * 32 * 9, "5.weight": 32 * 48 * 9, "10.weight": 48 * 64}
@@ -298,7 +301,44 @@ def test_pretrained_weights_are_searched_before_the_first_epoch(trained: Stage, 
     assert run.search(0)["error"] != run.search("calibration")["error"]
 
 
+# The same again
+
+
+def test_the_same_seed_twice_gives_the_same_bits_and_another_seed_others(pictures: Path, tmp_path: Path) -> None:
+    flags = "--epochs 1 --prof 3 --mixup 0.2 --compression-type maxmin --error-feedback --deterministic --seed"
+    weights = [stage(tmp_path / str(k), pictures, flags, seed).ranks[0].weights for k, seed in enumerate((7, 7, 8))]
+    first, again, other = weights
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in COMPRESSED)
+
+
+def test_a_compiled_model_learns_the_same(pictures: Path, tmp_path: Path) -> None:
+    flags = "--epochs 1 --prof 2 --compression-type maxmin --error-feedback"
+    cache = partial(os.environ.__setitem__, "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    [plain] = run_well(pictures, *SMALL, *flags.split(), "--workspace", tmp_path / "plain")
+    [compiled] = run_well(
+        pictures, *SMALL, *flags.split(), "--workspace", tmp_path / "compiled", "--compile", before=cache
+    )
+    assert (tmp_path / "cache").exists()
+    assert plain.weights.keys() == compiled.weights.keys()
+    for name in COMPRESSED:  # up to the order of sums
+        assert torch.allclose(plain.weights[name], compiled.weights[name], atol=1e-3)
+
+
 # What a run leaves
+
+
+def test_saved_weights_are_those_of_the_checkpoint_and_load_as_pretrained(
+    trained: Stage, pictures: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "new folder/w.safetensors"
+    flags = (pictures, *SMALL, "--workspace", tmp_path, "--evaluate", "--pretrained-weights")
+    run_well(*flags, trained.workspace / "checkpoint.pth.tar", "--save-weights", weights)
+    [rank] = run_well(*flags, weights)
+    saved = checkpoints.load_weights(weights)
+    assert saved.keys() == rank.weights.keys()
+    assert all(torch.equal(saved[name], rank.weights[name]) for name in saved)
+
 
 FILES = {
     "--epochs 1": {"checkpoint.pth.tar", "model_best.pth.tar"},
@@ -309,13 +349,16 @@ FILES = {
     },
     "--epochs 3 --run-epochs 1 --checkpoint-filename c.pth --training-only": {"c.pth"},
     "--evaluate": set(),
+    "--epochs 1 --no-checkpoints --save-weights WORKSPACE/w.safetensors": {"w.safetensors"},
+    "--evaluate --save-weights WORKSPACE/w.safetensors": {"w.safetensors"},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("flags", FILES)
 def test_a_run_leaves_the_files_that_its_flags_name_and_says_so(flags: str, pictures: Path, tmp_path: Path) -> None:
     workspace = tmp_path / "made/by the run"
-    [rank] = run_well(pictures, *SMALL, "--workspace", workspace, "--prof", 1, *flags.split())
+    words = [word.replace("WORKSPACE", str(workspace)) for word in flags.split()]
+    [rank] = run_well(pictures, *SMALL, "--workspace", workspace, "--prof", 1, *words)
     assert {path.name for path in workspace.iterdir()} == FILES[flags] | {"experiment_raport.json"}
     assert rank.out.splitlines()[-1].startswith(f"wrote {workspace}/experiment_raport.json")
     assert rank.err == ""
