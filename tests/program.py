@@ -218,6 +218,11 @@ def signal_in_step(step: int, number: int, rank: int | None = None) -> None:
     patch.object(main.Run, "_should_stop", ask_later).start()
 
 
+def compiled_code_goes_to(folder: Path) -> None:
+    """torch.compile leaves nothing outside the folder."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+
+
 def infinite_loss_in_batch(batch: int, rank: int) -> None:
     """One rank's loss is infinite in one training batch of this run, counted from 1."""
     build = training_loss

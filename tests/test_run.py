@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from program import SMALL, Rank, run_well, tiny
+from program import SMALL, Rank, compiled_code_goes_to, run_well, tiny
 
 from image_classification import checkpoints
 from image_classification.logs import records
@@ -314,7 +313,7 @@ def test_the_same_seed_twice_gives_the_same_bits_and_another_seed_others(picture
 
 def test_a_compiled_model_learns_the_same(pictures: Path, tmp_path: Path) -> None:
     flags = "--epochs 1 --prof 2 --compression-type maxmin --error-feedback"
-    cache = partial(os.environ.__setitem__, "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    cache = partial(compiled_code_goes_to, tmp_path / "cache")
     [plain] = run_well(pictures, *SMALL, *flags.split(), "--workspace", tmp_path / "plain")
     [compiled] = run_well(
         pictures, *SMALL, *flags.split(), "--workspace", tmp_path / "compiled", "--compile", before=cache
