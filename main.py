@@ -47,9 +47,6 @@ from image_classification.training import (
     train_epoch,
 )
 
-# Flags that parse but cannot run yet: "--flag", or "--flag value" for one choice of a flag.
-NOT_BUILT: tuple[str, ...] = ("--bb-ratio",)
-
 # Flags that are options of compressors, and what the registry calls them.
 OPTIONS = {
     "quantization_bits": "bits",
@@ -213,10 +210,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = ranks.add_argument
     add("--hvd", action="store_true", help="average through Horovod, under horovodrun")
     add("--bb-ratio", type=share,
-        help="broken barrier: a step waits for the layers that hold this share of the squared gradient norm; "
-        "none waits for all")
+        help="broken barrier: a step waits for the first layers that hold this share of the squared gradient norm, "
+        "and applies the others' averages late; none waits for all")
     add("--bb-num-parallel-steps", type=count, default=10,
-        help="with --bb-ratio: steps that a layer's average may come late")
+        help="with --bb-ratio: steps by which a late average is late")
 
     add = encoding.add_argument
     add("--compression-type", default="none",
@@ -346,9 +343,6 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
         chosen = [spelled(name) for name in names.split() if name in changed]
         refuse(len(chosen) > 1, f"{' and '.join(chosen)} exclude each other; drop one")
 
-    for flag in NOT_BUILT:
-        refuse(flag.lstrip("-").replace("-", "_") in changed, f"{flag} is not built yet; drop it")
-
     # files
     refuse(flags.save_weights and not flags.save_weights.endswith(".safetensors"),
            f"--save-weights writes a .safetensors file, got '{flags.save_weights}'; end its name so")
@@ -402,6 +396,10 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
         refuse(name in changed and option not in compression.COMPRESSORS[chosen].takes,
                f"{spelled(name)} has no effect with {CHOSEN_BY.get(chosen, f'--compression-type {chosen}')}; "
                f"use {', '.join(others)}")
+    refuse(flags.bb_ratio and not compression.COMPRESSORS[chosen].can_be_late,
+           "--bb-ratio lets the averages of some layers come late, and "
+           f"{CHOSEN_BY.get(chosen, f'--compression-type {chosen}')} settles whole steps; "
+           f"use {', '.join(compression.can_be_late())}")
 
     # search
     goes_with("search_alpha search_beta search_max_bits search_min_bits popsize search_iterations "
@@ -544,7 +542,14 @@ class Run:
                 # torch 2.13 renames the argument and 2.11 knows only the old name.
                 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
                 self.model = DistributedDataParallel(self.module, broadcast_buffers=False)
-        self.exchange = compression.attach(self.model, compressor, ranks.gradients, self.seed)
+        self.exchange = compression.attach(
+            self.model,
+            compressor,
+            ranks.gradients,
+            self.seed,
+            barrier_share=flags.bb_ratio or 1.0,
+            late_steps=flags.bb_num_parallel_steps,
+        )
         if flags.search:
             self.exchange.recorder = compression.Recorder(self.exchange.layers)
         self.optimizer = MixedPrecisionOptimizer(

@@ -68,6 +68,8 @@ class Idle:
 
     def settle(self, applied: Tensor) -> None: ...
 
+    def drain(self, loss_scale: float | Tensor = 1.0) -> None: ...
+
     def nonfinite_layer(self) -> str | None:
         return None
 

@@ -6,15 +6,18 @@ joined to a model's backward by an exchange.
     exchange = compression.attach(ddp_model, compression.build("maxmin", bits=4, error_feedback=True))
 """
 
+from compression.attachment import attach
+from compression.broken_barrier import BrokenBarrier
 from compression.collectives import Collectives, Metered, Solo, TorchDistributed
-from compression.exchange import Exchange, Report, attach
+from compression.exchange import Exchange, Report
 from compression.layers import DENSE, Layer
 from compression.recorder import Recorder
-from compression.registry import COMPRESSORS, Compressor, build, codec, with_bits
+from compression.registry import COMPRESSORS, Compressor, build, can_be_late, codec, with_bits
 
 __all__ = [
     "COMPRESSORS",
     "DENSE",
+    "BrokenBarrier",
     "Collectives",
     "Compressor",
     "Exchange",
@@ -26,6 +29,7 @@ __all__ = [
     "TorchDistributed",
     "attach",
     "build",
+    "can_be_late",
     "codec",
     "with_bits",
 ]

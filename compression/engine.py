@@ -5,34 +5,78 @@ when two threads issue them. One thread with a queue has neither problem: as lon
 jobs in the same order, every collective of every job meets its peers. Meanwhile backward goes on.
 """
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 
 import torch
 
+Job = Callable[[], None]
+"""It must not raise: what goes wrong in it is its own to report."""
+
 
 class Engine:
-    """Runs jobs one after the other on a thread of its own; `device` is current on it where it is a GPU."""
+    """Runs jobs one after the other on a thread of its own; `device` is current on it where it is a GPU.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+    Jobs run in the order in which they are submitted, but for those that go ahead of all that wait. What waits when
+    one of these comes differs from rank to rank. So `choose` makes the choice before every job, on the thread: it gets
+    whether this rank would take a job that goes ahead, and its answer must be the same on all ranks.
+    """
+
+    def __init__(self, device: torch.device, choose: Callable[[bool], bool]) -> None:
+        self._device, self._choose = device, choose
+        self._changed = threading.Condition()
+        self._waiting: deque[Job] = deque()
+        self._ahead: deque[Job] = deque()
+        self._after: deque[int] = deque()  # of each job in `_ahead`
+        self._submitted = self._taken = 0  # of the jobs that wait their turn
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="communication", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Callable[[], None]) -> None:
-        """Queue a job. It must not raise: what goes wrong in it is its own to report."""
-        self._jobs.put(job)
+    def submit(self, job: Job) -> int:
+        """Queue a job. Returns how many have been submitted so."""
+        with self._changed:
+            self._waiting.append(job)
+            self._submitted += 1
+            self._changed.notify()
+            return self._submitted
+
+    def submit_ahead(self, job: Job, after: int) -> None:
+        """Queue a job that overtakes all others but the first `after` that were submitted, and those of its kind."""
+        with self._changed:
+            self._ahead.append(job)
+            self._after.append(after)
+            self._changed.notify()
 
     def close(self) -> None:
         """Finish what is queued and end the thread. Calling it twice is harmless."""
-        self._jobs.put(None)
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _run(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        while (job := self._jobs.get()) is not None:
+        while (job := self._next()) is not None:
             job()
+
+    def _next(self) -> Job | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._ahead or self._closing)
+            if not (self._waiting or self._ahead):
+                return None
+            goes_ahead = bool(self._ahead) and self._after[0] <= self._taken
+        goes_ahead = self._choose(goes_ahead)
+        queue = self._ahead if goes_ahead else self._waiting
+        with self._changed:
+            self._changed.wait_for(lambda: queue or self._closing)  # another rank may have come here first
+            if not queue:
+                return None
+            if goes_ahead:
+                self._after.popleft()
+            else:
+                self._taken += 1
+            return queue.popleft()

@@ -1,32 +1,27 @@
 """The exchange of one model's gradients: from what backward leaves to averages that are ready to step.
 
-It joins a model's parameters to an averager: through a communication hook where the model is wrapped in
-DistributedDataParallel, through hooks on the parameters otherwise. It counts steps and bytes, takes out the loss
-scale, and knows whether every average is finite. It knows no optimizer and no training loop.
+It joins the hooks on a model's backward to an averager. It counts steps and bytes, takes out the loss scale, and
+knows whether every average is finite. It knows no optimizer and no training loop.
 """
 
 import contextlib
-import itertools
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from compression.averagers import Averager, Gradients
-from compression.collectives import Collectives, Metered, Solo, TorchDistributed
+from compression.collectives import Collectives, Metered
 from compression.engine import Engine
+from compression.hooks import hook
 from compression.layers import Layer, layers_of
 from compression.recorder import Recorder
 from compression.registry import Compressor
 from compression.whole import Whole
-
-BUCKET_BYTES = 25 * 2**20  # of gradients that travel together where DDP does not choose
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,6 @@ class Exchange:
     """
 
     def __init__(self, model: nn.Module, compressor: Compressor, collectives: Collectives, seed: int) -> None:
-        self.model = model
         module = model.module if isinstance(model, DistributedDataParallel) else model
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.layers: tuple[Layer, ...] = layers_of(
@@ -63,7 +57,6 @@ class Exchange:
         self.averager: Averager = compressor.averager(self.layers, self.collectives, seed)
         self.device = named[0][1].device
         self.step = 0
-        self._names = {id(p): name for name, p in named}
         self._parameters = dict(named)
         self._loss_scale: float | Tensor = 1.0
         self._open = False  # a step is under way
@@ -75,20 +68,19 @@ class Exchange:
         self._failure: BaseException | None = None
         self._job_seconds = 0.0
         self._reported = (0, 0.0, 0.0, 0.0, 0)
-        self._engine = Engine(self.device)
+        self._engine = Engine(self.device, self._choose)
         self.recorder: Recorder | None = None
+        self._hooks = hook(model, self._parameters, self._begin_backward, self._submit)
 
     # The optimizer step, as training loops see it.
 
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Backward inside only accumulates on this rank."""
-        raise NotImplementedError
+        return self._hooks.no_sync()
 
     def begin_step(self, loss_scale: float | Tensor = 1.0) -> None:
         """Declare the scale of the loss whose gradients travel next; the compressor sees them without it."""
-        if self._open:
-            self.settle(self.finish())
+        self._end_step()
         self._open, self._travelling = True, False
         self._waiting.clear()
         self._bad.clear()
@@ -113,10 +105,16 @@ class Exchange:
         """End the step: commit what the averager remembers where the step was applied, else drop it."""
         if self._open:
             self._open = False
-            self.averager.settle(bool(applied))
-            if self.recorder is not None:
-                self.recorder.memory.settle(bool(applied))
+            self._remember(applied)
             self.step += 1
+
+    def drain(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:
+        """After the last step before weights are looked at: the averages that are still to be applied, if any.
+
+        They are in .grad, times `loss_scale`; apply and settle them, and ask again. Returns what `finish` does, None
+        where nothing is left.
+        """
+        return None
 
     def nonfinite_layer(self) -> str | None:
         """The first layer, in the model's order, whose average was not finite since the last call."""
@@ -130,13 +128,17 @@ class Exchange:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state between steps: the step counter, and what averager and recorder remember."""
-        if self._open:
-            self.settle(self.finish())
+        self._end_step()
         recorded = self.recorder.memory.state_dict() if self.recorder is not None else {}
         return {"step": self.step, "averager": self.averager.state_dict(), "recorded": recorded}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`. ValueError where the state is not of such an exchange."""
+        if state.get("late"):
+            raise ValueError(
+                "the checkpoint holds averages that a broken barrier is still to apply; resume with the --bb-ratio of "
+                "the run that was interrupted"
+            )
         self.averager.load_state_dict(state["averager"])
         if self.recorder is not None:
             self.recorder.memory.load_state_dict(state["recorded"])
@@ -145,13 +147,11 @@ class Exchange:
     @property
     def widths(self) -> dict[str, int]:
         """Bits of every layer, DENSE where it travels as float32. Empty where the compressor has no bits."""
-        return dict(getattr(self.averager, "widths", {}))
+        return dict(self.averager.widths)
 
     def set_widths(self, widths: Mapping[str, int]) -> None:
         """Bits per layer from the next step on; unnamed layers keep theirs. ValueError where they do not fit."""
-        if not self.widths:
-            raise ValueError("this compressor has no bit widths to set")
-        self.averager.set_widths(widths)  # type: ignore[attr-defined]
+        self.averager.set_widths(widths)
 
     def record(self) -> None:
         """Take this rank's own gradients, as they are in .grad, into the recorder; nothing else changes."""
@@ -175,37 +175,35 @@ class Exchange:
         return Report(int(steps), sent, dense, ratio, comm, max(job - comm, 0.0))
 
     def close(self) -> None:
-        """End the communication thread."""
+        """Leave the model alone and end the communication thread."""
+        self._hooks.remove()
         self._engine.close()
 
     @property
     def without_momentum(self) -> frozenset[str]:
         """Parameters whose momentum the compressor applies itself: the optimizer's must be off for them."""
-        return getattr(self.averager, "without_momentum", frozenset())
+        return self.averager.without_momentum
 
     # The work itself.
 
-    def _average(self, gradients: Gradients, step: int) -> None:
-        """On the communication thread: average one flat buffer, in place, whatever its type and scale."""
-        start = time.perf_counter()
-        flat = gradients.flat
-        if self.averager.lossless:
-            self.averager.average_(replace(gradients, loss_scale=self._loss_scale), step)
-        else:
-            scaled = not (isinstance(self._loss_scale, float) and self._loss_scale == 1.0)
-            work = flat.to(torch.float32)
-            if scaled:
-                work = work / self._loss_scale
-            own = Gradients(work, gradients.names, gradients.offsets)
-            if self.recorder is not None:
-                self.recorder.record(own)
-            self.averager.average_(own, step)
-            if scaled:
-                work *= self._loss_scale
-            if work is not flat:
-                flat.copy_(work)
-        self._measure(gradients)
-        self._job_seconds += time.perf_counter() - start
+    def _begin_backward(self) -> None:
+        if not self._open or self._travelling:
+            self.begin_step()
+
+    def _end_step(self) -> None:
+        """End a step whose loop did not."""
+        if self._open:
+            self.settle(self.finish())
+
+    def _remember(self, applied: Tensor) -> None:
+        """Commit what averager and recorder computed in the step."""
+        self.averager.settle(applied)
+        if self.recorder is not None:
+            self.recorder.memory.settle(applied)
+
+    def _choose(self, goes_ahead: bool) -> bool:
+        """On the communication thread: whether a job that goes ahead is next. There is none."""
+        return goes_ahead
 
     def _submit(self, gradients: Gradients, done: Callable[[], None]) -> None:
         """Queue the averaging of one flat buffer; `done` is called whether it succeeds or not.
@@ -233,21 +231,52 @@ class Exchange:
         """On the communication thread: average one flat buffer, or all of them as one."""
         if self._whole is None:
             (part,) = parts
-            self._average(part, self.step)
+            self._average(part)
         else:
             joined = self._whole.join(parts)
-            self._average(joined, self.step)
+            self._average(joined)
             self._whole.part(joined, parts)
 
+    def _average(self, gradients: Gradients) -> None:
+        """Average one flat buffer, in place, whatever its type and scale."""
+        start = time.perf_counter()
+        flat, scale = gradients.flat, self._loss_scale
+        work = self._averages(replace(gradients, loss_scale=scale), self.step).flat
+        if work is not flat:
+            flat.copy_(work if is_one(scale) else work.mul_(scale))
+        self._measure(gradients)
+        self._job_seconds += time.perf_counter() - start
+
+    def _averages(self, gradients: Gradients, step: int) -> Gradients:
+        """What the averager makes of gradients of a step: in place, or float32 and without loss scale elsewhere."""
+        if not self.averager.lossless:
+            gradients = unscaled(gradients)
+            if self.recorder is not None:
+                self.recorder.record(gradients)
+        self.averager.average_(gradients, step)
+        return gradients
+
     def _measure(self, gradients: Gradients) -> None:
-        views = [
-            gradients.flat[at : at + self._parameters[name].numel()]
-            for name, at in zip(gradients.names, gradients.offsets, strict=True)
-        ]
-        self._bad.update(zip(gradients.names, _not_finite(gradients.flat, views), strict=True))
+        self._bad.update(zip(gradients.names, not_finite(gradients.flat, self._views(gradients)), strict=True))
+
+    def _views(self, gradients: Gradients) -> list[Tensor]:
+        """Each layer's values, flat."""
+        places = zip(gradients.names, gradients.offsets, strict=True)
+        return [gradients.flat[at : at + self._parameters[name].numel()] for name, at in places]
 
 
-def _not_finite(flat: Tensor, views: list[Tensor]) -> list[Tensor]:
+def unscaled(gradients: Gradients) -> Gradients:
+    """The same in float32 and without loss scale; they share the buffer where it is both."""
+    flat, scale = gradients.flat.to(torch.float32), gradients.loss_scale
+    return Gradients(flat if is_one(scale) else flat / scale, gradients.names, gradients.offsets)
+
+
+def is_one(scale: float | Tensor) -> bool:
+    """Whether the loss scale is known to be 1; one on the device is not looked at."""
+    return isinstance(scale, float) and scale == 1.0
+
+
+def not_finite(flat: Tensor, views: list[Tensor]) -> list[Tensor]:
     """Whether each view of `flat` holds a NaN or an infinity: bool scalars on the device, not waited for."""
     if flat.device.type == "cuda":
         return [~torch.isfinite(largest) for largest in torch._foreach_norm(views, float("inf"))]
@@ -257,149 +286,3 @@ def _not_finite(flat: Tensor, views: list[Tensor]) -> list[Tensor]:
     if flat.dtype == torch.float32 and not found:
         return [found[0].bool()] * len(views)
     return [~torch.isfinite(view).all() for view in views]
-
-
-class DdpExchange(Exchange):
-    """Through DDP's communication hook: every DDP bucket becomes a job, and its future completes with it."""
-
-    model: DistributedDataParallel
-
-    def __init__(self, model: nn.Module, compressor: Compressor, collectives: Collectives, seed: int) -> None:
-        super().__init__(model, compressor, collectives, seed)
-        self.model.register_comm_hook(None, self._hook)
-
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
-        with self.model.no_sync():
-            yield
-
-    def _hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-        if bucket.index() == 0 and (not self._open or self._travelling):
-            self.begin_step()
-        flat = bucket.buffer()
-        names = tuple(self._names[id(p)] for p in bucket.parameters())
-        offsets = tuple(int(view.storage_offset() - flat.storage_offset()) for view in bucket.gradients())
-        devices: list[Any] | None = [flat.device] if flat.device.type == "cuda" else None
-        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
-        self._submit(Gradients(flat, names, offsets), lambda: future.set_result(flat))
-        return future
-
-
-class HookedExchange(Exchange):
-    """Through hooks on the parameters, for models that DDP does not wrap: a single process, or Horovod.
-
-    Like DDP it groups parameters in reverse order into buckets of about 25 MB, submits them in that order as
-    backward fills them, and makes backward return only when all averages are in place.
-    """
-
-    def __init__(self, model: nn.Module, compressor: Compressor, collectives: Collectives, seed: int) -> None:
-        super().__init__(model, compressor, collectives, seed)
-        self._sync = True
-        self._buckets = [_Bucket(names, self._parameters) for names in self._grouping()]
-        self._bucket_of = {name: k for k, bucket in enumerate(self._buckets) for name in bucket.views}
-        self._submitted = len(self._buckets)
-        self._removers = [
-            p.register_post_accumulate_grad_hook(self._arrived) for p in self._parameters.values()
-        ]
-
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
-        self._sync = False
-        try:
-            yield
-        finally:
-            self._sync = True
-
-    def close(self) -> None:
-        for remover in self._removers:
-            remover.remove()
-        super().close()
-
-    def _grouping(self) -> list[list[str]]:
-        """Names by bucket, in the order in which backward fills them. A bucket holds one type, as in DDP."""
-        full: list[list[str]] = []
-        filling: dict[torch.dtype, list[str]] = {}
-        size: dict[torch.dtype, int] = {}
-        for name, parameter in reversed(self._parameters.items()):
-            kind = parameter.dtype
-            if kind in filling and size[kind] + parameter.nbytes > BUCKET_BYTES:
-                full.append(filling.pop(kind))
-            if kind not in filling:
-                filling[kind], size[kind] = [], 0
-            filling[kind].append(name)
-            size[kind] += parameter.nbytes
-        return [*full, *filling.values()]
-
-    def _arrived(self, parameter: Tensor) -> None:
-        if not self._sync:
-            return
-        if self._submitted == len(self._buckets):  # the first gradient of this backward
-            if not self._open or self._travelling:
-                self.begin_step()
-            self._submitted = 0
-            for bucket in self._buckets:
-                bucket.reset()
-            torch.autograd.Variable._execution_engine.queue_callback(self._complete)
-        name = self._names[id(parameter)]
-        bucket = self._buckets[self._bucket_of[name]]
-        assert parameter.grad is not None
-        bucket.fill(name, parameter.grad)
-        while self._submitted < len(self._buckets) and not self._buckets[self._submitted].missing:
-            self._launch()
-
-    def _launch(self) -> None:
-        bucket = self._buckets[self._submitted]
-        self._submitted += 1
-        self._submit(Gradients(bucket.flat, tuple(bucket.views), bucket.offsets), bucket.done.set)
-
-    def _complete(self) -> None:
-        """Called by autograd when backward is through: what got no gradient counts as zero."""
-        while self._submitted < len(self._buckets):
-            self._launch()
-        for bucket in self._buckets:
-            bucket.done.wait()
-            for name, view in bucket.views.items():
-                self._parameters[name].grad = view
-
-
-class _Bucket:
-    """A flat buffer of some parameters' gradients, and which of them are still to come in this backward."""
-
-    def __init__(self, names: Sequence[str], parameters: Mapping[str, nn.Parameter]) -> None:
-        ends = list(itertools.accumulate(parameters[name].numel() for name in names))
-        first = parameters[names[0]]
-        self.offsets = (0, *ends[:-1])
-        self.flat = torch.zeros(ends[-1], dtype=first.dtype, device=first.device)
-        self.views = {
-            name: self.flat[at : at + parameters[name].numel()].view(parameters[name].shape)
-            for name, at in zip(names, self.offsets, strict=True)
-        }
-        self.missing = set(names)
-        self.done = threading.Event()
-
-    def reset(self) -> None:
-        self.missing = set(self.views)
-        self.done.clear()
-
-    def fill(self, name: str, gradient: Tensor) -> None:
-        if gradient.data_ptr() != self.views[name].data_ptr():
-            self.views[name].copy_(gradient)
-        self.missing.discard(name)
-
-
-def attach(
-    model: nn.Module, compressor: Compressor, collectives: Collectives | None = None, seed: int = 0
-) -> Exchange:
-    """Average the model's gradients through a compressor, from the next backward on.
-
-    A DDP model gets its communication hook (one per model) and, unless `collectives` are given, a process group of
-    its own over the same ranks; the group's backend follows the model's device. Any other model gets hooks on its
-    parameters, and is a world of one rank unless `collectives` are given. Close the exchange when done.
-    `seed` must be equal on all ranks: it names the streams of random numbers, which differ by rank by themselves.
-    """
-    if isinstance(model, DistributedDataParallel):
-        if collectives is None:
-            ranks = dist.get_process_group_ranks(model.process_group)
-            collectives = TorchDistributed(dist.new_group(ranks))
-        return DdpExchange(model, compressor, collectives, seed)
-    return HookedExchange(model, compressor, collectives or Solo(), seed)

@@ -72,7 +72,7 @@ class Row:
 
     A `quantizer` makes the codec; other codecs are made by `codec` from options of their own.
     `listed`: among the choices of --compression-type; the others have a flag of their own. `own_warmup`: what it does
-    in its first `warmup_steps` is its own business, and not float32.
+    in its first `warmup_steps` is its own business, and not float32. `stateless`: its averager remembers nothing.
     """
 
     summary: str
@@ -82,11 +82,17 @@ class Row:
     listed: bool = True
     codec: Callable[..., Codec] | None = None
     own_warmup: bool = False
+    stateless: bool = False
 
     @property
     def has_bits(self) -> bool:
         """Whether its bit width can be chosen, per layer too, and so searched for."""
         return self._with_bits is not None
+
+    @property
+    def can_be_late(self) -> bool:
+        """Whether the average of a layer may last longer than its step: what is remembered of it is kept by itself."""
+        return self.stateless or self.quantizer is not None
 
     @property
     def min_bits(self) -> int:
@@ -163,9 +169,17 @@ _QUANTIZER = ("bits", *_FIXED_WIDTH)
 _TOP_K = ("ratio", "bucket_size", "error_feedback", "efx_bits", "efx_randk", "warmup_steps", "big_grad")
 
 COMPRESSORS: dict[str, Row] = {
-    "none": Row("float32 all-reduce", ("big_grad",), lambda options, layers, collectives, seed: Dense(collectives)),
+    "none": Row(
+        "float32 all-reduce",
+        ("big_grad",),
+        lambda options, layers, collectives, seed: Dense(collectives),
+        stateless=True,
+    ),
     "sanity": Row(
-        "sends nothing, every gradient is zero", ("big_grad",), lambda options, layers, collectives, seed: Sanity()
+        "sends nothing, every gradient is zero",
+        ("big_grad",),
+        lambda options, layers, collectives, seed: Sanity(),
+        stateless=True,
     ),
     "maxmin": Row("uniform levels between minimum and maximum", _QUANTIZER, _quantized(MaxMin), MaxMin),
     "exponential": Row(
@@ -195,7 +209,9 @@ COMPRESSORS: dict[str, Row] = {
         _svd,
         codec=SpectralAtoms,
     ),
-    "stats": Row("float32 all-reduce, and statistics of the gradients on the way", ("big_grad",), _stats),
+    "stats": Row(
+        "float32 all-reduce, and statistics of the gradients on the way", ("big_grad",), _stats, stateless=True
+    ),
     "quantile": Row("levels at the quantiles of each layer", _QUANTIZER, _quantized(Quantile), Quantile),
     "powersgd": Row(
         "two thin factors of each layer, warm-started, always with error feedback",
@@ -298,6 +314,11 @@ def codec(name: str, **options: Any) -> Any:
 def with_bits() -> list[str]:
     """Names of the compressors whose bit width can be chosen."""
     return [name for name, row in COMPRESSORS.items() if row.has_bits]
+
+
+def can_be_late() -> list[str]:
+    """Names of the compressors whose averages a broken barrier may let be late."""
+    return [name for name, row in COMPRESSORS.items() if row.can_be_late]
 
 
 def _row(name: str) -> Row:

@@ -58,6 +58,14 @@ class GradientExchange(Protocol):
         """Commit residuals and buffers where the bool scalar `applied` is true, drop them where it is not."""
         ...
 
+    def drain(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:
+        """After the last step: put averages that are still to come into .grad, `loss_scale` times too large.
+
+        Returns:
+            As `finish`, and None where nothing is left.
+        """
+        ...
+
     def nonfinite_layer(self) -> str | None:
         """The first layer that was not finite since the last call. Synchronizes with the device."""
         ...
@@ -105,7 +113,8 @@ def train_epoch(
     """Train on the batches of one epoch from number `start` on, or on its first `iterations` batches only.
 
     An iteration is one batch of each rank, `accumulation` of them are one optimizer step. What is left over
-    at the end of the epoch is dropped, so that every step sees equally many images.
+    at the end of the epoch is dropped, so that every step sees equally many images. At the end of the epoch, and
+    nowhere else, averages that the exchange still holds back are applied, by steps of their own.
 
     Args:
         model: converted by the optimizer's precision; what is called forward, so DDP's wrapper where there is one.
@@ -138,10 +147,13 @@ def train_epoch(
         if not completes_step:
             continue
 
-        applied = optimizer.step(exchange.finish())
-        exchange.settle(applied)
-        optimizer.zero_grad()
-        meter.count_step(applied)
+        finite: Tensor | None = exchange.finish()
+        while finite is not None:
+            applied = optimizer.step(finite)
+            exchange.settle(applied)
+            optimizer.zero_grad()
+            meter.count_step(applied)
+            finite = exchange.drain(optimizer.scale.value) if done == end else None
 
         stop = should_stop()
         line_is_due = done // print_freq > (done - accumulation) // print_freq

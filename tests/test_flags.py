@@ -117,9 +117,7 @@ REGISTERED = tuple(name for name, row in compression.COMPRESSORS.items() if row.
 
 
 @pytest.fixture(autouse=True)
-def everything_is_built(monkeypatch):
-    """All flags are checked, built or not; no launcher."""
-    monkeypatch.setattr(main, "NOT_BUILT", ())
+def no_launcher(monkeypatch):
     for name in ("LOCAL_RANK", "WORLD_SIZE", "HOROVOD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
@@ -353,6 +351,14 @@ REFUSED = {
     "--compressor-warmup-steps 9": "--compressor-warmup-steps has no effect with --compression-type none; use ",
     "--compression-type stats --error-feedback": "--error-feedback has no effect with --compression-type stats; use ",
     # search
+    "--bb-ratio 0.5 --compression-type topk": (
+        "--bb-ratio lets the averages of some layers come late, and --compression-type topk settles whole steps; use "
+        "none, sanity, maxmin, exponential, 1bit, norm_uniform, terngrad, stats, quantile"
+    ),
+    "--bb-ratio 0.5 --powersgd-rank 4": (
+        "--bb-ratio lets the averages of some layers come late, and --powersgd-rank settles whole steps; use none, "
+    ),
+    "--bb-ratio 0.5 --dgc": "--bb-ratio lets the averages of some layers come late, and --dgc settles whole steps",
     "--search --compression-type topk": (
         f"--search chooses bit widths, and --compression-type topk has none; use {QUANTIZERS}"
     ),
@@ -403,6 +409,8 @@ def test_a_flag_without_effect_is_refused_with_what_it_goes_with(line, capsys):
         "--powersgd-rank 4 --compressor-warmup-steps 10",
         "--compression-type svd --powersgd-rank 2",
         "--bb-ratio 0.9 --bb-num-parallel-steps 3 --hvd",
+        "--bb-ratio 1 --compression-type 1bit --compressor-warmup-steps 9 --nesterov --amp --dynamic-loss-scale",
+        "--bb-ratio 0.1 --search --error-feedback",
         "--search --popsize 50 --search-iterations 5 --search-alpha 1 --search-beta 2 --quantization-bits 8",
         "--search --pretrained-weights w.pth --search-calibration-steps 3 --search-target-bits 3.5",
         "--search --evaluate --search-calibration-steps 3 --resume c.pth --compression-type quantile "
@@ -425,12 +433,6 @@ def test_search_and_schemes_quantize_by_maxmin_where_no_type_is_given():
     assert parse("--search").compression_type == "maxmin"
     assert parse("--compression-scheme f.json").compression_type == "maxmin"
     assert parse("").compression_type == "none"
-
-
-def test_what_is_not_built_is_refused_by_name(monkeypatch, capsys):
-    monkeypatch.setattr(main, "NOT_BUILT", ("--dgc",))
-    assert error(capsys, ["DIR", "--dgc"]) == "--dgc is not built yet; drop it"
-    parse("--compression-type topk")
 
 
 # Launchers

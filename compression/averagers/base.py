@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -33,11 +34,29 @@ class Averager(Protocol):
     def encoded_bytes(self) -> int:
         """Bytes made so far, counted once however often they travel."""
 
+    @property
+    def widths(self) -> Mapping[str, int]:
+        """Bits of every layer, DENSE where it travels as float32. Empty where there are none to choose."""
+
+    def set_widths(self, widths: Mapping[str, int]) -> None:
+        """Bits per layer from now on; unnamed layers keep theirs. ValueError where they do not fit."""
+
+    @property
+    def without_momentum(self) -> frozenset[str]:
+        """Layers whose momentum it applies itself: the optimizer's must be off for them."""
+
     def average_(self, gradients: Gradients, step: int) -> None:
         """Replace this rank's gradients by the average over ranks. `step` counts optimizer steps."""
 
-    def settle(self, applied: bool) -> None:
-        """Keep what the step computed to remember, or forget it where the step was not applied."""
+    def settle(self, applied: Tensor | bool) -> None:
+        """Keep what the step computed to remember, or forget it where the step was not applied.
+
+        A tensor is a bool scalar, and is not waited for where it lies on a GPU.
+        """
+
+    def commit(self, finite: Mapping[str, Tensor]) -> None:
+        """In place of `settle`, right after `average_` of these layers: keep what it computed to remember of each, or
+        forget it where the layer's bool scalar is false. For averages that last longer than their step."""
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank remembers, as tensors by layer name."""
@@ -46,10 +65,26 @@ class Averager(Protocol):
         """The inverse of `state_dict`; ValueError where it does not fit the layers."""
 
 
-class Stateless:
+class Plain:
+    """What averagers are unless they say otherwise: without bit widths, without momentum, settled by whole steps."""
+
+    widths: Mapping[str, int] = MappingProxyType({})
+    without_momentum: frozenset[str] = frozenset()
+
+    def set_widths(self, widths: Mapping[str, int]) -> None:
+        raise ValueError("this compressor has no bit widths to set")
+
+    def commit(self, finite: Mapping[str, Tensor]) -> None:
+        raise ValueError("this compressor settles whole steps, and so no average of it can be late")
+
+
+class Stateless(Plain):
     """Averagers that remember nothing."""
 
-    def settle(self, applied: bool) -> None:
+    def settle(self, applied: Tensor | bool) -> None:
+        pass
+
+    def commit(self, finite: Mapping[str, Tensor]) -> None:
         pass
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,9 +120,22 @@ class Memory:
             self.pending = torch.zeros(self.values, device=device)
         return self.current, self.pending
 
-    def settle(self, applied: bool) -> None:
-        if applied and self.pending is not None:
+    def settle(self, applied: Tensor | bool) -> None:
+        """Make everything that is pending current, if `applied`."""
+        if self.current is None or self.pending is None:
+            return
+        if isinstance(applied, Tensor) and applied.device.type == "cuda":
+            torch.where(applied, self.pending, self.current, out=self.current)  # the host does not wait
+        elif applied:
             self.current, self.pending = self.pending, self.current
+
+    def commit(self, finite: Mapping[str, Tensor]) -> None:
+        """Make what is pending of some layers current, of each where its bool scalar is true."""
+        if self.current is None or self.pending is None:
+            return
+        for name in finite.keys() & self.spans.keys():
+            here = slice(self.offsets[name], self.offsets[name] + self.spans[name])
+            torch.where(finite[name], self.pending[here], self.current[here], out=self.current[here])
 
     def state_dict(self) -> dict[str, Tensor]:
         if self.current is None:

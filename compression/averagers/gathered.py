@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compression import kernels
-from compression.averagers.base import Averager, Gradients, Memory
+from compression.averagers.base import Averager, Gradients, Memory, Plain
 from compression.codecs.sparsifiers import TopK
 from compression.collectives import Collectives
 from compression.kernels.families import LIMIT
@@ -98,7 +98,7 @@ class RmsScore:
         return Gradients(scores, gradients.names, gradients.offsets)
 
 
-class Gathered:
+class Gathered(Plain):
     """Sparse averaging in one gather, at (W - 1) x encoded bytes a rank.
 
     Each rank sends a top-k of what it owes of each layer, and all add up all messages in rank order. Layers that are
@@ -178,7 +178,7 @@ class Gathered:
             floats.view(torch.uint8).copy_(row[layout.wire_bytes :])
             dense += floats * share
 
-    def settle(self, applied: bool) -> None:
+    def settle(self, applied: Tensor | bool) -> None:
         for memory in self.memories.values():
             memory.settle(applied)
 

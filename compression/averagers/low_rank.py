@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compression import randomness
-from compression.averagers.base import Gradients, Memory
+from compression.averagers.base import Gradients, Memory, Plain
 from compression.codecs.low_rank import gains, sides
 from compression.collectives import Collectives
 from compression.kernels.families import LIMIT
@@ -66,7 +66,7 @@ class _Route:
     second_values: int
 
 
-class LowRank:
+class LowRank(Plain):
     """PowerSGD (Vogels et al. 2019, arXiv:1905.13727, algorithms 1 and 2), 2 (W - 1) / W x 4 R (rows + cols) bytes.
 
     A layer is a matrix M whose rows are its first dimension. One step of subspace iteration, from where the last
@@ -139,7 +139,7 @@ class LowRank:
             flat[here] = first[there]
         self.encoded_bytes += first.nbytes + second.nbytes
 
-    def settle(self, applied: bool) -> None:
+    def settle(self, applied: Tensor | bool) -> None:
         self._residual.settle(applied)
         self._basis.settle(applied)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compression.averagers.base import Gradients, Memory
+from compression.averagers.base import Gradients, Memory, Plain
 from compression.codecs.base import Codec, Float32
 from compression.collectives import Collectives
 from compression.layers import Layer
@@ -15,7 +15,7 @@ from compression.randomness import stream_key
 _HOP = 1  # of the streams of random numbers
 
 
-class OneHop:
+class OneHop(Plain):
     """Everyone's encoded gradients in one gather, at (W - 1) x encoded bytes a rank.
 
     It takes any codec, one per layer, and asks nothing of its messages but their length. Each rank decodes all
@@ -60,7 +60,7 @@ class OneHop:
                 values.copy_(part) if rank == 0 else values.add_(part)
                 at += nbytes
 
-    def settle(self, applied: bool) -> None:
+    def settle(self, applied: Tensor | bool) -> None:
         self._residual.settle(applied)
 
     def state_dict(self) -> dict[str, Any]:

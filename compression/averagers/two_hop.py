@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compression import kernels
-from compression.averagers.base import Gradients, Memory
+from compression.averagers.base import Gradients, Memory, Plain
 from compression.codecs.quantizers import Quantizer
 from compression.collectives import Collectives
 from compression.layers import DENSE, Layer, Plan, Segment, cut, plan
@@ -23,7 +23,7 @@ class _Route:
     my_share: Plan
 
 
-class TwoHop:
+class TwoHop(Plain):
     """Quantized averaging in two hops, at 2 (W - 1) / W x encoded bytes of N a rank.
 
     Hop one: every layer is cut into W shares, and each rank sends its encoding of share r to rank r, which decodes
@@ -56,7 +56,7 @@ class TwoHop:
             layer.name: cut(layer.numel, codec.bucket_size, collectives.world_size, layer.index)
             for layer in layers
         }
-        self.widths = {layer.name: codec.bits if layer.compressed else DENSE for layer in layers}
+        self.widths: dict[str, int] = {layer.name: codec.bits if layer.compressed else DENSE for layer in layers}
         self._routes: dict[tuple[tuple[str, ...], tuple[int, ...]], _Route] = {}
         self._memories: tuple[Memory, Memory] | None = None
         if error_feedback:
@@ -96,9 +96,13 @@ class TwoHop:
         wire = network.gather(message, route.all_shares.message_bytes)
         fast.decode(family, route.all_shares, wire, flat)
 
-    def settle(self, applied: bool) -> None:
+    def settle(self, applied: Tensor | bool) -> None:
         for memory in self._memories or ():
             memory.settle(applied)
+
+    def commit(self, finite: Mapping[str, Tensor]) -> None:
+        for memory in self._memories or ():
+            memory.commit(finite)
 
     def state_dict(self) -> dict[str, Any]:
         if self._memories is None:

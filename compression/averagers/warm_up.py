@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from compression.averagers.base import Averager, Gradients
 from compression.averagers.dense import Dense
 
@@ -20,19 +22,27 @@ class WarmUp:
         return self.inner.encoded_bytes + self.dense.encoded_bytes
 
     @property
-    def widths(self) -> dict[str, int]:
-        return dict(getattr(self.inner, "widths", {}))
+    def widths(self) -> Mapping[str, int]:
+        return self.inner.widths
 
     def set_widths(self, widths: Mapping[str, int]) -> None:
-        self.inner.set_widths(widths)  # type: ignore[attr-defined]
+        self.inner.set_widths(widths)
+
+    @property
+    def without_momentum(self) -> frozenset[str]:
+        return self.inner.without_momentum
 
     def average_(self, gradients: Gradients, step: int) -> None:
         self._compressed = step >= self.steps
         (self.inner if self._compressed else self.dense).average_(gradients, step)
 
-    def settle(self, applied: bool) -> None:
+    def settle(self, applied: Tensor | bool) -> None:
         if self._compressed:
             self.inner.settle(applied)
+
+    def commit(self, finite: Mapping[str, Tensor]) -> None:
+        if self._compressed:
+            self.inner.commit(finite)
 
     def state_dict(self) -> dict[str, Any]:
         return self.inner.state_dict()

@@ -60,7 +60,7 @@ class Counted(ThreadCollectives):
 
 @pytest.fixture
 def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compression.exchange.BUCKET_BYTES", 1)
+    monkeypatch.setattr("compression.hooks.BUCKET_BYTES", 1)
 
 
 @pytest.fixture

@@ -96,6 +96,9 @@ class Alone:
         self.calls.append("settle")
         self.settled.append(bool(applied))
 
+    def drain(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:
+        return None
+
     def nonfinite_layer(self) -> str | None:
         return self.bad_layers[0] if self.bad_layers else None
 

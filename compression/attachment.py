@@ -1,0 +1,37 @@
+"""Attaching compression to a model: which exchange, over which network."""
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from compression.broken_barrier import BrokenBarrier
+from compression.collectives import Collectives, Solo, TorchDistributed
+from compression.exchange import Exchange
+from compression.registry import Compressor
+
+
+def attach(
+    model: nn.Module,
+    compressor: Compressor,
+    collectives: Collectives | None = None,
+    seed: int = 0,
+    *,
+    barrier_share: float = 1.0,
+    late_steps: int = 1,
+) -> Exchange:
+    """Average the model's gradients through a compressor, from the next backward on.
+
+    A DDP model gets its communication hook (one per model) and, unless `collectives` are given, a process group of
+    its own over the same ranks; the group's backend follows the model's device. Any other model gets hooks on its
+    parameters, and is a world of one rank unless `collectives` are given. Close the exchange when done.
+    `seed` must be equal on all ranks: it names the streams of random numbers, which differ by rank by themselves.
+
+    With a `barrier_share` below 1 the exchange is a `BrokenBarrier`, whose late averages are applied `late_steps` steps
+    later. Raises ValueError where the compressor cannot be late.
+    """
+    if isinstance(model, DistributedDataParallel) and collectives is None:
+        collectives = TorchDistributed(dist.new_group(dist.get_process_group_ranks(model.process_group)))
+    collectives = collectives or Solo()
+    if barrier_share == 1.0:
+        return Exchange(model, compressor, collectives, seed)
+    return BrokenBarrier(model, compressor, collectives, seed, barrier_share, late_steps)

@@ -1,0 +1,264 @@
+"""The broken barrier: a step waits for the layers that hold most of the gradient, and the others' averages come late.
+
+Backward ends with the first layers, and forward begins with them: their averages are the only ones that the next
+forward needs at once, and nothing is left to hide them behind. They also tend to hold most of the gradient's norm, and
+few of its bytes. So a step waits for the smallest prefix of layers, in forward order, that holds a share R of the
+squared norm. The others travel behind the next steps' compute, and are applied S steps later, as they are.
+
+SGD converges under such staleness, at a rate that falls with its extent: what bounds the distance between the
+weights that a gradient was taken at and those that it is applied to bounds the loss (Elastic Consistency, Nadiradze et
+al., AAAI 2021, arXiv:2001.05918). The schedulers proposed there go on as soon as enough of the norm has arrived: which
+layers are late, and how late, is then up to the network's timing, differs from rank to rank unless ranks wait for one
+another, and from run to run. Here everything is fixed before it travels:
+
+* The prefix of a step follows from the norms of the averages that were applied last. All ranks have these; none asks.
+* What is not in the prefix of step t is applied in step t + S, also where it was there long before.
+* Only the order on the wire depends on timing. A prefix goes ahead of all late averages that still wait, but for
+  those of its own layers (what a codec remembers of a layer goes from step to step). Rank 0 chooses what is next
+  before every job, for all. Results do not depend on that order.
+
+A step without a layer's average skips that layer: no momentum, no weight decay. Two averages in one step are added.
+
+When not to use it. Every byte still travels: a step can come down to max(compute, communication), and no further, so
+where the network is several times too slow, send less instead. On a fast network there is nothing to hide. A larger S
+never makes a steady network faster: 1 hides as much, and more than that only evens out a rate that varies. It costs
+accuracy, above all with a high momentum or learning rate, and memory: S copies of the late layers. A loss scale reacts
+to an overflow in a late layer S steps late, and then once for each step that overflowed meanwhile.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compression.averagers import Gradients
+from compression.collectives import Collectives
+from compression.exchange import Exchange, is_one, not_finite, unscaled
+from compression.hooks import shaped
+from compression.registry import COMPRESSORS, Compressor, can_be_late
+
+_CHUNK = 2**16  # values that are squared at a time, so that their float64 copy stays in the cache
+
+
+def prefix_length(squares: Sequence[float], share: float) -> int:
+    """How many layers, from the first on, hold a share of the sum of their squared norms.
+
+    All of them where there is nothing to share: the sum is zero, or not finite.
+    """
+    total = math.fsum(squares)
+    held = 0.0
+    for length, square in enumerate(squares, start=1):
+        held += square
+        if 0 < total < math.inf and held >= share * total:
+            return length
+    return len(squares)
+
+
+@dataclass(eq=False)
+class _Part:
+    """Some layers of one step: their gradients, and once `done` the averages, float32 and without loss scale."""
+
+    step: int
+    due: int
+    gradients: Gradients
+    bad: Sequence[Tensor] = ()  # of each layer: its average is not finite
+    squares: Sequence[float] = ()  # of each layer: the squared norm of its average
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class BrokenBarrier(Exchange):
+    """An exchange whose steps wait for a share of the gradient; see above for what it promises and what it costs.
+
+    It needs the whole of a step: `begin_step`, backward, `finish`, the optimizer's step, `settle`. Before weights are
+    looked at the late averages must be applied too: see `drain`.
+
+    What averagers and recorder remember of a layer is committed with the layer's own average, if that is finite. Where
+    a step is not applied, because another layer's was not, a finite average of it is lost.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        compressor: Compressor,
+        collectives: Collectives,
+        seed: int,
+        share: float,
+        late_steps: int,
+    ) -> None:
+        if not (0 < share <= 1 and late_steps >= 1):
+            raise ValueError(
+                f"a broken barrier waits for a share above 0 and at most 1, and is late by 1 step or more, got {share} "
+                f"and {late_steps}"
+            )
+        if not COMPRESSORS[compressor.name].can_be_late or compressor.at_once:
+            raise ValueError(
+                f"compressor {compressor.name} averages whole steps, and a broken barrier lets layers be late; "
+                f"use {', '.join(can_be_late())}, without big_grad"
+            )
+        super().__init__(model, compressor, collectives, seed)
+        self.share, self.late_steps = share, late_steps
+        self._squares = dict.fromkeys(self._parameters, math.nan)  # of the averages that were applied last
+        self._prefix = frozenset(self._parameters)
+        self._outstanding: list[_Part] = []  # of this step and earlier ones, in their order
+        self._held: list[_Part] = []  # late ones of this step, until its prefix has been queued
+        self._last_late = dict.fromkeys(self._parameters, 0)  # how many late ones are queued up to the layer's last
+
+    def begin_step(self, loss_scale: float | Tensor = 1.0) -> None:
+        super().begin_step(loss_scale)
+        length = prefix_length(list(self._squares.values()), self.share)
+        self._prefix = frozenset(list(self._squares)[:length])
+
+    def finish(self) -> Tensor:
+        """Wait for the averages that are due in this step, and put them into .grad; parameters without one get None.
+
+        Returns and raises as `Exchange.finish`.
+        """
+        for part in self._held:
+            number = self._engine.submit(partial(self._average_part, part))
+            self._last_late.update(dict.fromkeys(part.gradients.names, number))
+        self._held = []
+        return self._apply(self.step)
+
+    def drain(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:
+        self._loss_scale = loss_scale
+        return self._apply(min(part.due for part in self._outstanding)) if self._outstanding else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `Exchange.state_dict`; what is outstanding is waited for, and not applied."""
+        self._wait_for(self._outstanding)
+        late = [
+            {
+                "step": part.step,
+                "due": part.due,
+                "averages": {name: average.cpu().clone() for name, average, _, _ in self._layers_of(part)},
+            }
+            for part in self._outstanding
+        ]
+        return super().state_dict() | {"late": late, "squares": dict(self._squares)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict({**state, "late": []})
+        self._squares.update(state.get("squares", {}))
+        self._outstanding = [self._restored(**late) for late in state.get("late", [])]
+
+    # The work itself.
+
+    def _end_step(self) -> None:
+        if self._open:
+            raise ValueError(
+                "the averages of a broken barrier come with finish(), and the last step ended without; call finish() "
+                "before the optimizer's step and settle() after it"
+            )
+
+    def _remember(self, applied: Tensor) -> None:
+        """Nothing: every part has committed what it computed."""
+
+    def _choose(self, goes_ahead: bool) -> bool:
+        if self._failure is None:
+            try:
+                goes_ahead = self.collectives.broadcast(goes_ahead)
+            except BaseException as error:
+                self._failure = error
+        return goes_ahead
+
+    def _submit(self, gradients: Gradients, done: Callable[[], None]) -> None:
+        """Copy what is in the prefix and queue it, copy the rest and hold it back; the buffer is done with at once.
+
+        The rest would only be in the prefix's way: it has the next steps' compute to travel behind.
+        """
+        self._travelling = True
+        urgent = [name in self._prefix for name in gradients.names]
+        if any(urgent):
+            part = self._part(gradients, urgent, self.step)
+            after = max(self._last_late[name] for name in part.gradients.names)
+            self._engine.submit_ahead(partial(self._average_part, part), after)
+        if not all(urgent):
+            self._held.append(self._part(gradients, [not each for each in urgent], self.step + self.late_steps))
+        done()
+
+    def _part(self, gradients: Gradients, chosen: Sequence[bool], due: int) -> _Part:
+        """The chosen layers of a flat buffer, copied."""
+        pairs = zip(gradients.names, self._views(gradients), strict=True)
+        values = {name: view for (name, view), each in zip(pairs, chosen, strict=True) if each}
+        part = _Part(self.step, due, _packed(values, self._loss_scale))
+        self._outstanding.append(part)
+        return part
+
+    def _average_part(self, part: _Part) -> None:
+        """On the communication thread."""
+        start = time.perf_counter()
+        try:
+            if self._failure is None:
+                part.gradients = unscaled(self._averages(part.gradients, part.step))
+                self._look_at(part)
+                finite = {name: ~bad for name, bad in zip(part.gradients.names, part.bad, strict=True)}
+                self.averager.commit(finite)
+                if self.recorder is not None:
+                    self.recorder.memory.commit(finite)
+        except BaseException as error:
+            self._failure = error
+        self._job_seconds += time.perf_counter() - start
+        part.done.set()
+
+    def _look_at(self, part: _Part) -> None:
+        views = self._views(part.gradients)
+        part.bad = not_finite(part.gradients.flat, views)
+        part.squares = torch.stack([_squared_norm(view) for view in views]).tolist()
+
+    def _restored(self, step: int, due: int, averages: Mapping[str, Tensor]) -> _Part:
+        """What `state_dict` made of a part."""
+        part = _Part(step, due, _packed({name: values.to(self.device) for name, values in averages.items()}))
+        self._look_at(part)
+        part.done.set()
+        return part
+
+    def _wait_for(self, parts: Sequence[_Part]) -> None:
+        for part in parts:
+            part.done.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def _apply(self, step: int) -> Tensor:
+        """Put the sums of the averages that are due in a step into .grad."""
+        due = [part for part in self._outstanding if part.due <= step]
+        self._wait_for(due)
+        self._outstanding = [part for part in self._outstanding if part.due > step]
+        sums: dict[str, Tensor] = {}
+        self._bad = dict.fromkeys(self._parameters, torch.zeros((), dtype=torch.bool, device=self.device))
+        for name, average, bad, square in (each for part in due for each in self._layers_of(part)):
+            sums[name] = sums[name] + average if name in sums else average
+            self._bad[name] = self._bad[name] | bad
+            self._squares[name] = square
+        for name, parameter in self._parameters.items():
+            parameter.grad = None
+            if name in sums:
+                total = sums[name] if is_one(self._loss_scale) else sums[name] * self._loss_scale
+                parameter.grad = shaped(total.to(parameter.dtype), parameter)
+        return super().finish()
+
+    def _layers_of(self, part: _Part) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+        """(name, average, whether that is not finite, its squared norm)."""
+        return zip(part.gradients.names, self._views(part.gradients), part.bad, part.squares, strict=True)
+
+
+def _packed(values: Mapping[str, Tensor], loss_scale: float | Tensor = 1.0) -> Gradients:
+    """A copy of layers side by side."""
+    offsets = [0]
+    for each in values.values():
+        offsets.append(offsets[-1] + each.numel())
+    return Gradients(torch.cat(list(values.values())), tuple(values), tuple(offsets[:-1]), loss_scale)
+
+
+def _squared_norm(values: Tensor) -> Tensor:
+    """In float64, as far as machines that differ may well choose the same prefix. A scalar on the device."""
+    total = torch.zeros((), dtype=torch.float64, device=values.device)
+    for chunk in values.split(_CHUNK):
+        wide = chunk.double()
+        total += torch.dot(wide, wide)
+    return total

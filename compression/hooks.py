@@ -1,0 +1,178 @@
+"""Hooks on a model's backward: where gradients are caught, and where what became of them is put.
+
+Through DDP's communication hook where the model is wrapped in DistributedDataParallel, through hooks on the
+parameters otherwise. They know no averager and no step: what they catch is submitted in flat buffers, in an order that
+is the same on all ranks.
+"""
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from compression.averagers import Gradients
+
+BUCKET_BYTES = 25 * 2**20  # of gradients that travel together where DDP does not choose
+
+Begin = Callable[[], None]
+"""Called before the first gradients of a backward are submitted."""
+
+Submit = Callable[[Gradients, Callable[[], None]], None]
+"""(gradients of some layers, what to call when their buffer holds what the parameters are to get)."""
+
+
+class Hooks(Protocol):
+    """What catches gradients, until it is removed."""
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Backward inside only accumulates on this rank."""
+
+    def remove(self) -> None:
+        """Catch nothing anymore, where that can be."""
+
+
+def hook(model: nn.Module, parameters: Mapping[str, nn.Parameter], begin: Begin, submit: Submit) -> Hooks:
+    """Catch the gradients of a model's `parameters`, which are all that are trained."""
+    if isinstance(model, DistributedDataParallel):
+        return DdpHooks(model, parameters, begin, submit)
+    return ParameterHooks(parameters, begin, submit)
+
+
+def shaped(values: Tensor, parameter: Tensor) -> Tensor:
+    """A layer's values, flat in the order of memory, as a view in its parameter's shape and layout."""
+    return values.as_strided(parameter.shape, torch.empty_like(parameter, device="meta").stride())
+
+
+class DdpHooks:
+    """DDP's communication hook: a buffer is a DDP bucket, whose future completes when it is done with."""
+
+    def __init__(
+        self, model: DistributedDataParallel, parameters: Mapping[str, nn.Parameter], begin: Begin, submit: Submit
+    ) -> None:
+        self._model, self._begin, self._submit = model, begin, submit
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        model.register_comm_hook(None, self._hook)
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        return self._model.no_sync()
+
+    def remove(self) -> None:
+        """DDP has its hook for life."""
+
+    def _hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+        if bucket.index() == 0:
+            self._begin()
+        flat = bucket.buffer()
+        names = tuple(self._names[id(p)] for p in bucket.parameters())
+        offsets = tuple(int(view.storage_offset() - flat.storage_offset()) for view in bucket.gradients())
+        devices: list[Any] | None = [flat.device] if flat.device.type == "cuda" else None
+        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
+        self._submit(Gradients(flat, names, offsets), lambda: future.set_result(flat))
+        return future
+
+
+class ParameterHooks:
+    """Hooks on the parameters, for models that DDP does not wrap: a single process, or Horovod.
+
+    Like DDP they group parameters in reverse order into buckets of about 25 MB, submit them in that order as backward
+    fills them, and make backward return only when all of them are done with.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], begin: Begin, submit: Submit) -> None:
+        self._parameters, self._begin, self._submit = parameters, begin, submit
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._sync = True
+        self._buckets = [_Bucket(names, parameters) for names in self._grouping()]
+        self._bucket_of = {name: k for k, bucket in enumerate(self._buckets) for name in bucket.views}
+        self._submitted = len(self._buckets)
+        self._removers = [p.register_post_accumulate_grad_hook(self._arrived) for p in parameters.values()]
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        self._sync = False
+        try:
+            yield
+        finally:
+            self._sync = True
+
+    def remove(self) -> None:
+        for remover in self._removers:
+            remover.remove()
+
+    def _grouping(self) -> list[list[str]]:
+        """Names by bucket, in the order in which backward fills them. A bucket holds one type, as in DDP."""
+        full: list[list[str]] = []
+        filling: dict[torch.dtype, list[str]] = {}
+        size: dict[torch.dtype, int] = {}
+        for name, parameter in reversed(list(self._parameters.items())):
+            kind = parameter.dtype
+            if kind in filling and size[kind] + parameter.nbytes > BUCKET_BYTES:
+                full.append(filling.pop(kind))
+            if kind not in filling:
+                filling[kind], size[kind] = [], 0
+            filling[kind].append(name)
+            size[kind] += parameter.nbytes
+        return [*full, *filling.values()]
+
+    def _arrived(self, parameter: Tensor) -> None:
+        if not self._sync:
+            return
+        if self._submitted == len(self._buckets):  # the first gradient of this backward
+            self._begin()
+            self._submitted = 0
+            for bucket in self._buckets:
+                bucket.reset()
+            torch.autograd.Variable._execution_engine.queue_callback(self._complete)
+        name = self._names[id(parameter)]
+        bucket = self._buckets[self._bucket_of[name]]
+        assert parameter.grad is not None
+        bucket.fill(name, parameter.grad)
+        while self._submitted < len(self._buckets) and not self._buckets[self._submitted].missing:
+            self._launch()
+
+    def _launch(self) -> None:
+        bucket = self._buckets[self._submitted]
+        self._submitted += 1
+        for name in bucket.missing:
+            bucket.views[name].zero_()
+        self._submit(Gradients(bucket.flat, tuple(bucket.views), bucket.offsets), bucket.done.set)
+
+    def _complete(self) -> None:
+        """Called by autograd when backward is through: what got no gradient counts as zero."""
+        while self._submitted < len(self._buckets):
+            self._launch()
+        for bucket in self._buckets:
+            bucket.done.wait()
+            for name, view in bucket.views.items():
+                self._parameters[name].grad = view
+
+
+class _Bucket:
+    """A flat buffer of some parameters' gradients, and which of them are still to come in this backward."""
+
+    def __init__(self, names: Sequence[str], parameters: Mapping[str, nn.Parameter]) -> None:
+        ends = list(itertools.accumulate(parameters[name].numel() for name in names))
+        first = parameters[names[0]]
+        self.offsets = (0, *ends[:-1])
+        self.flat = torch.zeros(ends[-1], dtype=first.dtype, device=first.device)
+        self.views = {
+            name: shaped(self.flat[at : at + parameters[name].numel()], parameters[name])
+            for name, at in zip(names, self.offsets, strict=True)
+        }
+        self.missing = set(names)
+        self.done = threading.Event()
+
+    def reset(self) -> None:
+        self.missing = set(self.views)
+        self.done.clear()
+
+    def fill(self, name: str, gradient: Tensor) -> None:
+        if gradient.data_ptr() != self.views[name].data_ptr():
+            self.views[name].copy_(gradient)
+        self.missing.discard(name)
