@@ -1,0 +1,284 @@
+"""What one rank of a benchmark does: exchanges of one gradient by several methods, timed, counted and weighed.
+
+Each method begins with float32 gradients in buckets, as DDP makes them, and ends with their averages there; `bfloat16`
+is gloo's all-reduce alone, of gradients that are bfloat16 already. Torch's hooks are called as DDP calls them, without
+DDP's own copies; its PowerSGD hook gets all gradients in one bucket, since with several it waits forever over gloo.
+
+Run as a program it is a rank, and is told in its argument what to do. It imports little: many ranks start at once.
+"""
+
+import ctypes
+import itertools
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import compression
+from benchmarks.ranks import kernel_bytes
+from compression import Metered, TorchDistributed
+from compression.averagers import Gradients
+from compression.layers import layers_of
+from image_classification.memory import keep_freed_memory
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+BUCKET_BYTES, FIRST_BUCKET_BYTES = 25 * 2**20, 2**20  # at which DDP closes a bucket
+TINY = {"weight": (32, 64), "bias": (32,)}
+
+
+class Turn(NamedTuple):
+    """One exchange on one rank: bytes sent by our count (None: nobody counts) and by the kernel's."""
+
+    seconds: float
+    counted: float | None
+    kernel: float | None
+
+
+class Measured(NamedTuple):
+    """One method on one rank: its turns, and the most memory that it held beside the gradients, in bytes."""
+
+    turns: list[Turn]
+    peak: float
+
+
+class Workload:
+    """One rank's gradients, in one flat buffer: its buckets follow one another in the order in which DDP sends them."""
+
+    def __init__(self, shapes: Shapes, rank: int) -> None:
+        self.shapes = shapes
+        generator = torch.Generator().manual_seed(rank)
+        parts = list(bucketed(shapes))
+        self._given = torch.randn(sum(map(self.numel, shapes)), generator=generator)
+        self.flat = self._given.clone()
+        ends = itertools.accumulate(sum(map(self.numel, names)) for names in parts)
+        flats = [part for part in self.flat.tensor_split(list(ends)) if len(part)]
+        self.buckets = [self._gradients(flat, names) for flat, names in zip(flats, parts, strict=True)]
+        self.whole = self._gradients(self.flat, [name for names in parts for name in names])
+
+    def restore(self) -> None:
+        """The gradients as they were before any exchange."""
+        self.flat.copy_(self._given)
+
+    def numel(self, name: str) -> int:
+        return torch.Size(self.shapes[name]).numel()
+
+    def _gradients(self, flat: Tensor, names: Sequence[str]) -> Gradients:
+        ends = list(itertools.accumulate(map(self.numel, names)))
+        return Gradients(flat, tuple(names), (0, *ends[:-1]))
+
+
+def bucketed(shapes: Shapes) -> Iterator[list[str]]:
+    """Names by bucket as DDP groups them: last parameters first, closed once full, the first one sooner."""
+    names: list[str] = []
+    nbytes, limit = 0, FIRST_BUCKET_BYTES
+    for name in reversed(list(shapes)):
+        names.append(name)
+        nbytes += 4 * torch.Size(shapes[name]).numel()
+        if nbytes >= limit:
+            yield names
+            names, nbytes, limit = [], 0, BUCKET_BYTES
+    if names:
+        yield names
+
+
+# Methods: each is bound to the gradients once, and then makes one exchange a call and returns the bytes that it sent.
+
+Exchange = Callable[[], float | None]
+Method = Callable[[Workload], Exchange]
+
+
+def all_reduce(kind: torch.dtype) -> Method:
+    """Gloo's own, of all buckets at once as DDP without a hook issues them."""
+
+    def bind(work: Workload) -> Exchange:
+        flats = [bucket.flat.to(kind) for bucket in work.buckets]
+
+        def run() -> float:
+            for pending in [dist.all_reduce(flat, async_op=True) for flat in flats]:
+                pending.wait()
+            return ring_bytes(flats)
+
+        return run
+
+    return bind
+
+
+def ours(name: str, **options: Any) -> Method:
+    """One of this program's compressors, bucket by bucket."""
+
+    def bind(work: Workload) -> Exchange:
+        compressor = compression.build(name, **options)
+        layers = layers_of(work.shapes.items(), compressor.bucket_size)
+        network = Metered(TorchDistributed())
+        averager = compressor.averager(layers, network, seed=0)
+        steps = itertools.count()
+
+        def run() -> float:
+            before, step = network.traffic.bytes_sent, next(steps)
+            for bucket in work.buckets:
+                averager.average_(bucket, step)
+            averager.settle(True)
+            return network.traffic.bytes_sent - before
+
+        return run
+
+    return bind
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What torch's hooks ask of a `dist.GradBucket`, which DDP alone can make."""
+
+    content: Gradients
+    shapes: Shapes
+
+    def index(self) -> int:
+        return 0
+
+    def is_last(self) -> bool:
+        return True
+
+    def buffer(self) -> Tensor:
+        return self.content.flat
+
+    def gradients(self) -> list[Tensor]:
+        flat, names, offsets = self.content.flat, self.content.names, self.content.offsets
+        shapes = [torch.Size(self.shapes[name]) for name in names]
+        return [flat[at : at + shape.numel()].view(shape) for at, shape in zip(offsets, shapes, strict=True)]
+
+
+def torch_fp16(work: Workload) -> Exchange:
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    buckets = [Bucket(bucket, work.shapes) for bucket in work.buckets]
+
+    def run() -> float:
+        for future in [default_hooks.fp16_compress_hook(dist.group.WORLD, bucket) for bucket in buckets]:  # type: ignore
+            future.wait()
+        return ring_bytes([bucket.buffer() for bucket in buckets]) / 2
+
+    return run
+
+
+def torch_powersgd(work: Workload) -> Exchange:
+    from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+
+    state = PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2)
+    state.iter = state.start_powerSGD_iter  # the steps before it are plain all-reduces
+    bucket = Bucket(work.whole, work.shapes)
+
+    def run() -> None:
+        powerSGD_hook(state, bucket).wait()
+
+    return run
+
+
+def ring_bytes(tensors: Sequence[Tensor]) -> float:
+    """Bytes that a rank sends to all-reduce the tensors."""
+    world = dist.get_world_size()
+    return 2 * (world - 1) / world * sum(tensor.nbytes for tensor in tensors)
+
+
+METHODS: dict[str, Method] = {
+    "float32": all_reduce(torch.float32),
+    "bfloat16": all_reduce(torch.bfloat16),
+    "torch-fp16": torch_fp16,
+    "torch-powersgd-4": torch_powersgd,
+    "none": ours("none"),
+    "maxmin-8": ours("maxmin", bits=8),
+    "maxmin-4": ours("maxmin", bits=4),
+    "maxmin-4-feedback": ours("maxmin", bits=4, error_feedback=True),
+    "maxmin-2": ours("maxmin", bits=2),
+    "norm_uniform-4": ours("norm_uniform", bits=4),
+    "exponential-4": ours("exponential", bits=4),
+    "1bit": ours("1bit"),
+    "terngrad": ours("terngrad"),
+    "topk-0.01": ours("topk", ratio=0.01),
+    "powersgd-4": ours("powersgd", rank=4),
+}
+
+
+# Measuring
+
+
+def measure(shapes: Shapes, methods: Sequence[str], repeat: int) -> dict[str, Measured]:
+    """Every method's exchanges on this rank, all methods in each turn, after a first one that is not timed."""
+    tiny, work = Workload(TINY, dist.get_rank()), Workload(shapes, dist.get_rank())
+    exchanges, peaks = {}, {}
+    for name in methods:
+        METHODS[name](tiny)()  # compiles what is to be compiled
+        before = start_of_peak()
+        exchanges[name] = METHODS[name](work)
+        exchanges[name]()
+        peaks[name] = memory("VmHWM") - before
+    turns: dict[str, list[Turn]] = {name: [] for name in methods}
+    for _ in range(repeat):
+        for name, exchange in exchanges.items():
+            work.restore()
+            turns[name].append(timed(exchange))
+    return {name: Measured(turns[name], peaks[name]) for name in methods}
+
+
+def timed(exchange: Exchange) -> Turn:
+    dist.barrier()
+    before, start = kernel_bytes(), time.perf_counter()
+    counted = exchange()
+    seconds = time.perf_counter() - start
+    dist.barrier()  # by now all bytes have arrived
+    after = kernel_bytes()
+    return Turn(seconds, counted, None if before is None or after is None else after - before)
+
+
+def start_of_peak() -> int:
+    """Bytes in memory now, all that is free given back; from here on the kernel looks for the most."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def memory(field: str) -> int:
+    """A number of /proc/self/status, in bytes."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def command(gradients: Sequence[Shapes], methods: Sequence[str], repeat: int) -> list[str]:
+    """What starts a rank; it prints a list with a `Measured` by method for each of the gradients."""
+    return [sys.executable, __file__, json.dumps([gradients, methods, repeat])]
+
+
+def main() -> None:
+    gradients, methods, repeat = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    keep_freed_memory()  # as the program does
+    dist.init_process_group("gloo")
+    json.dump([measure(shapes, methods, repeat) for shapes in gradients], sys.stdout)
+    dist.destroy_process_group()
+
+
+def parse(outputs: Sequence[str]) -> list[dict[str, list[Measured]]]:
+    """What all ranks printed: for each of the gradients, by method, what each rank measured."""
+    ranks = [json.loads(output) for output in outputs]
+    return [
+        {
+            name: [Measured([Turn(*turn) for turn in turns], peak) for turns, peak in (rank[k][name] for rank in ranks)]
+            for name in ranks[0][k]
+        }
+        for k in range(len(ranks[0]))
+    ]
+
+
+if __name__ == "__main__":
+    main()
