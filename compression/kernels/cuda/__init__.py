@@ -1,0 +1,74 @@
+"""The kernels for GPUs, in Triton: the same bits as `reference.py`, in one launch per call.
+
+A bucket is read from memory once (ternary codes: twice, from the first-level cache) and leaves as a record; layers of
+all widths and dense ones go in the same launch. Nothing waits for the GPU but a plan's first use, which sends its
+table there.
+
+Two kinds of buckets are encoded by `reference`, in torch operations that are slower and do wait: those of more than
+16,384 values, and quantiles, which need all values of a share in order. Decoding knows no such limit.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compression.kernels import reference
+from compression.kernels.cuda import buckets
+from compression.kernels.cuda.pieces import Pieces, to_decode, to_encode
+from compression.kernels.reference import expected_squared_error
+from compression.layers import Plan
+
+__all__ = ["decode", "encode", "expected_squared_error"]
+
+EXACTLY = {"enable_fp_fusion": False}  # options to compile with: a product is rounded before it is added
+
+
+def encode(
+    family: str,
+    plan: Plan,
+    values: Tensor,
+    keys: np.ndarray,
+    wire: Tensor,
+    residual: Tensor | None = None,
+    pending: Tensor | None = None,
+) -> None:
+    """As `reference.encode`. All tensors are contiguous and on one device."""
+    if family == "quantile":
+        reference.encode(family, plan, values, keys, wire, residual, pending)
+        return
+    pieces = to_encode(plan, wire.device)
+    if pieces.longer is not None:
+        reference.encode(family, pieces.longer, values, keys, wire, residual, pending)
+    feedback = residual is not None and pending is not None
+    memory = (residual, pending) if feedback else (values, values)
+    _launch(buckets.encode, pieces, _sent(keys, wire.device), values, *memory, wire, family, feedback)
+
+
+def decode(family: str, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False) -> None:
+    """As `reference.decode`. Both tensors are contiguous and on one device."""
+    _launch(buckets.decode, to_decode(plan, wire.device), wire, out, factor, family, accumulate)
+
+
+def _launch(kernel: Any, pieces: Pieces, *arguments: object) -> None:
+    """Run a kernel on all pieces, with 8 or 16 values a thread."""
+    if pieces.count == 0:
+        return
+    warps = max(4, pieces.rows * pieces.width // 512)
+    with torch.cuda.device_of(pieces.table):
+        kernel[(pieces.programs,)](
+            pieces.table,
+            pieces.count,
+            *arguments,
+            pieces.rows,
+            pieces.width,
+            num_warps=warps,
+            **EXACTLY,
+        )
+
+
+def _sent(keys: np.ndarray, device: torch.device) -> Tensor:
+    """The keys on a device, as int32; the copy is not waited for."""
+    halves = torch.from_numpy(keys.view(np.int32))
+    return halves.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else halves

@@ -1,0 +1,94 @@
+"""Tables that tell the kernels of a plan: made once per plan and device, kept there as long as the plan lives."""
+
+import weakref
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compression.layers import DENSE, Plan
+
+LONGEST = 16384  # values of a bucket that one program encodes
+SHORTEST = 8  # values that a row of a program has room for
+BLOCK = 1024  # values that a program works on, where one row does not hold more
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """P pieces of at most `width` values, a power of two, on a device. int64 [9, P].
+
+    The rows: position of the piece, its count, its bucket's bits and wire_at, the index of the piece's first value in
+    its bucket, the bucket's count, its slot, element and memory_at. Buckets too long to encode are a plan of their own.
+    """
+
+    table: Tensor
+    width: int
+    longer: Plan | None = None
+
+    @property
+    def count(self) -> int:
+        return self.table.shape[1]
+
+    @property
+    def rows(self) -> int:
+        """Pieces that a program works on."""
+        return max(1, BLOCK // self.width)
+
+    @property
+    def programs(self) -> int:
+        return -(-self.count // self.rows)
+
+
+def to_encode(plan: Plan, device: torch.device) -> Pieces:
+    """Whole buckets, and dense ones in pieces."""
+    return _kept(plan, device, True)
+
+
+def to_decode(plan: Plan, device: torch.device) -> Pieces:
+    """Buckets in pieces."""
+    return _kept(plan, device, False)
+
+
+_made: dict[tuple[int, torch.device, bool], Pieces] = {}  # by id: plans hold arrays, which have no hash
+
+
+def _kept(plan: Plan, device: torch.device, whole: bool) -> Pieces:
+    key = (id(plan), device, whole)
+    if key not in _made:
+        _made[key] = _make(plan, device, whole)
+        weakref.finalize(plan, _made.pop, key, None)
+    return _made[key]
+
+
+def _make(plan: Plan, device: torch.device, whole: bool) -> Pieces:
+    kept = (plan.bits == DENSE) | (plan.count <= LONGEST) | (not whole)
+    counts = plan.count[kept & (plan.bits != DENSE)] if whole else plan.count
+    width = min(_power_of_two(int(counts.max(initial=SHORTEST))), LONGEST if whole else BLOCK)
+    cuts = -(-plan.count // width) * kept
+    bucket = np.repeat(np.arange(len(cuts)), cuts)
+    first = (np.arange(len(bucket)) - np.repeat(np.cumsum(cuts) - cuts, cuts)) * width
+    rows = (
+        plan.position[bucket] + first,
+        np.minimum(plan.count[bucket] - first, width),
+        plan.bits[bucket],
+        plan.wire_at[bucket],
+        first,
+        plan.count[bucket],
+        plan.slot[bucket],
+        plan.element[bucket] + first,
+        plan.memory_at[bucket] + first,
+    )
+    table = torch.from_numpy(np.stack(rows)).to(device)
+    return Pieces(table, width, None if kept.all() else _part(plan, ~kept))
+
+
+def _part(plan: Plan, chosen: NDArray[np.bool_]) -> Plan:
+    """The plan of some of the buckets."""
+    columns = ("position", "count", "bits", "wire_at", "slot", "element", "memory_at")
+    return replace(plan, **{name: getattr(plan, name)[chosen] for name in columns})
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()

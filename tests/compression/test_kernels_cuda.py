@@ -1,0 +1,241 @@
+"""The GPU's kernels give the reference's bits, and compile to instructions that can.
+
+Triton runs in processes of its own: on a GPU where there is one, else in its interpreter, which is chosen before Triton
+is imported.
+"""
+
+import importlib.util
+import multiprocessing
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from itertools import accumulate
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from compression import kernels
+from compression.kernels import record_bytes, reference
+from compression.layers import DENSE, Layer, Plan, Segment, cut, plan
+from compression.randomness import stream_keys
+
+TRITON = importlib.util.find_spec("triton")
+pytestmark = pytest.mark.skipif(TRITON is None, reason="Triton is not installed")
+
+WIDTHS = {
+    "maxmin": range(1, 9),
+    "norm_uniform": range(2, 9),
+    "exponential": range(2, 9),
+    "1bit": [1],
+    "terngrad": [2],
+    "quantile": range(1, 9),
+}
+TINY, LARGEST = 1e-41, torch.finfo(torch.float32).max
+KINDS = {
+    "normal": lambda noise: noise,
+    "of many scales": lambda noise: noise * (6 * noise.roll(1)).exp(),
+    "negative": lambda noise: -noise.abs(),
+    "zero": lambda noise: noise * 0,  # of both signs
+    "constant": lambda noise: torch.full_like(noise, -2.5),
+    "denormal": lambda noise: noise * TINY,
+    "huge": lambda noise: (noise * 3e38).clamp(-LARGEST, LARGEST),
+    "NaN": lambda noise: noise.where(noise < noise.max(), torch.nan),
+    "infinite": lambda noise: noise.where(noise < noise.max(), -torch.inf),
+}
+
+Layers = list[tuple[int, int, str]]  # of each the values, the bits, and which of KINDS
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[Executor]:
+    with _process(_interpret_without_gpu) as process:
+        yield process
+
+
+def _process(initializer: Callable[..., None], *arguments: str) -> Executor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer, arguments)
+
+
+def _interpret_without_gpu() -> None:
+    torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def layers_for(family: str) -> st.SearchStrategy[Layers]:
+    width = st.sampled_from([*WIDTHS[family], DENSE])
+    return st.lists(st.tuples(st.integers(1, 300), width, st.sampled_from(sorted(KINDS))), min_size=1, max_size=5)
+
+
+def layout(family: str, layers: Layers, bucket_size: int, world_size: int) -> Plan:
+    starts = [0, *accumulate(size for size, _, _ in layers)]
+    places = [Layer(index, f"layer{index}", (size,), True) for index, (size, _, _) in enumerate(layers)]
+    segments = [Segment(layer, at, at) for layer, at in zip(places, starts, strict=False)]
+    shares = {layer.name: cut(layer.numel, bucket_size, world_size, layer.index) for layer in places}
+    bits = {layer.name: width for layer, (_, width, _) in zip(places, layers, strict=True)}
+    rule = None if family == "quantile" else bucket_size
+    return plan(segments, range(world_size), shares, bits, rule, lambda count, bits: record_bytes(family, count, bits))
+
+
+def differences(
+    family: str, layers: Layers, bucket_size: int, world_size: int, feedback: bool, accumulate: bool
+) -> list[str]:
+    """What is not the same after the reference and the GPU's kernels have each done the same work."""
+    from compression.kernels import cuda
+
+    where = layout(family, layers, bucket_size, world_size)
+    generator = torch.Generator().manual_seed(bucket_size + len(layers))
+    values = torch.cat([KINDS[kind](torch.randn(size, generator=generator)) for size, _, kind in layers])
+    residual = torch.randn(where.values, generator=generator)
+    keys = stream_keys(1, 2, where.layers, 0, 0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = []
+    for module, place in ((reference, torch.device("cpu")), (cuda, device)):
+        wire = torch.zeros(where.wire_bytes + 2, dtype=torch.uint8, device=place)
+        pending = torch.zeros(where.values, device=place)
+        memory = (residual.to(place), pending) if feedback else ()
+        record = wire[1:-1]  # at an odd address, with a byte on either side that is not ours
+        module.encode(family, where, values.to(place), keys, record, *memory)
+        decoded = torch.ones(where.values, device=place)
+        module.decode(family, where, record, decoded, 0.3, accumulate)
+        found.append((wire.cpu(), pending.cpu(), decoded.cpu()))
+    names = ("wire", "pending", "decoded")
+    return [name for name, slow, fast in zip(names, *found, strict=True) if not same(slow, fast)]
+
+
+def same(slow: Tensor, fast: Tensor) -> bool:
+    """The same bits, but for those of a NaN, which depend on the processor."""
+    if slow.dtype == torch.uint8:
+        return torch.equal(slow, fast)
+    bits = slow.view(torch.int32) == fast.view(torch.int32)
+    return bool((bits | (slow.isnan() & fast.isnan())).all())
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("family", WIDTHS)
+@given(data=st.data())
+@settings(deadline=None, max_examples=6)
+def test_triton_and_torch_give_the_same_bits(gpu: Executor, family: str, feedback: bool, data: st.DataObject) -> None:
+    layers = data.draw(layers_for(family))
+    bucket_size = data.draw(st.sampled_from([1, 3, 8, 100, 128, 512, -1]))
+    world_size, adding = data.draw(st.integers(1, 3)), data.draw(st.booleans())
+    assert gpu.submit(differences, family, layers, bucket_size, world_size, feedback, adding).result() == []
+
+
+@pytest.mark.parametrize("family", WIDTHS)
+def test_every_width_and_kind_of_values_in_one_launch(gpu: Executor, family: str) -> None:
+    widths = [*WIDTHS[family], DENSE]
+    layers = [(90 - index, widths[index % len(widths)], kind) for index, kind in enumerate(KINDS)]
+    assert gpu.submit(differences, family, layers, 64, 2, True, True).result() == []
+
+
+@pytest.mark.parametrize("family", WIDTHS)
+def test_buckets_of_several_trees_and_tiles(gpu: Executor, family: str) -> None:
+    layers = [(2700, WIDTHS[family][-1], "of many scales"), (2560, WIDTHS[family][0], "negative"), (1500, DENSE, "NaN")]
+    assert gpu.submit(differences, family, layers, -1, 1, True, False).result() == []
+
+
+def test_buckets_too_long_for_a_program_go_beside_those_that_are_not(gpu: Executor) -> None:
+    layers = [(40, 3, "normal"), (300, 3, "negative"), (300, DENSE, "normal"), (300, 5, "huge"), (256, 4, "zero")]
+    assert gpu.submit(differences_where_256_is_long, layers).result() == []
+
+
+def differences_where_256_is_long(layers: Layers) -> list[str]:
+    from compression.kernels.cuda import pieces
+
+    with patch.object(pieces, "LONGEST", 256):
+        return differences("maxmin", layers, -1, 1, True, True)
+
+
+def test_a_plan_is_sent_once_and_forgotten_with_it(gpu: Executor) -> None:
+    assert gpu.submit(tables_of_a_plan).result() == (True, 2, 0)
+
+
+def tables_of_a_plan() -> tuple[bool, int, int]:
+    """Whether the second table is the first, and how many are kept while the plan lives and afterwards."""
+    from compression.kernels.cuda import pieces
+
+    before = len(pieces._made)
+    where, place = layout("maxmin", [(100, 4, "normal")], 10, 1), torch.device("cpu")
+    pieces.to_encode(where, place), pieces.to_decode(where, place)
+    again = pieces.to_encode(where, place) is pieces.to_encode(where, place)
+    kept = len(pieces._made) - before
+    del where
+    return again, kept, len(pieces._made) - before
+
+
+@pytest.mark.parametrize(
+    ("environment", "installed", "expected"),
+    [
+        ({"CC": "cc", "PATH": ""}, True, "compression.kernels.cuda"),
+        ({"PATH": ""}, True, "compression.kernels.reference"),  # no compiler
+        ({"CC": "cc", "PATH": ""}, False, "compression.kernels.reference"),
+    ],
+)
+def test_a_gpu_gets_triton_where_it_runs_and_torch_elsewhere(
+    gpu: Executor, environment: dict[str, str], installed: bool, expected: str
+) -> None:
+    assert gpu.submit(kernels_of_a_gpu, environment, installed).result() == expected
+
+
+def kernels_of_a_gpu(environment: dict[str, str], installed: bool) -> str:
+    kernels._triton_runs.cache_clear()
+    with (
+        patch.dict(os.environ, environment, clear=True),
+        patch.object(kernels, "find_spec", lambda _: installed or None),
+    ):
+        return kernels.for_device(torch.device("cuda")).__name__
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
+    if not Path(TRITON.origin, "../backends/nvidia/bin/ptxas").resolve().exists():
+        pytest.skip("this Triton comes without ptxas")
+    with _process(_compile_into, str(tmp_path_factory.mktemp("triton"))) as process:
+        yield process
+
+
+def _compile_into(folder: str) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_CACHE_DIR"] = folder
+
+
+ENCODED = [family for family in WIDTHS if family != "quantile"]  # these the reference encodes
+KERNELS = [*(("encode", family) for family in ENCODED), *(("decode", family) for family in WIDTHS)]
+BUFFERS = {"values": "*fp32", "residual": "*fp32", "pending": "*fp32", "wire": "*u8", "out": "*fp32"}
+NUMBERS = {"table": "*i64", "pieces": "i32", "keys": "*i32", "factor": "fp32"}
+
+
+def assembly(kernel: str, family: str, language: str) -> str:
+    """What a kernel becomes on an H100, for which no GPU is needed: few values a thread, so that it is quick."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from compression.kernels import cuda
+
+    function = getattr(cuda.buckets, kernel)
+    constants = {"FAMILY": family, "FEEDBACK": True, "ACCUMULATE": True, "M": 1, "K": 1024}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    types = {**BUFFERS, **NUMBERS, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(function, {name: types[name] for name in function.arg_names}, constants)
+    compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 32, **cuda.EXACTLY})
+    return str(compiled.asm[language])
+
+
+@pytest.mark.parametrize(("kernel", "family"), KERNELS)
+def test_compiled_kernels_round_every_operation(compiler: Executor, kernel: str, family: str) -> None:
+    code = compiler.submit(assembly, kernel, family, "ptx").result()
+    assert re.findall(r"\bfma\.\S+|\S*approx\S*|div\.full\S*|\b(?:add|sub|mul|div|sqrt)\S*ftz\S*", code) == []
+
+
+def test_products_are_not_fused_into_sums_by_the_assembler(compiler: Executor) -> None:
+    code = compiler.submit(assembly, "decode", "maxmin", "sass").result()
+    assert "FMUL" in code
+    assert "FFMA" not in code  # max-min decodes without dividing, which would be made of them
