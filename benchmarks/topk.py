@@ -40,12 +40,13 @@ def gradients(values: int) -> dict[str, Tensor]:
 
 def relative(work: Callable[[], object], copy: Callable[[], object], repeats: int) -> tuple[float, float]:
     """(milliseconds, times as long as the copy), medians."""
-    work()
     pairs = [(seconds(copy), seconds(work)) for _ in range(repeats)]
     return 1e3 * median(own for _, own in pairs), median(own / base for base, own in pairs)
 
 
 def seconds(work: Callable[[], object]) -> float:
+    """Of the second of two runs in a row: writing back what lies in the caches is then its own share."""
+    work()
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

@@ -40,8 +40,8 @@ def stream_keys(seed: int, step: int, layers: NDArray[np.int64], hop: int, rank:
     return np.stack([keys & np.uint64(0xFFFFFFFF), keys >> np.uint64(32)], axis=1).astype(np.uint32)
 
 
-def uniform(elements: torch.Tensor, key_low: torch.Tensor, key_high: torch.Tensor) -> torch.Tensor:
-    """Multiples of 2^-24 in [0, 1), float32: what the stream of the key holds at `elements`.
+def words(elements: torch.Tensor, key_low: torch.Tensor, key_high: torch.Tensor) -> torch.Tensor:
+    """Random integers below 2^32, int64: what the stream of the key holds at `elements`.
 
     All arguments are int64 tensors that broadcast against one another; the keys are halves below 2^32.
     """
@@ -52,5 +52,9 @@ def uniform(elements: torch.Tensor, key_low: torch.Tensor, key_high: torch.Tenso
     bits ^= key_high
     bits ^= bits >> 15
     bits = (bits * 0x735A2D97) & mask
-    bits ^= bits >> 15
-    return (bits >> 8).to(torch.float32) * 2.0**-24
+    return bits ^ (bits >> 15)
+
+
+def uniform(elements: torch.Tensor, key_low: torch.Tensor, key_high: torch.Tensor) -> torch.Tensor:
+    """Multiples of 2^-24 in [0, 1), float32, from the leading bits of `words`."""
+    return (words(elements, key_low, key_high) >> 8).to(torch.float32) * 2.0**-24

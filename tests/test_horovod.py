@@ -19,6 +19,13 @@ TRAINING = (
     "--compression-type maxmin --error-feedback --search"
 )
 
+MIXED = (
+    "digits -a resnet18 --num-classes 10 --image-size 32 --data-backend pytorch -j 0 -b 2 --training-only "
+    "--optimizer-batch-size 8 --prof 4 --epochs 1 --seed 3 --amp --opt-level O2 --dynamic-loss-scale "
+    "--compression-type maxmin --error-feedback"
+)
+"""Two optimizer steps of two micro-batches each: half precision is slow on a CPU that has none."""
+
 needs_horovod = pytest.mark.skipif(
     importlib.util.find_spec("horovod") is None, reason="Horovod is not installed: make horovod"
 )
@@ -80,6 +87,15 @@ def test_training_gives_the_same_parameters_as_under_ddp(trained: dict[str, Path
     assert horovod["widths"] == ddp["widths"]
     for mine, theirs in zip(horovod["ranks"], ddp["ranks"], strict=True):
         assert all(torch.equal(mine["buffers"][name], value) for name, value in theirs["buffers"].items())
+
+
+@needs_horovod
+def test_accumulation_and_a_scaled_loss_in_half_precision_give_the_same_parameters_as_under_ddp(tmp_path: Path) -> None:
+    for launch, name, extra in ((horovodrun, "hvd", ["--hvd"]), (torchrun, "ddp", [])):
+        done = launch(2, "main.py", *MIXED.split(), *extra, "--workspace", str(tmp_path / name))
+        assert done.returncode == 0, done.stdout + done.stderr
+    horovod, ddp = checkpoint(tmp_path / "hvd"), checkpoint(tmp_path / "ddp")
+    assert all(torch.equal(horovod["state_dict"][name], value) for name, value in ddp["state_dict"].items())
 
 
 @needs_horovod

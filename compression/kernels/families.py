@@ -20,6 +20,7 @@ HUGE = 1e30
 TINY = float(np.finfo(np.float32).tiny)
 TREE = 512  # values that one tree of additions sums
 TERNARY_TILE = 2560  # codes that are packed together, five to a byte
+FRACTION_BITS = 23  # of a position, when it is rounded: with 8 bits before the point it fits an int32
 HISTOGRAM_BITS = 16  # of the number of bins that quantiles are taken from
 
 

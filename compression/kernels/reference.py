@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compression import randomness
-from compression.kernels.families import FAMILIES, HUGE, Family, record_bytes, tree_sum
+from compression.kernels.families import FAMILIES, FRACTION_BITS, HUGE, Family, record_bytes, tree_sum
 from compression.layers import DENSE, Plan
 
 
@@ -42,11 +42,12 @@ def encode(
             vectors = vectors + residual[memory]
         element = _spans(plan.element[group], vectors.shape[1], values.device)
         halves = torch.from_numpy(keys[plan.slot[group]].astype(np.int64)).to(values.device)
-        draws = randomness.uniform(element, halves[:, :1], halves[:, 1:])
         kind = FAMILIES[family]
         scales = kind.fit(vectors, bits)
-        lower, fraction = _between(kind, vectors, scales, bits)
-        codes = lower + (draws < fraction)
+        codes = round_at_random(
+            kind.positions(vectors, scales, bits).clamp(0, kind.top(bits)),
+            randomness.words(element, halves[:, :1], halves[:, 1:]),
+        )
         if residual is not None and kind.projects:
             scales = project(kind, vectors, scales, codes, bits)
         wire[at] = torch.cat([scales.contiguous().view(torch.uint8), kind.pack(codes, bits)], dim=1)
@@ -102,6 +103,15 @@ def project(kind: Family, vectors_MK: Tensor, scales_MS: Tensor, codes_MK: Tenso
     bound = torch.where(reach > HUGE, 1.0, torch.inf)
     share = (tree_sum((vectors_MK * unit) * q) / length).unsqueeze(1).clamp(-bound, bound)
     return torch.where(length.unsqueeze(1) > 0, scales_MS * share, scales_MS)
+
+
+def round_at_random(positions: Tensor, words: Tensor) -> Tensor:
+    """The code below each position, or the next with the chance of the fraction: floor(position + draw), int64.
+
+    Summed in fixed point, so that a position on a code stays there whatever is drawn.
+    """
+    fixed = (positions * 2.0**FRACTION_BITS).to(torch.int64)
+    return (fixed + (words >> (32 - FRACTION_BITS))) >> FRACTION_BITS
 
 
 def _between(kind: Family, vectors_MK: Tensor, scales_MS: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -18,29 +18,30 @@ from compression.kernels.cpu.families import (
     scale_count,
     top_code,
 )
-from compression.kernels.cpu.memory import load, load_float, store, store_float
+from compression.kernels.cpu.memory import LINE, fence, load, load_float, prefetch, store, store_float, stream_line
 from compression.kernels.cpu.packing import pack, pack_ternary, unpack, unpack_ternary
 from compression.kernels.cpu.sums import START, add_products, blocks_of, total, tree_width
-from compression.kernels.families import HUGE, TERNARY_TILE, TREE
+from compression.kernels.families import FRACTION_BITS, HUGE, TERNARY_TILE, TREE
 from compression.kernels.threads import inlined, jit
 from compression.layers import DENSE
 
 TILE = TERNARY_TILE  # values worked on at a time: a multiple of TREE, of 8 and of 5
 _SCALES = 256
+_LARGE = 1 << 20  # values of an output that no cache holds until it is read
 _HUGE, _ZERO, _ONE = np.float32(HUGE), np.float32(0.0), np.float32(1.0)
-_MANTISSA = np.float32(2.0**-24)
+_FIXED, _FRACTION, _UNUSED = np.float32(2.0**FRACTION_BITS), np.uint32(FRACTION_BITS), np.uint32(32 - FRACTION_BITS)
 
 
 @inlined
-def _uniform(element: np.uint32, low: np.uint32, high: np.uint32) -> np.float32:
+def _word(element: np.uint32, low: np.uint32, high: np.uint32) -> np.uint32:
+    """As `randomness.words`."""
     bits = np.uint32(element + low)
     bits ^= bits >> np.uint32(16)
     bits = np.uint32(bits * np.uint32(0x21F0AAAD))
     bits ^= high
     bits ^= bits >> np.uint32(15)
     bits = np.uint32(bits * np.uint32(0x735A2D97))
-    bits ^= bits >> np.uint32(15)
-    return np.float32(np.int32(bits >> np.uint32(8))) * _MANTISSA
+    return np.uint32(bits ^ (bits >> np.uint32(15)))
 
 
 @inlined
@@ -54,17 +55,16 @@ def _round(
     high: np.uint32,
     codes: np.ndarray,
 ) -> None:
-    """Codes from positions: the one below, or the next with the chance of the fraction."""
+    """As `reference.round_at_random`, after clamping."""
     first = np.uint32(element)
     if family == ONEBIT:  # no position lies between two codes
         for i in range(count):
             store(codes, i, np.int32(load(places, i)))
     else:
         for i in range(count):
-            place = clamp(load(places, i), _ZERO, top)
-            floor = np.floor(place)
-            draw = _uniform(np.uint32(first + np.uint32(i)), low, high)
-            store(codes, i, np.int32(floor + (_ONE if draw < place - floor else _ZERO)))
+            fixed = np.uint32(np.int32(clamp(load(places, i), _ZERO, top) * _FIXED))
+            draw = _word(np.uint32(first + np.uint32(i)), low, high) >> _UNUSED
+            store(codes, i, np.uint32(fixed + draw) >> _FRACTION)
 
 
 @inlined
@@ -82,6 +82,28 @@ def _get_codes(family: int, wire: np.ndarray, at: int, tile: int, count: int, bi
         unpack_ternary(wire, at + tile // 5, count, codes)
     else:
         unpack(wire, at + tile * bits // 8, count, bits, codes)
+
+
+@inlined
+def _prefetch(values: np.ndarray, at: int, count: int) -> None:
+    """Bring the beginning of the next bucket into the cache while this one keeps the processor busy."""
+    for i in range(at, at + min(count, TREE), LINE):
+        prefetch(values, i)
+
+
+@inlined
+def _write(decoded: np.ndarray, count: int, factor: np.float32, out: np.ndarray, at: int, stream: bool) -> None:
+    """out = factor x decoded, whole cache lines past the caches where `stream` is set."""
+    first = count
+    if stream:
+        first = min(count, -(out.ctypes.data // 4 + at) % LINE)
+    for i in range(first):
+        store(out, at + i, factor * load(decoded, i))
+    lines = (count - first) // LINE
+    for k in range(lines):
+        stream_line(out, at + first + k * LINE, decoded, first + k * LINE, factor)
+    for i in range(first + lines * LINE, count):
+        store(out, at + i, factor * load(decoded, i))
 
 
 @inlined
@@ -132,6 +154,8 @@ def encode(
             for i in range(n):
                 store(pending, at + i, load(values, position[m] + i) + load(residual, at + i))
         finite = fit(family, source, at, n, b, scales, places, terms, sums, bins)
+        if m + 1 < stop:
+            _prefetch(values, position[m + 1], count[m + 1])
         head, width = record + 4 * scale_count(family, b), tree_width(n)
         unit, top = _ONE / reach(family, b, scales), np.float32(top_code(family, b))
         projects = feedback and finite and family != ONEBIT
@@ -173,6 +197,7 @@ def decode(
 ) -> None:
     codes, decoded = np.empty(TILE + 8, np.uint8), np.empty(TILE, np.float32)
     scales = np.empty(_SCALES, np.float32)
+    stream = len(out) >= _LARGE and not accumulate
     for m in range(start, stop):
         n, b, head = count[m], bits[m], wire_at[m]
         if b != DENSE:
@@ -191,8 +216,9 @@ def decode(
                 for i in range(length):
                     store(out, at + i, load(out, at + i) + factor * load(decoded, i))
             else:
-                for i in range(length):
-                    store(out, at + i, factor * load(decoded, i))
+                _write(decoded, length, factor, out, at, stream)
+    if stream:
+        fence()
 
 
 @jit

@@ -12,6 +12,14 @@ def pack(codes: np.ndarray, count: int, bits: int, wire: np.ndarray, at: int) ->
     groups, nbytes = (count + 7) // 8, (count * bits + 7) // 8
     for i in range(count, 8 * groups):
         store(codes, i, 0)
+    if bits == 8:
+        for i in range(nbytes):
+            store(wire, at + i, load(codes, i))
+        return
+    if bits == 4:
+        for i in range(nbytes):
+            store(wire, at + i, load(codes, 2 * i) | (load(codes, 2 * i + 1) << np.uint8(4)))
+        return
     one, two, four = np.uint64(8 - bits), np.uint64(16 - 2 * bits), np.uint64(32 - 4 * bits)
     whole = _whole_groups(nbytes, bits)
     for g in range(whole):
@@ -27,6 +35,16 @@ def pack(codes: np.ndarray, count: int, bits: int, wire: np.ndarray, at: int) ->
 def unpack(wire: np.ndarray, at: int, count: int, bits: int, codes: np.ndarray) -> None:
     """The inverse of `pack`; may write up to 7 codes more than `count`."""
     groups, nbytes = (count + 7) // 8, (count * bits + 7) // 8
+    if bits == 8:
+        for i in range(nbytes):
+            store(codes, i, load(wire, at + i))
+        return
+    if bits == 4:
+        for i in range(nbytes):
+            both = load(wire, at + i)
+            store(codes, 2 * i, both & np.uint8(15))
+            store(codes, 2 * i + 1, both >> np.uint8(4))
+        return
     whole = _whole_groups(nbytes, bits)
     for g in range(whole):
         store_word(codes, 8 * g, load_word(wire, at + g * bits))

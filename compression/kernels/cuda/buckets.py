@@ -10,8 +10,12 @@ import triton.language as tl
 from compression import layers
 from compression.kernels.cuda.families import fit, levels, positions, project, scale_count
 from compression.kernels.cuda.records import load_words, pack, store_words, ternary_source, ternary_unpack, unpack
+from compression.kernels.families import FRACTION_BITS
 
 _DENSE = tl.constexpr(layers.DENSE)
+_FRACTION = tl.constexpr(FRACTION_BITS)
+_UNUSED = tl.constexpr(32 - FRACTION_BITS)
+_FIXED = tl.constexpr(2.0**FRACTION_BITS)
 
 
 @triton.jit(do_not_specialize=["pieces"], do_not_specialize_on_alignment=["wire"])
@@ -146,20 +150,19 @@ def _round(
     high: tl.tensor,
     FAMILY: tl.constexpr,
 ) -> tl.tensor:
-    """The code below each value, or the next with the chance of the fraction."""
+    """As `reference.round_at_random`."""
     places = positions(vectors, first, second, bits, FAMILY)
-    below = tl.floor(places)
-    return below.to(tl.int32) + (_uniform(element, low, high) < places - below).to(tl.int32)
+    fixed = (places * _FIXED).to(tl.int32).to(tl.uint32)
+    return ((fixed + (_word(element, low, high) >> _UNUSED)) >> _FRACTION).to(tl.int32)
 
 
 @triton.jit
-def _uniform(element: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tensor:
-    """As `randomness.uniform`; all uint32."""
+def _word(element: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tensor:
+    """As `randomness.words`; all uint32."""
     hashed = element + low
     hashed ^= hashed >> 16
     hashed *= 0x21F0AAAD
     hashed ^= high
     hashed ^= hashed >> 15
     hashed *= 0x735A2D97
-    hashed ^= hashed >> 15
-    return (hashed >> 8).to(tl.float32) * 2.0**-24
+    return hashed ^ (hashed >> 15)

@@ -1,0 +1,91 @@
+"""What encoding and decoding cost: every quantizer at several widths, in units of copying the tensor once.
+
+    python benchmarks/codecs.py [--bits 1 2 3 4 8] [--types maxmin terngrad ...] [--repeats 9]
+
+The tensor has the layers and the 25.6 million values of ResNet-50's gradient, in buckets of 512, and is encoded as one
+message, as a rank does in the first hop; `add` decodes onto what is there, as the owner of a share does. A ratio is
+the median, over the repeats, of a time over that of a copy_ into a touched tensor made just before it, so that a busy
+machine slows both.
+"""
+
+import argparse
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
+
+import numba
+import torch
+from torch import Tensor
+
+from benchmarks.search import machine
+from benchmarks.topk import relative
+from compression import COMPRESSORS, codec, kernels
+from compression.codecs.quantizers import Quantizer
+from compression.layers import DENSE, Layer, Plan, Segment, layers_of, plan
+from compression.randomness import stream_keys
+from image_classification.models import build
+
+QUANTIZERS = {name: row for name, row in COMPRESSORS.items() if row.quantizer is not None}
+
+
+def one_message(layers: tuple[Layer, ...], quantizer: Quantizer) -> Plan:
+    """All layers, one after the other, for one owner."""
+    segments, at = [], 0
+    for layer in layers:
+        segments.append(Segment(layer, at, at))
+        at += layer.numel
+    shares = {layer.name: [(0, layer.numel)] for layer in layers}
+    widths = {layer.name: quantizer.bits if layer.compressed else DENSE for layer in layers}
+    return plan(segments, [0], shares, widths, quantizer.share_bucket_size, quantizer.record_bytes)
+
+
+def works(name: str, quantizer: Quantizer, layers: tuple[Layer, ...], values: Tensor) -> dict[str, Callable[[], None]]:
+    """What is measured, by name."""
+    where, family = one_message(layers, quantizer), quantizer.family
+    fast, keys = kernels.for_device(values.device), stream_keys(0, 0, where.layers, 1, 0)
+    wire = torch.empty(where.wire_bytes, dtype=torch.uint8)
+    out, residual, pending = torch.zeros_like(values), torch.zeros_like(values), torch.zeros_like(values)
+    return {
+        "encode": lambda: fast.encode(family, where, values, keys, wire),
+        "decode": lambda: fast.decode(family, where, wire, out),
+        "add": lambda: fast.decode(family, where, wire, out, 0.5, accumulate=True),
+        "encode with feedback": lambda: fast.encode(family, where, values, keys, wire, residual, pending),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bits", type=int, nargs="+", default=[1, 2, 3, 4, 8])
+    parser.add_argument("--types", nargs="+", choices=QUANTIZERS, default=list(QUANTIZERS))
+    parser.add_argument("--repeats", type=int, default=9, help="times that each is measured")
+    asked = parser.parse_args()
+    network = build("resnet50", "classic", 1000)
+    layers = layers_of([(name, tuple(p.shape)) for name, p in network.named_parameters()], 512)
+    values = torch.randn(sum(layer.numel for layer in layers), generator=torch.Generator().manual_seed(0))
+    target = torch.zeros_like(values)
+    print(
+        f"{len(values):,} values in {len(layers)} layers, {torch.get_num_threads()} threads, {machine()}; Python "
+        f"{platform.python_version()}, torch {torch.__version__}, numba {numba.__version__}\n"
+    )
+    columns: list[str] = []
+    for name in asked.types:
+        row = QUANTIZERS[name]
+        for bits in [bits for bits in asked.bits if bits >= row.min_bits] if row.has_bits else [None]:
+            quantizer = codec(name) if bits is None else codec(name, bits=bits)
+            found = {
+                what: relative(work, lambda: target.copy_(values), asked.repeats)
+                for what, work in works(name, quantizer, layers, values).items()
+            }
+            if not columns:
+                columns = list(found)
+                print("| type | bits |", " | ".join(f"{what}, ms | x copy_" for what in columns), "|", flush=True)
+                print("| --- | --- |" + " ---: | ---: |" * len(columns))
+            cells = " | ".join(f"{milliseconds:.1f} | {ratio:.2f}" for milliseconds, ratio in found.values())
+            print(f"| {name} | {bits or ''} | {cells} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
