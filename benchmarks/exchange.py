@@ -18,6 +18,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import fmean, median
 from typing import NamedTuple
@@ -93,9 +94,10 @@ def mbit(word: str) -> float | None:
     """A rate as the command line has it."""
     if word == "none":
         return None
-    if not 0 < (rate := float(word)) < float("inf"):
-        raise ValueError(f"a rate is above 0 Mbit/s, got {word}")
-    return rate
+    with suppress(ValueError):
+        if 0 < float(word) < float("inf"):
+            return float(word)
+    raise argparse.ArgumentTypeError(f"expected a rate above 0 in Mbit/s, or none, got '{word}'")
 
 
 def main() -> None:

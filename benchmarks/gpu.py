@@ -1,0 +1,128 @@
+"""Quantizing on a GPU: every family and width next to copying the tensor once, and whether the host waits for it.
+
+    python benchmarks/gpu.py [--values 25.6e6] [--repeats 20]
+
+Times are medians between CUDA events; a ratio is the median, over the repeats, of a time over that of a copy_ made
+just before it. `feedback` is encoding with error feedback, `add` is decoding onto what is there. The host waits where
+torch's sync debug mode says so in an encoding and a decoding that have run before.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
+
+import torch
+from torch import Tensor
+
+from compression import kernels
+from compression.codecs.quantizers import Exponential, MaxMin, NormUniform, OneBit, Quantile, Quantizer, TernGrad
+from compression.layers import Layer, Plan, Segment, plan
+from compression.randomness import stream_keys
+
+Work = Callable[[], object]
+
+
+def quantizers() -> list[Quantizer]:
+    """Every family at every width it has."""
+    variable = (MaxMin, NormUniform, Exponential, Quantile)
+    return [*(family(bits) for family in variable for bits in range(family.min_bits, 9)), OneBit(), TernGrad()]
+
+
+def layout(quantizer: Quantizer, count: int) -> Plan:
+    """One layer of `count` values on one rank."""
+    layer = Layer(0, "layer", (count,), True)
+    share, widths = {layer.name: [(0, count)]}, {layer.name: quantizer.bits}
+    rules = (quantizer.share_bucket_size, quantizer.record_bytes)
+    return plan([Segment(layer, 0, 0)], [0], share, widths, *rules)
+
+
+def works(quantizer: Quantizer, values: Tensor) -> dict[str, Work]:
+    """What is measured, by its column."""
+    where, family = layout(quantizer, len(values)), quantizer.family
+    fast, keys = kernels.for_device(values.device), stream_keys(0, 0, where.layers, 0, 0)
+    wire = torch.empty(where.wire_bytes, dtype=torch.uint8, device=values.device)
+    residual, pending, out = (torch.zeros_like(values) for _ in range(3))
+    return {
+        "encode": lambda: fast.encode(family, where, values, keys, wire),
+        "feedback": lambda: fast.encode(family, where, values, keys, wire, residual, pending),
+        "decode": lambda: fast.decode(family, where, wire, out),
+        "add": lambda: fast.decode(family, where, wire, out, 0.5, accumulate=True),
+    }
+
+
+def relative(work: Work, copy: Work, repeats: int) -> tuple[float, float]:
+    """(milliseconds, times as long as the copy), medians."""
+    work()
+    pairs = [(milliseconds(copy), milliseconds(work)) for _ in range(repeats)]
+    return median(own for _, own in pairs), median(own / base for base, own in pairs)
+
+
+def milliseconds(work: Work) -> float:
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    work()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
+
+
+def waits(work: Work) -> bool:
+    """Whether the host waits for the GPU in work that has run before."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
+def hardware() -> str:
+    properties = torch.cuda.get_device_properties(0)
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "missing"
+    return (
+        f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, torch {torch.__version__}, "
+        f"CUDA {torch.version.cuda}, Triton {triton}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--values", type=float, default=25.6e6, help="values to quantize (default: ResNet-50's)")
+    parser.add_argument("--repeats", type=int, default=20, help="times that each is measured")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs a GPU, and torch finds none")
+    device = torch.device("cuda", torch.cuda.current_device())
+    values = torch.randn(int(arguments.values), device=device)
+    target = torch.empty_like(values)
+    copy = relative(lambda: target.copy_(values), lambda: target.copy_(values), arguments.repeats)[0]
+    print(hardware())
+    print(f"{len(values):,} values, {kernels.for_device(device).__name__}; one copy_ takes {copy:.3f} ms")
+    columns = ("encode", "feedback", "decode", "add")
+    print(
+        f"{'family':14}{'bits':>5}" + "".join(f"{column + ' ms':>13}{'x copy_':>9}" for column in columns) + "  waits"
+    )
+    for quantizer in quantizers():
+        measured = works(quantizer, values)
+        row = f"{quantizer.family:14}{quantizer.bits:>5}"
+        for column in columns:
+            time, ratio = relative(measured[column], lambda: target.copy_(values), arguments.repeats)
+            row += f"{time:13.3f}{ratio:9.2f}"
+        waiting = [column for column in columns if waits(measured[column])]
+        print(f"{row}  {', '.join(waiting) or 'never'}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
