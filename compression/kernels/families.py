@@ -188,7 +188,7 @@ class OneBit(Family):
         power = _power(vectors_MK)
         shares, means = vectors_MK / power, []
         for members in (~(vectors_MK < 0), vectors_MK < 0):
-            count = tree_sum(members.to(torch.float32)).clamp_min(1)
+            count = members.sum(1).clamp_min(1).to(torch.float32)
             means.append(tree_sum(shares * members) / count * power[:, 0])
         return _finite(vectors_MK, torch.stack(means, dim=1).clamp(-LIMIT, LIMIT))
 

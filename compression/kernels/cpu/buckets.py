@@ -153,7 +153,7 @@ def encode(
             source, at = pending, memory_at[m]
             for i in range(n):
                 store(pending, at + i, load(values, position[m] + i) + load(residual, at + i))
-        finite = fit(family, source, at, n, b, scales, places, terms, sums, bins)
+        finite = fit(family, source, at, n, b, scales, terms, sums, bins)
         if m + 1 < stop:
             _prefetch(values, position[m + 1], count[m + 1])
         head, width = record + 4 * scale_count(family, b), tree_width(n)
@@ -235,7 +235,7 @@ def squared_error(
     error = 0.0
     for m in range(start, stop):
         n, b, at = count[m], bits[m], position[m]
-        finite = fit(family, values, at, n, b, scales, places, terms, sums, bins)
+        finite = fit(family, values, at, n, b, scales, terms, sums, bins)
         top, unit = np.float32(top_code(family, b)), _ONE / reach(family, b, scales)
         for tile in range(0, n, TREE):
             length = min(TREE, n - tile)

@@ -7,15 +7,14 @@ compiled once. Values are given as an array, the place of the first one, and the
 import numpy as np
 
 from compression.kernels.cpu.memory import load, store
-from compression.kernels.cpu.sums import START, add_products, blocks_of, total, tree_width
-from compression.kernels.families import HISTOGRAM_BITS, LIMIT, TINY, TREE
+from compression.kernels.cpu.sums import START, add_sides, add_squares, blocks_of, total
+from compression.kernels.families import HISTOGRAM_BITS, LIMIT, TINY
 from compression.kernels.threads import inlined
 
 # From NORM_UNIFORM on, one scale and codes on both sides of zero.
 FAMILIES = {"maxmin": 0, "quantile": 1, "1bit": 2, "norm_uniform": 3, "terngrad": 4, "exponential": 5}
 MAXMIN, QUANTILE, ONEBIT, NORM_UNIFORM, TERNGRAD, EXPONENTIAL = FAMILIES.values()
 
-_OTHERS, _NEGATIVES, _VALUES = np.int64(0), np.int64(1), np.int64(2)  # groups whose moments scales are made of
 BINS = 1 << HISTOGRAM_BITS
 _ORIGIN, _SHIFT = BINS, BINS + 1  # where a histogram says how keys become bins
 _LIMIT, _TINY = np.float32(LIMIT), np.float32(TINY)
@@ -61,14 +60,13 @@ def fit(
     count: int,
     bits: int,
     scales: np.ndarray,
-    places: np.ndarray,
     terms: np.ndarray,
     sums: np.ndarray,
     bins: np.ndarray,
 ) -> bool:
     """Write the scales of a bucket, all NaN where a value is not finite; returns whether all are.
 
-    `places`, `terms` and `sums` are scratch; `bins` is filled with what `positions` needs of a quantile's histogram.
+    `terms` and `sums` are scratch; `bins` is filled with what `positions` needs of a quantile's histogram.
     """
     smallest, largest = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
     for i in range(at, at + count):
@@ -87,16 +85,16 @@ def fit(
     elif family == QUANTILE:
         _quantiles(values, at, count, low, high, top_code(family, bits), scales, bins)
     elif family == ONEBIT:
-        for group in range(2):
-            _moments(group, values, at, count, _power(norm), places, terms, sums)
-            members = total(sums, len(sums) // 2, blocks_of(count))
-            mean = total(sums, START, blocks_of(count)) / (members if members > 0 else _ONE) * _power(norm)
-            scales[group] = clamp(mean, -_LIMIT, _LIMIT)
+        negatives = add_sides(values, at, count, _ONE / _power(norm), terms, sums)
+        for side in range(2):
+            members = np.float32(negatives if side == 1 else count - negatives)
+            side_sum = total(sums, side * (len(sums) // 2), blocks_of(count))
+            scales[side] = clamp(side_sum / (members if members > 0 else _ONE) * _power(norm), -_LIMIT, _LIMIT)
     else:
         scales[0] = clamp(norm, _ZERO, _LIMIT)
         if family == TERNGRAD:
-            _moments(_VALUES, values, at, count, _power(norm), places, terms, sums)
-            mean = total(sums, len(sums) // 2, blocks_of(count)) / np.float32(count)
+            add_squares(values, at, count, _ONE / _power(norm), terms, sums)
+            mean = total(sums, START, blocks_of(count)) / np.float32(count)
             scales[0] = clamp(np.float32(2.5) * (np.sqrt(mean) * _power(norm)), _ZERO, scales[0])
     return True
 
@@ -176,31 +174,6 @@ def _ordered(bits: np.int32) -> np.int32:
 def _power(norm: np.float32) -> np.float32:
     """The largest power of two that is no larger than a norm."""
     return clamp(_float(np.float32(norm).view(np.int32) & _INFINITY), _TINY, _LIMIT)
-
-
-@inlined
-def _moments(
-    group: int,
-    values: np.ndarray,
-    at: int,
-    count: int,
-    power: np.float32,
-    places: np.ndarray,
-    terms: np.ndarray,
-    sums: np.ndarray,
-) -> None:
-    """Sums for `total` of v x and of x x, where v is value / power, and x says what the group is about.
-
-    It is 1 for its members and 0 elsewhere in the groups _OTHERS and _NEGATIVES, and v itself in the group _VALUES.
-    """
-    inverse, width = _ONE / power, tree_width(count)
-    for first in range(0, count, len(places)):
-        length = min(len(places), count - first)
-        for i in range(length):
-            value = load(values, at + first + i)
-            member = _ONE if (value < 0) == (group == _NEGATIVES) else _ZERO
-            store(places, i, value * inverse if group == _VALUES else member)
-        add_products(values, at + first, inverse, places, _ONE, length, width, terms, sums, first // TREE)
 
 
 @inlined

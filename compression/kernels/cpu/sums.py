@@ -76,3 +76,39 @@ def add_products(
         for part in range(2):
             store(sums, part * half + block, _fold(terms, part * TREE, length, width))
         block += 1
+
+
+@inlined
+def add_sides(
+    values: np.ndarray, at: int, count: int, unit: np.float32, terms: np.ndarray, sums: np.ndarray
+) -> np.int32:
+    """The sums of v, values in their unit, over all blocks: of those not below zero, and of those below.
+
+    They go to the halves of `sums`; those of the other side count as v x 0, sign included. Returns how many are below.
+    """
+    half, width, negatives = len(sums) // 2, tree_width(count), np.int32(0)
+    for first in range(0, count, TREE):
+        length = min(TREE, count - first)
+        for i in range(length):
+            value = load(values, at + first + i)
+            below = np.float32(1.0) if value < 0 else np.float32(0.0)
+            negatives += np.int32(1) if value < 0 else np.int32(0)
+            store(terms, i, (value * unit) * (np.float32(1.0) - below))
+            store(terms, TREE + i, (value * unit) * below)
+        for part in range(2):
+            store(sums, part * half + first // TREE, _fold(terms, part * TREE, length, width))
+    return negatives
+
+
+@inlined
+def add_squares(
+    values: np.ndarray, at: int, count: int, unit: np.float32, terms: np.ndarray, sums: np.ndarray
+) -> None:
+    """The sums of v v, values in their unit, over all blocks."""
+    width = tree_width(count)
+    for first in range(0, count, TREE):
+        length = min(TREE, count - first)
+        for i in range(length):
+            value = load(values, at + first + i) * unit
+            store(terms, i, value * value)
+        store(sums, first // TREE, _fold(terms, START, length, width))
