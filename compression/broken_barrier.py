@@ -5,25 +5,23 @@ forward needs at once, and nothing is left to hide them behind. They also tend t
 few of its bytes. So a step waits for the smallest prefix of layers, in forward order, that holds a share R of the
 squared norm. The others travel behind the next steps' compute, and are applied S steps later, as they are.
 
-SGD converges under such staleness, at a rate that falls with its extent: what bounds the distance between the
-weights that a gradient was taken at and those that it is applied to bounds the loss (Elastic Consistency, Nadiradze et
-al., AAAI 2021, arXiv:2001.05918). The schedulers proposed there go on as soon as enough of the norm has arrived: which
-layers are late, and how late, is then up to the network's timing, differs from rank to rank unless ranks wait for one
-another, and from run to run. Here everything is fixed before it travels:
+SGD still converges where the weights that a gradient is taken at stay near those that it is applied to, the better the
+nearer (Elastic Consistency, Nadiradze et al., AAAI 2021, arXiv:2001.05918). The scheduler published with that goes on
+as soon as enough of the norm has arrived: which layers are late, and for how long, is up to the network's timing and
+differs from run to run. Here all that results depend on is fixed before anything travels:
 
-* The prefix of a step follows from the norms of the averages that were applied last. All ranks have these; none asks.
-* What is not in the prefix of step t is applied in step t + S, also where it was there long before.
-* Only the order on the wire depends on timing. A prefix goes ahead of all late averages that still wait, but for
-  those of its own layers (what a codec remembers of a layer goes from step to step). Rank 0 chooses what is next
-  before every job, for all. Results do not depend on that order.
+* The prefix of a step follows from the norms of the averages that were applied last, which all ranks know.
+* What is not in the prefix of step t is applied in step t + S, also where it arrived long before.
+* A layer that is not due in a step is skipped: no momentum, no weight decay. Two averages that are due are added.
 
-A step without a layer's average skips that layer: no momentum, no weight decay. Two averages in one step are added.
+Only the order on the wire is up to timing. A prefix overtakes all late averages that still wait, but for those of its
+own layers, since what a codec remembers of a layer goes from step to step. Before every job rank 0 chooses for all.
 
-When not to use it. Every byte still travels: a step can come down to max(compute, communication), and no further, so
-where the network is several times too slow, send less instead. On a fast network there is nothing to hide. A larger S
-never makes a steady network faster: 1 hides as much, and more than that only evens out a rate that varies. It costs
-accuracy, above all with a high momentum or learning rate, and memory: S copies of the late layers. A loss scale reacts
-to an overflow in a late layer S steps late, and then once for each step that overflowed meanwhile.
+When not to use it. Every byte still travels: a step can come down to max(compute, communication) and no further, so
+where the network is several times too slow, send less instead; where it is fast, there is nothing to hide. On a steady
+network S = 1 hides as much as any S: more only evens out a rate that varies. Staleness costs accuracy, above all with
+a high learning rate or momentum, and S copies of the late layers, in a checkpoint within an epoch too. A loss scale
+hears of an overflow in a late layer S steps late, and backs off once for every step that overflowed meanwhile.
 """
 
 import math
@@ -51,7 +49,7 @@ def prefix_length(squares: Sequence[float], share: float) -> int:
 
     All of them where there is nothing to share: the sum is zero, or not finite.
     """
-    total = math.fsum(squares)
+    total = sum(squares)
     held = 0.0
     for length, square in enumerate(squares, start=1):
         held += square
@@ -104,7 +102,7 @@ class BrokenBarrier(Exchange):
         super().__init__(model, compressor, collectives, seed)
         self.share, self.late_steps = share, late_steps
         self._squares = dict.fromkeys(self._parameters, math.nan)  # of the averages that were applied last
-        self._prefix = frozenset(self._parameters)
+        self.prefix = frozenset(self._parameters)
         self._outstanding: list[_Part] = []  # of this step and earlier ones, in their order
         self._held: list[_Part] = []  # late ones of this step, until its prefix has been queued
         self._last_late = dict.fromkeys(self._parameters, 0)  # how many late ones are queued up to the layer's last
@@ -112,7 +110,7 @@ class BrokenBarrier(Exchange):
     def begin_step(self, loss_scale: float | Tensor = 1.0) -> None:
         super().begin_step(loss_scale)
         length = prefix_length(list(self._squares.values()), self.share)
-        self._prefix = frozenset(list(self._squares)[:length])
+        self.prefix = frozenset(list(self._squares)[:length])
 
     def finish(self) -> Tensor:
         """Wait for the averages that are due in this step, and put them into .grad; parameters without one get None.
@@ -160,11 +158,16 @@ class BrokenBarrier(Exchange):
         """Nothing: every part has committed what it computed."""
 
     def _choose(self, goes_ahead: bool) -> bool:
-        if self._failure is None:
-            try:
-                goes_ahead = self.collectives.broadcast(goes_ahead)
-            except BaseException as error:
-                self._failure = error
+        """Rank 0's choice: 4 bytes, and the rank's wait for the others."""
+        start = time.perf_counter()
+        try:
+            if self._failure is None:
+                word = torch.tensor([float(goes_ahead and self.collectives.rank == 0)], device=self.device)
+                self.collectives.sum_(word)
+                goes_ahead = bool(word)
+        except BaseException as error:
+            self._failure = error
+        self._job_seconds += time.perf_counter() - start
         return goes_ahead
 
     def _submit(self, gradients: Gradients, done: Callable[[], None]) -> None:
@@ -173,7 +176,7 @@ class BrokenBarrier(Exchange):
         The rest would only be in the prefix's way: it has the next steps' compute to travel behind.
         """
         self._travelling = True
-        urgent = [name in self._prefix for name in gradients.names]
+        urgent = [name in self.prefix for name in gradients.names]
         if any(urgent):
             part = self._part(gradients, urgent, self.step)
             after = max(self._last_late[name] for name in part.gradients.names)

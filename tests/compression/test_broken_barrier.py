@@ -100,37 +100,44 @@ def trainings(draw: st.DrawFn) -> tuple[list[int], list[int], float, int]:
     return counts, powers, draw(st.sampled_from([0.05, 0.3, 0.5, 0.9, 0.99])), draw(st.integers(1, 3))
 
 
+def steps_in(values: Tensor, powers: Sequence[int]) -> list[int]:
+    """The steps whose averages add up to these values, all equal, where step t's is 4^powers[t]."""
+    assert values.unique().numel() == 1
+    found = [step for step, power in enumerate(powers) if int(values[0]) >> 2 * power & 3]
+    assert float(values[0]) == sum(4.0 ** powers[step] for step in found)
+    return found
+
+
 @settings(deadline=None, max_examples=25)
 @given(trainings())
 def test_every_average_is_applied_once_in_its_step_or_a_fixed_number_of_steps_later(training: Any) -> None:
-    """Step t's gradient is 4^p(t) everywhere, so that what a step gets tells whose averages these are."""
     counts, powers, share, late_steps = training
+    layers = range(len(counts))
 
-    def train(ranks: ThreadCollectives) -> list[list[Tensor]]:
+    def train(ranks: ThreadCollectives) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
         with attached([[count] for count in counts], ranks, share, late_steps, "none") as (model, exchange):
             own = 2 * ranks.rank  # the ranks' mean is 1
             taken = [step(model, exchange, [own * 4.0**power] * len(counts)) for power in powers]
-            return taken + drained(model, exchange)
+            return taken, drained(model, exchange)
 
-    taken, others = run_ranks(2, train)
-    squares = [math.nan] * len(counts)
-    applied: dict[tuple[int, int], int] = {}
-    for now, (mine, theirs) in enumerate(zip(taken, others, strict=True)):
+    (taken, after), others = run_ranks(2, train)
+    for mine, theirs in zip(taken + after, others[0] + others[1], strict=True):
         assert all(map(torch.equal, mine, theirs))
-        waited_for = prefix_length(squares, share)
-        for layer, values in enumerate(mine):
-            assert values.unique().numel() == 1
-            digits = int(values[0])
-            for of in (now - late_steps, now):
-                if 0 <= of < len(powers) and digits >> 2 * powers[of] & 3:
-                    assert (layer, of) not in applied
-                    assert (of == now) == (now < len(powers) and layer < waited_for) or of < now
-                    digits -= 4 ** powers[of]
-                    applied[layer, of] = now
-                    squares[layer] = counts[layer] * 16.0 ** powers[of]
-            assert digits == 0
-    assert applied.keys() == {(layer, of) for layer in range(len(counts)) for of in range(len(powers))}
-    assert {now - of for (_, of), now in applied.items()} <= {0, late_steps}
+    squares = [math.nan] * len(counts)
+    late: set[tuple[int, int]] = set()  # (step, layer)
+    for now, values in enumerate(taken):
+        length = prefix_length(squares, share)
+        for layer in layers:
+            due = [now - late_steps] * ((now - late_steps, layer) in late) + [now] * (layer < length)
+            assert steps_in(values[layer], powers) == due
+            if due:
+                squares[layer] = counts[layer] * 16.0 ** powers[due[-1]]
+        late -= {(now - late_steps, layer) for layer in layers}
+        late |= {(now, layer) for layer in layers[length:]}
+    steps = sorted({step for step, _ in late})
+    assert [[steps_in(each, powers) for each in values] for values in after] == [
+        [[step] * ((step, layer) in late) for layer in layers] for step in steps
+    ]
 
 
 def test_a_layer_is_late_exactly_where_the_prefix_of_its_step_ends_before_it() -> None:
@@ -256,7 +263,7 @@ def test_an_engine_ends_though_another_ranks_job_never_comes() -> None:
 
 def test_what_goes_wrong_on_the_network_reaches_the_loop() -> None:
     class Broken(compression.Solo):
-        def broadcast(self, value: Any) -> Any:
+        def sum_(self, values: Tensor) -> None:
             raise ConnectionError("the cable is out")
 
     with (

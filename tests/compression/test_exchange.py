@@ -166,6 +166,27 @@ def test_alone_and_compressed_gradients_are_encoded_before_backward_returns() ->
         assert gradients(network).unique().numel() < gradients(plain).unique().numel()
 
 
+def test_gradients_keep_values_and_layout_of_channels_last_parameters() -> None:
+    plain, network = (nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last) for _ in range(2))
+    network.load_state_dict(plain.state_dict())
+    exchange = compression.attach(network, compression.build("none"))
+    for each in (plain, network):
+        each(torch.arange(75.0).view(1, 3, 5, 5)).square().sum().backward()
+    exchange.close()
+    assert torch.equal(network.weight.grad, plain.weight.grad)
+    assert network.weight.grad.stride() == network.weight.stride() != network.weight.contiguous().stride()
+
+
+def test_a_gradient_that_does_not_come_counts_as_zero() -> None:
+    with solo("none") as (network, exchange):
+        for step, used in enumerate((network, network[:3])):
+            network.zero_grad()
+            used(batch(0, step)[0]).sum().backward()
+            exchange.settle(exchange.finish())
+        assert not network[4].weight.grad.any()
+        assert network[0].weight.grad.any()
+
+
 def test_micro_batches_accumulate_and_are_encoded_once() -> None:
     with solo("maxmin") as (network, exchange):
         with exchange.no_sync():

@@ -166,6 +166,50 @@ def test_micro_batches_travel_once_per_step_and_what_is_left_over_is_dropped(acc
     assert (result.steps, result.iteration, result.finished) == (steps, steps * accumulation, True)
 
 
+class Late(Alone):
+    """An exchange that holds some averages back: gradients of 1 for the last layer."""
+
+    def __init__(self, model: nn.Module, held: int, finite: bool = True) -> None:
+        super().__init__(model)
+        self.held, self.finite = held, torch.tensor(finite)
+
+    def drain(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:
+        self.calls.append("drain")
+        self.held -= 1
+        self.model[4].bias.grad = torch.ones(CLASSES) * loss_scale
+        return None if self.held < 0 else self.finite
+
+
+@pytest.mark.parametrize("flags", [{}, {"amp": True, "static_loss_scale": 8.0}], ids=str)
+def test_what_an_exchange_holds_back_is_applied_at_the_end_of_an_epoch(flags: dict[str, Any]) -> None:
+    late, alone = Run(momentum=0.0, **flags), Run(momentum=0.0, **flags)
+    late.exchange = Late(late.model, held=2)
+    result = late.train(Batches([4] * 3), lr=0.25)
+    alone.train(Batches([4] * 3), lr=0.25)
+    assert late.exchange.calls[-8:] == ["begin_step", "finish", "settle", "drain", "settle", "drain", "settle", "drain"]
+    assert late.exchange.calls.count("drain") == 3
+    assert result.steps == 3
+    assert torch.equal(late.model[4].weight, alone.model[4].weight)
+    decayed = alone.model[4].bias.detach()
+    for _ in range(2):
+        decayed = decayed - 0.25 * (1 + 0.01 * decayed)
+    torch.testing.assert_close(late.model[4].bias.detach(), decayed)
+
+
+def test_nothing_that_is_held_back_is_applied_where_an_epoch_stops_early() -> None:
+    run = Run()
+    run.exchange = Late(run.model, held=2)
+    assert not run.train(Batches([4] * 3), should_stop=lambda: True).finished
+    assert "drain" not in run.exchange.calls
+
+
+def test_what_is_held_back_and_not_finite_ends_the_run_too() -> None:
+    run = Run()
+    run.exchange = Late(run.model, held=1, finite=False)
+    with pytest.raises(NonFiniteGradientError, match="was not finite in epoch 0"):
+        run.train(Batches([4] * 3), print_freq=100)
+
+
 def test_an_accumulated_gradient_is_the_mean_over_its_images() -> None:
     loader = Batches([4] * 6)
 
