@@ -596,7 +596,7 @@ class Run:
             self.log.parameters({name: value for name, value in vars(flags).items() if name != "given"})
             self._observe()
         self.steps = 0
-        self.totals = torch.zeros(6, dtype=torch.float64, device=ranks.device)
+        self.totals = torch.zeros(7, dtype=torch.float64, device=ranks.device)
         self.summary: dict[str, float] = {}
 
     # The epochs
@@ -753,14 +753,14 @@ class Run:
         """Bytes and seconds per step since the last call, means over ranks."""
         report = self.exchange.report()
         own = [report.steps, report.bytes_sent, report.bytes_dense, report.ratio * report.steps]
-        own += [report.comm_seconds, report.codec_seconds]
+        own += [report.comm_seconds, report.codec_seconds, report.exposed_seconds]
         mean = self.ranks.sum(torch.tensor(own, dtype=torch.float64, device=self.ranks.device)) / self.ranks.size
         self.totals += mean
         return self._per_step(mean)
 
     @staticmethod
     def _per_step(totals: Tensor) -> dict[str, float]:
-        steps, sent, dense, ratio, comm, codec = totals.tolist()
+        steps, sent, dense, ratio, comm, codec, exposed = totals.tolist()
         if steps == 0:
             return {}
         return {
@@ -768,6 +768,7 @@ class Run:
             "comm.bytes_dense": dense / steps,
             "comm.ratio": sent / dense if dense else ratio / steps,
             "comm.time": comm / steps,
+            "comm.exposed_time": exposed / steps,
             "codec.time": codec / steps,
         }
 

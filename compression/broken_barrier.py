@@ -175,7 +175,7 @@ class BrokenBarrier(Exchange):
 
         The rest would only be in the prefix's way: it has the next steps' compute to travel behind.
         """
-        self._travelling = True
+        self._travelling, self._submitted_at = True, time.perf_counter()
         urgent = [name in self.prefix for name in gradients.names]
         if any(urgent):
             part = self._part(gradients, urgent, self.step)

@@ -29,7 +29,8 @@ class Report:
     """What a number of optimizer steps sent and waited for, on this rank.
 
     `bytes_dense` is what an all-reduce in float32 would have sent. `ratio` is their quotient, and at one rank, where
-    nothing is sent, encoded bytes over 4 bytes a value.
+    nothing is sent, encoded bytes over 4 bytes a value. `exposed_seconds` are those from the last gradient of backward
+    to the last average: what backward did not hide of the exchange. On a GPU they are the host's.
     """
 
     steps: int
@@ -38,6 +39,7 @@ class Report:
     ratio: float
     comm_seconds: float
     codec_seconds: float
+    exposed_seconds: float
 
 
 class Exchange:
@@ -67,7 +69,9 @@ class Exchange:
         self._suspect: tuple[tuple[str, ...], Tensor] | None = None
         self._failure: BaseException | None = None
         self._job_seconds = 0.0
-        self._reported = (0, 0.0, 0.0, 0.0, 0)
+        self._exposed_seconds = 0.0
+        self._submitted_at: float | None = None  # the last gradients of the step under way
+        self._reported = (0, 0.0, 0, 0.0, 0.0, 0.0)
         self._engine = Engine(self.device, self._choose)
         self.recorder: Recorder | None = None
         self._hooks = hook(model, self._parameters, self._begin_backward, self._submit)
@@ -93,6 +97,9 @@ class Exchange:
         """
         if self._failure is not None:
             raise self._failure
+        if self._submitted_at is not None:
+            self._exposed_seconds += time.perf_counter() - self._submitted_at
+            self._submitted_at = None
         if not self._bad:
             return torch.ones((), dtype=torch.bool, device=self.device)
         bad = torch.stack(list(self._bad.values()))
@@ -165,14 +172,15 @@ class Exchange:
         """What was sent since the last report."""
         traffic = self.collectives.traffic
         encoded = self.averager.encoded_bytes
-        now = (self.step + self._open, traffic.bytes_sent, traffic.seconds, self._job_seconds, encoded)
-        steps, sent, comm, job, encoded_now = (b - a for a, b in zip(self._reported, now, strict=True))
+        seconds = (traffic.seconds, self._job_seconds, self._exposed_seconds)
+        now = (self.step + self._open, traffic.bytes_sent, encoded, *seconds)
+        steps, sent, encoded_now, comm, job, exposed = (b - a for a, b in zip(self._reported, now, strict=True))
         self._reported = now
         values = sum(layer.numel for layer in self.layers)
         world = self.collectives.world_size
         dense = 2 * (world - 1) / world * 4 * values * steps
         ratio = sent / dense if dense else encoded_now / (4 * values * steps or 1)
-        return Report(int(steps), sent, dense, ratio, comm, max(job - comm, 0.0))
+        return Report(int(steps), sent, dense, ratio, comm, max(job - comm, 0.0), exposed)
 
     def close(self) -> None:
         """Leave the model alone and end the communication thread."""
@@ -210,7 +218,7 @@ class Exchange:
 
         Where all gradients are averaged at once, the buffers wait for the last one and then make one job.
         """
-        self._travelling = True
+        self._travelling, self._submitted_at = True, time.perf_counter()
         self._waiting.append((gradients, done))
         if self._whole is not None and sum(len(part.names) for part, _ in self._waiting) < len(self.layers):
             return

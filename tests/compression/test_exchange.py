@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -257,3 +258,22 @@ def test_a_report_counts_steps_and_what_was_encoded() -> None:
         assert report.bytes_sent == 0
         assert report.ratio == pytest.approx(encoded / (4 * sum(layer.numel for layer in layers)))
         assert exchange.report().steps == 0
+
+
+def test_the_time_that_backward_does_not_hide_is_counted() -> None:
+    """The last averages come this much after backward's last gradient."""
+    seconds = 0.02
+
+    class Slow(compression.Solo):
+        def sum_(self, values: Tensor) -> None:
+            time.sleep(seconds)
+
+    network = model()
+    exchange = compression.attach(network, compression.build("none"), Slow())
+    train(network, exchange, rank=0, steps=3)
+    exchange.state_dict()  # ends the last step
+    report = exchange.report()
+    assert report.steps == 3
+    assert report.exposed_seconds >= 3 * seconds
+    assert report.comm_seconds >= 3 * seconds
+    assert exchange.report().exposed_seconds == 0

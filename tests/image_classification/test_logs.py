@@ -18,7 +18,7 @@ METRICS_OF_THE_PROGRAM = [
     "val.top1", "val.top5", "val.loss", "val.compute_ips", "val.total_ips", "val.data_time",
     "val.compute_latency", "val.compute_latency_at95", "val.compute_latency_at99",
     "val.compute_latency_at100", "best.top1", "comm.bytes_sent", "comm.bytes_dense", "comm.ratio", "comm.time",
-    "codec.time",
+    "codec.time", "comm.exposed_time",
 ]
 
 
