@@ -190,6 +190,7 @@ def test_help_shows_the_usage_that_was_asked_for(monkeypatch):
 
 def test_the_registry_holds_the_types_of_the_list_in_its_order():
     assert TYPES == REGISTERED
+    assert {name: row.min_bits for name, row in compression.COMPRESSORS.items() if row.has_bits} == MIN_BITS
 
 
 def test_recipes_may_call_momentum_mom():

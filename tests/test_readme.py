@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from compression import COMPRESSORS
+
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if not line.startswith("make ")]
 
 
@@ -26,6 +29,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_readme_shows_every_way_in() -> None:
     shown = " ".join(COMMANDS)
     assert all(word in shown for word in ("torch.distributed.launch", "horovodrun", "--search", "plot_run.py"))
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_the_readme_says_what_every_compressor_is(name: str) -> None:
+    [section] = re.findall(r"### Choose what travels\n(.*?)\n###", README, re.DOTALL)
+    assert name in re.findall(r"[a-z_0-9]+", section)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split(" digits")[0])
