@@ -3,9 +3,10 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install lint test horovod demo clean
+.PHONY: help install lint test horovod demo bench clean
 
 PYTHON ?= python3.11
+PHOTOS ?= ../shared/data/photos.tar
 BIN := .venv/bin
 INSTALLED := .venv/installed
 REQUIREMENTS := requirements.txt tests/requirements.txt tests/requirements-triton.txt
@@ -37,6 +38,21 @@ horovod: $(INSTALLED)  ## Horovod into .venv: 5 minutes the first time, seconds 
 
 demo: $(INSTALLED)  ## what the program does, on two ranks of this machine
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash benchmarks/demo.sh
+
+# Minutes on 2 idle cores: search 1, codecs 1, topk 2, loop 5, fidelity 1, exchange 15 (most of them at 100 Mbit/s), scale
+# 3, loaders 2. Training with every compressor takes hours and has its own commands in BENCHMARKS.md.
+bench: $(INSTALLED)  ## every table of BENCHMARKS.md but those of trainings: half an hour; as root also over slow links
+	$(BIN)/python benchmarks/search.py
+	$(BIN)/python benchmarks/codecs.py
+	$(BIN)/python benchmarks/topk.py
+	$(BIN)/python benchmarks/loop.py
+	$(BIN)/python benchmarks/fidelity.py -o docs/fidelity.md
+	$(BIN)/python benchmarks/exchange.py -o docs/exchange.png
+	$(BIN)/python benchmarks/scale.py
+	if [ -e $(PHOTOS) ]; then $(BIN)/python benchmarks/loaders.py $(PHOTOS); else \
+	  echo "make: no photographs at $(PHOTOS), so no table of loaders; name yours: make bench PHOTOS=/path/to/folder/or/tar"; fi
+	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(BIN)/python benchmarks/gpu.py; fi
 
 clean:  ## undo all of the above; the cached Horovod wheel stays
 	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache

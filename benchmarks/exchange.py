@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees it
 
 import torch
 
-from benchmarks.methods import METHODS, Measured, command, parse
+from benchmarks.methods import METHODS, TINY, Measured, command, parse
 from benchmarks.netlab import available
 from benchmarks.ranks import over_links, over_loopback
 from benchmarks.search import machine
@@ -119,6 +119,7 @@ def main() -> None:
     if why_not := available():
         print(f"no links of a chosen rate here ({why_not}): over loopback, without limits")
         flags.rates = [None]
+    over_loopback(1, command([TINY], flags.methods, 0))  # compiles, which else all ranks would do at once
     start = command([shapes], flags.methods, flags.repeat)
     results: dict[int, dict[str, dict[str, Row]]] = {}
     for ranks in flags.ranks:

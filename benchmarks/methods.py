@@ -213,11 +213,14 @@ METHODS: dict[str, Method] = {
 
 
 def measure(shapes: Shapes, methods: Sequence[str], repeat: int) -> dict[str, Measured]:
-    """Every method's exchanges on this rank, all methods in each turn, after a first one that is not timed."""
+    """Every method's exchanges on this rank, all methods in each turn, after a first one that is not timed.
+
+    Memory is that first one's, with what stays in it, once a tiny exchange has compiled what there is to compile.
+    """
     tiny, work = Workload(TINY, dist.get_rank()), Workload(shapes, dist.get_rank())
     exchanges, peaks = {}, {}
     for name in methods:
-        METHODS[name](tiny)()  # compiles what is to be compiled
+        METHODS[name](tiny)()
         before = start_of_peak()
         exchanges[name] = METHODS[name](work)
         exchanges[name]()

@@ -32,7 +32,7 @@ import torch
 from scipy.optimize import nnls
 
 from benchmarks.exchange import row_of
-from benchmarks.methods import Shapes, bucketed, command, parse
+from benchmarks.methods import TINY, Shapes, bucketed, command, parse
 from benchmarks.ranks import over_loopback
 from benchmarks.search import machine
 from image_classification.models import build
@@ -152,6 +152,7 @@ def main() -> None:
 
     print(f"{machine()}, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, torch {torch.__version__}; "
           f"median of {flags.repeat} turns\n")  # fmt: skip
+    over_loopback(1, command([TINY], METHODS, 0))  # compiles, which else all ranks would do at once
     seconds: dict[Run, float] = {}
     memory: dict[Run, float] = {}
     for ranks in flags.ranks:
