@@ -130,7 +130,7 @@ def extrapolated_table(model: Model, shapes: Shapes, bytes_per_value: Mapping[st
     """Seconds of the gradient's exchange at many ranks. `bytes_per_value`: what stands for a value, once."""
     columns = [(method, mbit) for mbit in LINKS_MBIT for method in METHODS]
     yield f"| ranks | {' | '.join(f'{method}, {mbit // 1000} Gbit/s' for method, mbit in columns)} |"
-    yield f"| {'---: | ' * (1 + len(columns))}"
+    yield f"|{' ---: |' * (1 + len(columns))}"
     values, buckets = numel(shapes), len(list(bucketed(shapes)))
     for ranks in FAR:
         cells = [str(ranks)]
