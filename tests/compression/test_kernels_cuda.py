@@ -4,6 +4,7 @@ Triton runs in processes of its own: on a GPU where there is one, else in its in
 is imported.
 """
 
+import importlib
 import importlib.util
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,6 +38,7 @@ WIDTHS = {
     "terngrad": [2],
     "quantile": range(1, 9),
 }
+ENCODED = [family for family in WIDTHS if family != "quantile"]  # quantiles are encoded by the reference
 TINY, LARGEST = 1e-41, torch.finfo(torch.float32).max
 KINDS = {
     "normal": lambda noise: noise,
@@ -84,7 +87,7 @@ def layout(family: str, layers: Layers, bucket_size: int, world_size: int) -> Pl
 
 
 def differences(
-    family: str, layers: Layers, bucket_size: int, world_size: int, feedback: bool, accumulate: bool
+    family: str, layers: Layers, bucket_size: int, world_size: int, feedback: bool, adding: bool
 ) -> list[str]:
     """What is not the same after the reference and the GPU's kernels have each done the same work."""
     from compression.kernels import cuda
@@ -103,7 +106,7 @@ def differences(
         record = wire[1:-1]  # at an odd address, with a byte on either side that is not ours
         module.encode(family, where, values.to(place), keys, record, *memory)
         decoded = torch.ones(where.values, device=place)
-        module.decode(family, where, record, decoded, 0.3, accumulate)
+        module.decode(family, where, record, decoded, 0.3, accumulate=adding)
         found.append((wire.cpu(), pending.cpu(), decoded.cpu()))
     names = ("wire", "pending", "decoded")
     return [name for name, slow, fast in zip(names, *found, strict=True) if not same(slow, fast)]
@@ -141,6 +144,11 @@ def test_buckets_of_several_trees_and_tiles(gpu: Executor, family: str) -> None:
     assert gpu.submit(differences, family, layers, -1, 1, True, False).result() == []
 
 
+def test_dense_layers_alone_keep_their_bits(gpu: Executor) -> None:
+    layers = [(2100, DENSE, "NaN"), (1, DENSE, "huge")]
+    assert gpu.submit(differences, "maxmin", layers, 8, 1, True, False).result() == []
+
+
 def test_buckets_too_long_for_a_program_go_beside_those_that_are_not(gpu: Executor) -> None:
     layers = [(40, 3, "normal"), (300, 3, "negative"), (300, DENSE, "normal"), (300, 5, "huge"), (256, 4, "zero")]
     assert gpu.submit(differences_where_256_is_long, layers).result() == []
@@ -153,6 +161,27 @@ def differences_where_256_is_long(layers: Layers) -> list[str]:
         return differences("maxmin", layers, -1, 1, True, True)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to wait for")
+@pytest.mark.parametrize("family", ENCODED)
+def test_the_host_waits_for_nothing_but_the_plan(gpu: Executor, family: str) -> None:
+    gpu.submit(work_without_waiting, family).result()
+
+
+def work_without_waiting(family: str) -> None:
+    """RuntimeError where it waits."""
+    from compression.kernels import cuda
+
+    where, keys = layout(family, [(1000, WIDTHS[family][0], "normal")], 512, 1), np.zeros((1, 2), np.uint32)
+    values, wire = torch.ones(1000, device="cuda"), torch.empty(where.wire_bytes, dtype=torch.uint8, device="cuda")
+    try:
+        for mode in ("default", "error"):
+            torch.cuda.set_sync_debug_mode(mode)
+            cuda.encode(family, where, values, keys, wire)
+            cuda.decode(family, where, wire, values)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_plan_is_sent_once_and_forgotten_with_it(gpu: Executor) -> None:
     assert gpu.submit(tables_of_a_plan).result() == (True, 2, 0)
 
@@ -163,9 +192,8 @@ def tables_of_a_plan() -> tuple[bool, int, int]:
 
     before = len(pieces._made)
     where, place = layout("maxmin", [(100, 4, "normal")], 10, 1), torch.device("cpu")
-    pieces.to_encode(where, place), pieces.to_decode(where, place)
-    again = pieces.to_encode(where, place) is pieces.to_encode(where, place)
-    kept = len(pieces._made) - before
+    first, _ = pieces.to_encode(where, place), pieces.to_decode(where, place)
+    again, kept = pieces.to_encode(where, place) is first, len(pieces._made) - before
     del where
     return again, kept, len(pieces._made) - before
 
@@ -185,6 +213,7 @@ def test_a_gpu_gets_triton_where_it_runs_and_torch_elsewhere(
 
 
 def kernels_of_a_gpu(environment: dict[str, str], installed: bool) -> str:
+    importlib.import_module("compression.kernels.cuda")  # as every other test does it, whatever the environment is here
     kernels._triton_runs.cache_clear()
     with (
         patch.dict(os.environ, environment, clear=True),
@@ -206,7 +235,6 @@ def _compile_into(folder: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = folder
 
 
-ENCODED = [family for family in WIDTHS if family != "quantile"]  # these the reference encodes
 KERNELS = [*(("encode", family) for family in ENCODED), *(("decode", family) for family in WIDTHS)]
 BUFFERS = {"values": "*fp32", "residual": "*fp32", "pending": "*fp32", "wire": "*u8", "out": "*fp32"}
 NUMBERS = {"table": "*i64", "pieces": "i32", "keys": "*i32", "factor": "fp32"}

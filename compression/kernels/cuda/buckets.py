@@ -9,6 +9,7 @@ import triton.language as tl
 
 from compression import layers
 from compression.kernels.cuda.families import fit, levels, positions, project, scale_count
+from compression.kernels.cuda.pieces import BITS, COUNT, ELEMENT, FIRST, MEMORY_AT, POSITION, SLOT, WHOLE, WIRE_AT
 from compression.kernels.cuda.records import load_words, pack, store_words, ternary_source, ternary_unpack, unpack
 from compression.kernels.families import FRACTION_BITS
 
@@ -34,21 +35,21 @@ def encode(
 ) -> None:
     """Records of whole buckets, and the bytes of dense pieces."""
     row, at = _rows(M), tl.arange(0, K)[None, :]
-    position = _column(table, pieces, row, 0)
-    count = _column(table, pieces, row, 1).to(tl.int32)
-    bits = _column(table, pieces, row, 2).to(tl.int32)
-    record = wire + _column(table, pieces, row, 3)
+    position = _column(table, pieces, row, POSITION)
+    count = _column(table, pieces, row, COUNT).to(tl.int32)
+    bits = _column(table, pieces, row, BITS).to(tl.int32)
+    record = wire + _column(table, pieces, row, WIRE_AT)
     dense = bits == _DENSE
     if tl.max(dense.to(tl.int32)) > 0:
         copied = dense & (at < count)
         words = tl.load(values + position + at, mask=copied, other=0.0).to(tl.int32, bitcast=True)
-        store_words(record + 4 * (_column(table, pieces, row, 4) + at), words, copied)
+        store_words(record + 4 * (_column(table, pieces, row, FIRST) + at), words, copied)
 
     count = tl.where(dense, 0, count)
     bits = tl.where(dense, 8, bits)
-    element = _column(table, pieces, row, 7).to(tl.uint32)
-    memory = _column(table, pieces, row, 8)
-    slot = _column(table, pieces, row, 6)
+    element = _column(table, pieces, row, ELEMENT).to(tl.uint32)
+    memory = _column(table, pieces, row, MEMORY_AT)
+    slot = _column(table, pieces, row, SLOT)
     low, high = tl.load(keys + 2 * slot).to(tl.uint32), tl.load(keys + 2 * slot + 1).to(tl.uint32)
     here = at < count
     vectors = _vectors(values + position + at, residual + memory + at, here, FEEDBACK)
@@ -89,17 +90,17 @@ def decode(
 ) -> None:
     """Set pieces of buckets of any length to `factor` x decoded, or add that to them."""
     row, at = _rows(M), tl.arange(0, K)[None, :]
-    target = out + _column(table, pieces, row, 0) + at
-    count = _column(table, pieces, row, 1).to(tl.int32)
-    bits = _column(table, pieces, row, 2).to(tl.int32)
-    record = wire + _column(table, pieces, row, 3)
-    first = _column(table, pieces, row, 4)
+    target = out + _column(table, pieces, row, POSITION) + at
+    count = _column(table, pieces, row, COUNT).to(tl.int32)
+    bits = _column(table, pieces, row, BITS).to(tl.int32)
+    record = wire + _column(table, pieces, row, WIRE_AT)
+    first = _column(table, pieces, row, FIRST)
     here, dense = at < count, bits == _DENSE
     coded = here & (bits != _DENSE)
     bits = tl.where(dense, 8, bits)
     payload = record + 4 * scale_count(bits, FAMILY)
     if FAMILY == "terngrad":
-        codes = ternary_unpack(first, at, _column(table, pieces, row, 5), payload, coded)
+        codes = ternary_unpack(first, at, _column(table, pieces, row, WHOLE), payload, coded)
     else:
         codes = unpack(first, at, bits, payload, coded)
     if FAMILY == "quantile":
@@ -127,7 +128,7 @@ def _rows(M: tl.constexpr) -> tl.tensor:
 @triton.jit
 def _column(table: tl.tensor, pieces: tl.tensor, row: tl.tensor, index: tl.constexpr) -> tl.tensor:
     """One number of each piece, 0 beyond the last."""
-    return tl.load(table + index * pieces.to(tl.int64) + row, mask=row < pieces, other=0)
+    return tl.load(table + pieces.to(tl.int64) * index + row, mask=row < pieces, other=0)
 
 
 @triton.jit

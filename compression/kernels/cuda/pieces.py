@@ -5,10 +5,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
 from compression.layers import DENSE, Plan
+
+# Rows of a table, as in a plan. FIRST: the index, in its bucket, of a piece's first value; WHOLE: the bucket's count.
+POSITION, COUNT, BITS, WIRE_AT, FIRST, WHOLE, SLOT, ELEMENT, MEMORY_AT = map(tl.constexpr, range(9))
 
 LONGEST = 16384  # values of a bucket that one program encodes
 SHORTEST = 8  # values that a row of a program has room for
@@ -17,10 +21,9 @@ BLOCK = 1024  # values that a program works on, where one row does not hold more
 
 @dataclass(frozen=True)
 class Pieces:
-    """P pieces of at most `width` values, a power of two, on a device. int64 [9, P].
+    """P pieces of buckets, of at most `width` values, a power of two. `table`: int64 [9, P], on the device.
 
-    The rows: position of the piece, its count, its bucket's bits and wire_at, the index of the piece's first value in
-    its bucket, the bucket's count, its slot, element and memory_at. Buckets too long to encode are a plan of their own.
+    Buckets that no program can encode are the plan `longer`.
     """
 
     table: Tensor
@@ -42,7 +45,7 @@ class Pieces:
 
 
 def to_encode(plan: Plan, device: torch.device) -> Pieces:
-    """Whole buckets, and dense ones in pieces."""
+    """Whole buckets, in pieces only where they are dense."""
     return _kept(plan, device, True)
 
 
@@ -64,8 +67,8 @@ def _kept(plan: Plan, device: torch.device, whole: bool) -> Pieces:
 
 def _make(plan: Plan, device: torch.device, whole: bool) -> Pieces:
     kept = (plan.bits == DENSE) | (plan.count <= LONGEST) | (not whole)
-    counts = plan.count[kept & (plan.bits != DENSE)] if whole else plan.count
-    width = min(_power_of_two(int(counts.max(initial=SHORTEST))), LONGEST if whole else BLOCK)
+    uncut = plan.count[kept & (plan.bits != DENSE)] if whole else np.minimum(plan.count, BLOCK)
+    width = _power_of_two(max(int(uncut.max(initial=0)) or BLOCK, SHORTEST))
     cuts = -(-plan.count // width) * kept
     bucket = np.repeat(np.arange(len(cuts)), cuts)
     first = (np.arange(len(bucket)) - np.repeat(np.cumsum(cuts) - cuts, cuts)) * width
