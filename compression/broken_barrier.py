@@ -259,7 +259,7 @@ def _packed(values: Mapping[str, Tensor], loss_scale: float | Tensor = 1.0) -> G
 
 
 def _squared_norm(values: Tensor) -> Tensor:
-    """In float64, as far as machines that differ may well choose the same prefix. A scalar on the device."""
+    """In float64: what machines that add up in another order then differ by moves no prefix. A scalar on the device."""
     total = torch.zeros((), dtype=torch.float64, device=values.device)
     for chunk in values.split(_CHUNK):
         wide = chunk.double()

@@ -213,6 +213,29 @@ def test_averages_do_not_depend_on_the_order_on_the_wire(share: float) -> None:
     assert all(map(torch.equal, first, slow))
 
 
+LATE: list[tuple[str, dict[str, Any]]] = [
+    *((name, {"error_feedback": True}) for name in compression.can_be_late() if name in compression.with_bits()),
+    *((name, {}) for name in compression.can_be_late()),
+    ("maxmin", {"error_feedback": True, "warmup_steps": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), LATE, ids=str)
+def test_ranks_get_the_same_bits_from_every_compressor_that_can_be_late(name: str, options: dict[str, Any]) -> None:
+    def train(ranks: ThreadCollectives) -> list[list[Tensor]]:
+        with attached(QUANTIZED, ranks, 0.5, 2, name, **options) as (model, exchange):
+            generator = torch.Generator().manual_seed(ranks.rank)
+            for _ in range(3):
+                step(model, exchange, [torch.randn(shape, generator=generator) for shape in QUANTIZED])
+            return drained(model, exchange)
+
+    first, second = run_ranks(2, train)
+    assert len(first) == (0 if name == "sanity" else 2)  # all zeros say nothing of what to wait for
+    for mine, theirs in zip(first, second, strict=True):
+        assert all(map(torch.equal, mine, theirs))
+        assert any(values.any() for values in mine)
+
+
 def order_of(engine: Engine, submit: Any) -> list[str]:
     """The names of jobs in the order in which they ran, all submitted while the first one runs."""
     ran: list[str] = []
