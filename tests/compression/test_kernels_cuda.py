@@ -263,6 +263,13 @@ def test_compiled_kernels_round_every_operation(compiler: Executor, kernel: str,
     assert re.findall(r"\bfma\.\S+|\S*approx\S*|div\.full\S*|\b(?:add|sub|mul|div|sqrt)\S*ftz\S*", code) == []
 
 
+def test_sums_of_floats_add_two_at_a_time(compiler: Executor) -> None:
+    code = compiler.submit(assembly, "encode", "maxmin", "ttgir").result()
+    sums = [part for part in code.split('"tt.reduce"')[1:] if "arith.addf" in part.partition("})")[0]]
+    lengths = [re.search(r"\(tensor<\d+x(\d+)x\d+xf32", part)[1] for part in sums]
+    assert lengths == ["2"] * 2 * (9 + 1)  # two trees of 512 terms, and of two trees each
+
+
 def test_products_are_not_fused_into_sums_by_the_assembler(compiler: Executor) -> None:
     code = compiler.submit(assembly, "decode", "maxmin", "sass").result()
     assert "FMUL" in code
