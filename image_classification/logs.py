@@ -58,8 +58,8 @@ METRICS = {
     "comm.bytes_dense": Metric("bytes/step", ",.0f", shown=False),
     "comm.ratio": Metric("", ".4f"),
     "comm.time": Metric("s", ".4f", shown=False),
-    "comm.exposed_time": Metric("s", ".4f", shown=False),
     "codec.time": Metric("s", ".4f", shown=False),
+    "comm.exposed_time": Metric("s", ".4f", shown=False),
 }
 """Every metric of training and validation. Times are seconds per iteration."""
 
