@@ -25,7 +25,6 @@ hears of an overflow in a late layer S steps late, and backs off once for every 
 """
 
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from torch import Tensor, nn
 
 from compression.averagers import Gradients
 from compression.collectives import Collectives
+from compression.engine import future_of
 from compression.exchange import Exchange, is_one, not_finite, unscaled
 from compression.hooks import shaped
 from compression.registry import COMPRESSORS, Compressor, can_be_late
@@ -67,7 +67,13 @@ class _Part:
     gradients: Gradients
     bad: Sequence[Tensor] = ()  # of each layer: its average is not finite
     squares: Sequence[float] = ()  # of each layer: the squared norm of its average
-    done: threading.Event = field(default_factory=threading.Event)
+    done: Any = field(init=False)  # a future
+
+    def __post_init__(self) -> None:
+        self.done = future_of(self.gradients.flat.device)
+
+    def complete(self) -> None:
+        self.done.set_result([self.gradients.flat, *self.bad])
 
 
 class BrokenBarrier(Exchange):
@@ -207,7 +213,7 @@ class BrokenBarrier(Exchange):
         except BaseException as error:
             self._failure = error
         self._job_seconds += time.perf_counter() - start
-        part.done.set()
+        part.complete()
 
     def _look_at(self, part: _Part) -> None:
         views = self._views(part.gradients)
@@ -218,7 +224,7 @@ class BrokenBarrier(Exchange):
         """What `state_dict` made of a part."""
         part = _Part(step, due, _packed({name: values.to(self.device) for name, values in averages.items()}))
         self._look_at(part)
-        part.done.set()
+        part.complete()
         return part
 
     def _wait_for(self, parts: Sequence[_Part]) -> None:

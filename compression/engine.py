@@ -3,11 +3,17 @@
 Collectives of several phases would deadlock inside the callbacks of torch's futures, and mismatch between ranks
 when two threads issue them. One thread with a queue has neither problem: as long as every rank submits the same
 jobs in the same order, every collective of every job meets its peers. Meanwhile backward goes on.
+
+On a GPU the thread has a stream of its own, or backward's kernels would queue behind what a collective waits for. A job
+begins behind what the submitter's stream holds when it submits. Whoever takes a job's results waits for them with a
+future that the job completes (`future_of`), which orders the two streams; the host waits for neither.
 """
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -16,7 +22,7 @@ Job = Callable[[], None]
 
 
 class Engine:
-    """Runs jobs one after the other on a thread of its own; `device` is current on it where it is a GPU.
+    """Runs jobs one after the other on a thread of its own, and on a stream of its own where `device` is a GPU.
 
     Jobs run in the order in which they are submitted, but for those that go ahead of all that wait. What waits when
     one of these comes differs from rank to rank. So `choose` makes the choice before every job, on the thread: it gets
@@ -25,6 +31,8 @@ class Engine:
 
     def __init__(self, device: torch.device, choose: Callable[[bool], bool]) -> None:
         self._device, self._choose = device, choose
+        # Ahead of backward's kernels where both are ready: the sooner something is encoded, the sooner it travels.
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._ahead: deque[Job] = deque()
@@ -36,6 +44,7 @@ class Engine:
 
     def submit(self, job: Job) -> int:
         """Queue a job. Returns how many have been submitted so."""
+        job = self._behind_now(job)
         with self._changed:
             self._waiting.append(job)
             self._submitted += 1
@@ -44,6 +53,7 @@ class Engine:
 
     def submit_ahead(self, job: Job, after: int) -> None:
         """Queue a job that overtakes all others but the first `after` that were submitted, and those of its kind."""
+        job = self._behind_now(job)
         with self._changed:
             self._ahead.append(job)
             self._after.append(after)
@@ -57,11 +67,23 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _run(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
-        while (job := self._next()) is not None:
+    def _behind_now(self, job: Job) -> Job:
+        """The same job, on a GPU behind what the caller's stream holds now."""
+        stream = self._stream
+        if stream is None:
+            return job
+        now = torch.cuda.current_stream(self._device).record_event()
+
+        def behind() -> None:
+            stream.wait_event(now)
             job()
+
+        return behind
+
+    def _run(self) -> None:
+        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+            while (job := self._next()) is not None:
+                job()
 
     def _next(self) -> Job | None:
         with self._changed:
@@ -80,3 +102,16 @@ class Engine:
             else:
                 self._taken += 1
             return queue.popleft()
+
+
+def future_of(device: torch.device) -> "torch.futures.Future[Any]":
+    """A future that a job completes: on a GPU, waiting for it makes the waiter's stream wait for the job's."""
+    devices: list[Any] | None = [device] if device.type == "cuda" else None
+    return torch.futures.Future(devices=devices)
+
+
+def used_here(*tensors: object) -> None:
+    """Keep the memory of tensors that another stream made, although it may let go of them, until this one is done."""
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))

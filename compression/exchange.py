@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from compression.averagers import Averager, Gradients
 from compression.collectives import Collectives, Metered
-from compression.engine import Engine
+from compression.engine import Engine, used_here
 from compression.hooks import hook
 from compression.layers import Layer, layers_of
 from compression.recorder import Recorder
@@ -257,6 +257,7 @@ class Exchange:
 
     def _averages(self, gradients: Gradients, step: int) -> Gradients:
         """What the averager makes of gradients of a step: in place, or float32 and without loss scale elsewhere."""
+        used_here(gradients.flat, gradients.loss_scale)
         if not self.averager.lossless:
             gradients = unscaled(gradients)
             if self.recorder is not None:

@@ -7,9 +7,8 @@ is the same on all ranks.
 
 import contextlib
 import itertools
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from compression.averagers import Gradients
+from compression.engine import future_of
 
 BUCKET_BYTES = 25 * 2**20  # of gradients that travel together where DDP does not choose
 
@@ -71,8 +71,7 @@ class DdpHooks:
         flat = bucket.buffer()
         names = tuple(self._names[id(p)] for p in bucket.parameters())
         offsets = tuple(int(view.storage_offset() - flat.storage_offset()) for view in bucket.gradients())
-        devices: list[Any] | None = [flat.device] if flat.device.type == "cuda" else None
-        future: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
+        future = future_of(flat.device)
         self._submit(Gradients(flat, names, offsets), lambda: future.set_result(flat))
         return future
 
@@ -141,7 +140,8 @@ class ParameterHooks:
         self._submitted += 1
         for name in bucket.missing:
             bucket.views[name].zero_()
-        self._submit(Gradients(bucket.flat, tuple(bucket.views), bucket.offsets), bucket.done.set)
+        flat, done = bucket.flat, bucket.done
+        self._submit(Gradients(flat, tuple(bucket.views), bucket.offsets), lambda: done.set_result(flat))
 
     def _complete(self) -> None:
         """Called by autograd when backward is through: what got no gradient counts as zero."""
@@ -165,12 +165,11 @@ class _Bucket:
             name: shaped(self.flat[at : at + parameters[name].numel()], parameters[name])
             for name, at in zip(names, self.offsets, strict=True)
         }
-        self.missing = set(names)
-        self.done = threading.Event()
+        self.reset()
 
     def reset(self) -> None:
         self.missing = set(self.views)
-        self.done.clear()
+        self.done = future_of(self.flat.device)
 
     def fill(self, name: str, gradient: Tensor) -> None:
         if gradient.data_ptr() != self.views[name].data_ptr():

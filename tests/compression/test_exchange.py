@@ -277,3 +277,40 @@ def test_the_time_that_backward_does_not_hide_is_counted() -> None:
     assert report.exposed_seconds >= 3 * seconds
     assert report.comm_seconds >= 3 * seconds
     assert exchange.report().exposed_seconds == 0
+
+
+def trained_on_gpu(barrier_share: float) -> Tensor:
+    network = model().cuda()
+    compressor = compression.build("maxmin", error_feedback=True)
+    exchange = compression.attach(network, compressor, barrier_share=barrier_share, late_steps=2)
+    average = exchange.averager.average_
+
+    def slow(*arguments: Any) -> None:
+        torch.cuda._sleep(20_000_000)  # cycles: a stream that does not wait for this one is far ahead
+        average(*arguments)
+
+    exchange.averager.average_ = slow  # type: ignore[method-assign]
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    for step in range(6):
+        images, labels = (each.cuda() for each in batch(0, step))
+        exchange.begin_step()
+        nn.functional.cross_entropy(network(images), labels).backward()
+        applied = exchange.finish()
+        optimizer.step()
+        exchange.settle(applied)
+        optimizer.zero_grad()
+    while exchange.drain() is not None:
+        optimizer.step()
+        exchange.settle(torch.tensor(True, device="cuda"))
+    exchange.close()
+    return torch.cat([p.detach().flatten() for p in network.parameters()]).cpu()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU whose streams to order")
+@pytest.mark.parametrize("barrier_share", [1.0, 0.5])
+def test_on_a_gpu_the_exchange_and_backward_wait_for_one_another(
+    barrier_share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_its_own_stream = trained_on_gpu(barrier_share)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: torch.cuda.default_stream(device))
+    assert torch.equal(on_its_own_stream, trained_on_gpu(barrier_share))
