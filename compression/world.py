@@ -6,6 +6,7 @@ It knows launchers and networks, and nothing of what the ranks are for.
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +124,9 @@ def join_ranks(device: str, local_rank: int, *, backend: str = "auto", hvd: bool
             store, rank, size = next(iter(rendezvous("env://")))
             dist.init_process_group(backend, store=store, rank=rank, world_size=size)
             stack.callback(dist.destroy_process_group)
+            # A gloo thread that is letting go of its last work wants Python's lock once more. The end of the group waits
+            # for that thread with the lock in hand, so it has to be through by then.
+            stack.callback(time.sleep, 0.05)
             world = World(local_rank, place, TorchDistributed(), None, store)
         else:
             world = World(local_rank, place, Solo(), None, None)

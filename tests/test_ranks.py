@@ -47,7 +47,10 @@ def train_plainly(folder: Path) -> None:
         with join_ranks(flags.device, flags.local_rank) as ranks:
             loader, _ = main.build_data(flags, flags.seed, ranks)
             model = DistributedDataParallel(main.build_model(flags, flags.seed), broadcast_buffers=False)
-            sgd = torch.optim.SGD(model.parameters(), flags.lr, flags.momentum, weight_decay=flags.weight_decay)
+            # The fused kernel, as the program: torch's others round the last values of a tensor differently.
+            sgd = torch.optim.SGD(
+                model.parameters(), flags.lr, flags.momentum, weight_decay=flags.weight_decay, fused=True
+            )
             for epoch in range(flags.epochs):
                 for images, labels in itertools.islice(loader.epoch(epoch), flags.prof):
                     sgd.zero_grad()
