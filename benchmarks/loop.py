@@ -1,6 +1,8 @@
 """What the training loop costs: images per second of `train_epoch` next to a bare torch loop.
 
     python benchmarks/loop.py [--arch resnet18] [--image-size 64] [--batch-size 16] [--iterations 2] [--rounds 21]
+    python benchmarks/loop.py --arch resnet50 --image-size 224 --batch-size 256 --iterations 20 --amp \\
+        --memory-format nhwc
 
 Both train one and the same network on the same batches, held in memory, with torch's fused SGD: of two copies of a
 network one can be 10 % slower than the other, by where its weights lie in memory. The exchange does nothing, so that
@@ -75,12 +77,16 @@ class Idle:
         return None
 
 
-def bare_epoch(model: nn.Module, loader: Held, loss: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """What the loop adds to is this."""
+def bare_epoch(
+    model: nn.Module, loader: Held, loss: nn.Module, optimizer: torch.optim.Optimizer, half: torch.dtype | None
+) -> None:
+    """What the loop adds to is this. `half`: what autocast computes in, None without."""
     model.train()
     for images, labels in loader.epoch(0):
         optimizer.zero_grad()
-        loss(model(images), labels).backward()
+        with torch.autocast(images.device.type, dtype=half, enabled=half is not None):
+            batch_loss = loss(model(images), labels)
+        batch_loss.backward()
         optimizer.step()
 
 
@@ -91,6 +97,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--iterations", type=int, default=2, help="of each loop in each round")
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--amp", action="store_true", help="autocast in half precision, in both loops")
+    parser.add_argument("--memory-format", choices=("nchw", "nhwc"), default="nchw", help="in both loops")
     flags = parser.parse_args()
 
     keep_freed_memory()
@@ -98,16 +106,19 @@ def main() -> None:
     torch.manual_seed(0)
     images = torch.randn(flags.iterations, flags.batch_size, 3, flags.image_size, flags.image_size, device=device)
     labels = torch.randint(1000, (flags.iterations, flags.batch_size), device=device)
-    loader = Held(list(zip(images, labels, strict=True)))
+    layout = torch.channels_last if flags.memory_format == "nhwc" else torch.contiguous_format
+    batches = [batch.contiguous(memory_format=layout) for batch in images]
+    loader = Held(list(zip(batches, labels, strict=True)))
     loss = training_loss()
 
-    precision = Precision.choose(device)
+    precision = Precision.choose(device, amp=flags.amp)
     network = precision.convert(build(flags.arch))
+    network.to(memory_format=layout)  # type: ignore[call-overload]
     optimizer = MixedPrecisionOptimizer(parameter_groups(network, weight_decay=1e-4), partial(sgd, lr=1e-3), precision)
     bare = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
     loops = {
         "train_epoch": lambda: train_epoch(network, loader, loss, optimizer, Idle(device), epoch=0, lr=1e-3),
-        "bare loop": lambda: bare_epoch(network, loader, loss, bare),
+        "bare loop": lambda: bare_epoch(network, loader, loss, bare, precision.autocast),
     }
 
     speeds: dict[str, list[float]] = {name: [] for name in loops}
