@@ -3,15 +3,17 @@
     python benchmarks/accuracy.py digits --epochs 8 --seeds 3 -- "none" "maxmin --error-feedback"
     python benchmarks/accuracy.py cifar10.tar.xz --epochs 5 --seeds 3 -- "none" "maxmin --error-feedback"
 
-Each setting is a `--compression-type` with its flags, or flags alone; the training flags are those of RECIPES, and all
-runs have two ranks under torch.distributed.launch. A row gives top-1 after the last epoch as mean and standard
-deviation over the seeds, bytes sent as a share of float32's, and seconds. With `--runs FILE` every finished run is
-kept there, one JSON object a line, and is not run again: a table that was cut off goes on, and later ones add to it.
+Each setting is a `--compression-type` with its flags, or flags alone; `bfloat16` is one of them, see `bfloat16.py`.
+The training flags are those of RECIPES, and all runs have two ranks under torchrun. A row gives top-1 after the last
+epoch as mean and standard deviation over the seeds, bytes sent as a share of float32's, and seconds. With `--runs FILE`
+every finished run is kept there, one JSON object a line, and is not run again: a table that was cut off goes on, and
+later ones add to it.
 """
 
 import argparse
 import contextlib
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -21,10 +23,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
+WITH_BFLOAT16 = Path(__file__).with_name("bfloat16.py")
 RANKS = 2
 
 RECIPES = {
@@ -49,39 +53,59 @@ def folder_of(dataset: str) -> Iterator[str]:
 
 
 class Runs:
-    """Finished runs by (training flags, seed), kept in a file where one is named."""
+    """Finished runs by (training flags, seed, ranks), kept in a file where one is named."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         lines = path.read_text().splitlines() if path is not None and path.exists() else []
-        self.known = {(run["flags"], run["seed"]): run["metrics"] for run in map(json.loads, lines)}
+        self.known = {(run["flags"], run["seed"], run["ranks"]): run["metrics"] for run in map(json.loads, lines)}
 
-    def get(self, folder: str, flags: list[str], seed: int) -> dict[str, float]:
-        """The last epoch's metrics of one run, and its seconds."""
-        key = (" ".join(flags), seed)
+    def get(self, folder: str, flags: list[str], seed: int, ranks: int = RANKS) -> dict[str, Any]:
+        """What `train` returns, trained now where it was not before."""
+        key = (" ".join(flags), seed, ranks)
         if key not in self.known:
-            self.known[key] = train(folder, flags, seed)
+            self.known[key] = train(folder, flags, seed, ranks)
             if self.path is not None:
+                run = {"flags": key[0], "seed": seed, "ranks": ranks, "metrics": self.known[key]}
                 with self.path.open("a") as file:
-                    file.write(json.dumps({"flags": key[0], "seed": seed, "metrics": self.known[key]}) + "\n")
+                    file.write(json.dumps(run) + "\n")
         return self.known[key]
 
 
-def train(folder: str, flags: list[str], seed: int) -> dict[str, float]:
-    """The last epoch's metrics of one run, and its seconds."""
+def command_of(folder: str, flags: list[str], seed: int, workspace: str) -> list[str]:
+    """The program and its flags, for one rank or for what launches ranks."""
+    program = WITH_BFLOAT16 if "bfloat16" in flags else MAIN
+    return [str(program), folder, *ALWAYS.split(), *flags, "--seed", str(seed), "--workspace", workspace]
+
+
+def logged(workspace: str) -> list[dict[str, Any]]:
+    """The records of the raport that a run left in its workspace."""
+    lines = (Path(workspace) / "experiment_raport.json").read_text().splitlines()
+    return [json.loads(line.removeprefix("DLLL ")) for line in lines]
+
+
+def train(folder: str, flags: list[str], seed: int, ranks: int) -> dict[str, Any]:
+    """The last epoch's metrics of one run over loopback; `seconds`; `top1`, in percent after each epoch; `scheme`, the
+    widths that a search found last, where there was one."""
     with tempfile.TemporaryDirectory() as workspace:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", str(RANKS), str(MAIN)]
-        command += [folder, *ALWAYS.split(), *flags, "--seed", str(seed), "--workspace", workspace]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        command += command_of(folder, flags, seed, workspace)
         start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - start
         if done.returncode:
             sys.exit(f"{' '.join(command)}\n{done.stderr}")
-        lines = (Path(workspace) / "experiment_raport.json").read_text().splitlines()
-        records = [json.loads(line.removeprefix("DLLL ")) for line in lines]
+        records = logged(workspace)
         last = next(record["data"] for record in reversed(records) if record["step"] == [])
-        return {**last, "seconds": seconds}
+        top1 = [record["data"]["val.top1"] for record in records if len(record["step"]) == 1]
+        schemes = sorted(Path(workspace).glob("adapt_logs/compress_scheme_*.json"), key=os.path.getmtime)
+        scheme = json.loads(schemes[-1].read_text()) if schemes else None
+        return last | {"seconds": seconds, "top1": top1, "scheme": scheme}
+
+
+def recipe_for(dataset: str) -> str:
+    """The training flags by the data set's name; those of CIFAR-10 where it tells nothing."""
+    return RECIPES[next((name for name in RECIPES if name in dataset), "cifar10")]
 
 
 def flags_of(setting: str) -> list[str]:
@@ -99,13 +123,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, metavar="FILE", help="keep finished runs here, and take them from here")
     asked = parser.parse_args()
-    name = asked.recipe or next((name for name in RECIPES if name in asked.dataset), "cifar10")
-    recipe = [*RECIPES[name].split(), "--epochs", str(asked.epochs)]
+    training = RECIPES[asked.recipe] if asked.recipe else recipe_for(asked.dataset)
+    recipe = [*training.split(), "--epochs", str(asked.epochs)]
     print(f"{asked.dataset}: {RANKS} ranks, {' '.join(recipe)}, seeds 0 to {asked.seeds - 1}")
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} cores, torch {torch.__version__}\n")
     finished = Runs(asked.runs)
     with folder_of(asked.dataset) as folder:
-        results: dict[str, list[dict[str, float]]] = {setting: [] for setting in asked.settings}
+        results: dict[str, list[dict[str, Any]]] = {setting: [] for setting in asked.settings}
         for seed in range(asked.seeds):
             for setting, runs in results.items():
                 runs.append(finished.get(folder, recipe + flags_of(setting), seed))
