@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,7 +56,11 @@ class _Cache(FunctionCache):
 
     def save_overload(self, signature: Any, compiled: Any) -> None:
         with contextlib.suppress(OSError):
-            super().save_overload(signature, compiled)
+            try:
+                super().save_overload(signature, compiled)
+            except (pickle.UnpicklingError, EOFError):  # the index of what is kept is damaged: begin a new one
+                self.flush()
+                super().save_overload(signature, compiled)
 
 
 @functools.cache
