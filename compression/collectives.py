@@ -15,6 +15,9 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
+Pending = Callable[[], Tensor]
+"""What is under way: to be called once, it waits and returns what has arrived."""
+
 
 class Collectives(Protocol):
     """What averagers need of a network."""
@@ -34,6 +37,12 @@ class Collectives(Protocol):
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
         """Everyone gets everyone's message. uint8 [sizes[rank]] -> uint8 [sum(sizes)], in rank order."""
 
+    def begin_exchange(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+        """An exchange that goes on meanwhile. Those under way at one time have numbers of their own."""
+
+    def begin_gather(self, message: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+        """A gather that goes on meanwhile, likewise."""
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
 
@@ -41,8 +50,20 @@ class Collectives(Protocol):
         """Every rank's value, in rank order, on every rank."""
 
 
+class AtOnce:
+    """For networks that are through with a message before they return."""
+
+    def begin_exchange(self: Collectives, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+        received = self.exchange(messages, sizes)
+        return lambda: received
+
+    def begin_gather(self: Collectives, message: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+        received = self.gather(message, sizes)
+        return lambda: received
+
+
 @dataclass(frozen=True)
-class Solo:
+class Solo(AtOnce):
     """A world of one rank: everything is already where it belongs."""
 
     rank: int = 0
@@ -82,17 +103,21 @@ class TorchDistributed:
         dist.all_reduce(values, group=self.group)
 
     def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
-        received = messages.new_empty(self.world_size, sizes[self.rank])
-        self._swap(messages.split(list(sizes)), received.unbind())
-        return received
+        return self.begin_exchange(messages, sizes, 0)()
 
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
-        received = message.new_empty(sum(sizes))
-        self._swap([message] * self.world_size, received.split(list(sizes)))
-        return received
+        return self.begin_gather(message, sizes, 0)()
 
-    def _swap(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> None:
-        """Send `outgoing[r]` to every rank r, and fill `incoming[r]` with what r sends.
+    def begin_exchange(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+        received = messages.new_empty(self.world_size, sizes[self.rank])
+        return self._swap(messages.split(list(sizes)), received.unbind(), 2 * chunk, received)
+
+    def begin_gather(self, message: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+        received = message.new_empty(sum(sizes))
+        return self._swap([message] * self.world_size, received.split(list(sizes)), 2 * chunk + 1, received)
+
+    def _swap(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], tag: int, received: Tensor) -> Pending:
+        """Send `outgoing[r]` to every rank r, and fill `incoming[r]` with what r sends: these make up `received`.
 
         Gloo begins to send when its peer says that it is ready to receive, and says so on the connection that carries
         its own messages. Said after a long message it arrives after it, and one rank waits while the other sends: so
@@ -100,14 +125,19 @@ class TorchDistributed:
         """
         incoming[self.rank].copy_(outgoing[self.rank])
         peers = [(self.rank + turn) % self.world_size for turn in range(1, self.world_size)]
-        receives = [self._transfer(dist.irecv, incoming[peer], peer) for peer in peers[::-1] if len(incoming[peer])]
-        sends = [self._transfer(dist.isend, outgoing[peer], peer) for peer in peers if len(outgoing[peer])]
-        if receives or sends:
-            for work in dist.batch_isend_irecv(receives + sends):
-                work.wait()
+        transfers = [self._transfer(dist.irecv, incoming, peer, tag) for peer in peers[::-1] if len(incoming[peer])]
+        transfers += [self._transfer(dist.isend, outgoing, peer, tag) for peer in peers if len(outgoing[peer])]
+        works = dist.batch_isend_irecv(transfers) if transfers else []
 
-    def _transfer(self, way: Callable[..., Any], message: Tensor, peer: int) -> dist.P2POp:
-        return dist.P2POp(way, message, group=self.group, group_peer=peer)
+        def wait() -> Tensor:
+            for work in works:
+                work.wait()
+            return received
+
+        return wait
+
+    def _transfer(self, way: Callable[..., Any], messages: Sequence[Tensor], peer: int, tag: int) -> dist.P2POp:
+        return dist.P2POp(way, messages[peer], group=self.group, tag=tag, group_peer=peer)
 
     def broadcast(self, value: Any) -> Any:
         box = [value]
@@ -149,16 +179,31 @@ class Metered:
         self._count(2 * values.nbytes * (self.world_size - 1) / self.world_size, start)
 
     def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
-        start = time.perf_counter()
-        received = self.inner.exchange(messages, sizes)
-        self._count(sum(sizes) - sizes[self.rank], start)
-        return received
+        return self.begin_exchange(messages, sizes, 0)()
 
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
+        return self.begin_gather(message, sizes, 0)()
+
+    def begin_exchange(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
         start = time.perf_counter()
-        received = self.inner.gather(message, sizes)
+        pending = self.inner.begin_exchange(messages, sizes, chunk)
+        self._count(sum(sizes) - sizes[self.rank], start)
+        return self._timed(pending)
+
+    def begin_gather(self, message: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+        start = time.perf_counter()
+        pending = self.inner.begin_gather(message, sizes, chunk)
         self._count(sizes[self.rank] * (self.world_size - 1), start)
-        return received
+        return self._timed(pending)
+
+    def _timed(self, pending: Pending) -> Pending:
+        def wait() -> Tensor:
+            start = time.perf_counter()
+            received = pending()
+            self._count(0, start)
+            return received
+
+        return wait
 
     def broadcast(self, value: Any) -> Any:
         return self.inner.broadcast(value)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compression.collectives import Pending
+
 
 def join() -> Any:
     """Horovod's torch module, initialized. Raises ValueError where it is not installed."""
@@ -48,15 +50,26 @@ class Horovod:
             self._wait(self._hvd.allreduce_async_(values, op=self._hvd.Sum, name=name))
 
     def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
-        splits = torch.tensor(sizes, dtype=torch.int32)
-        name = f"{self._prefix}.exchange.{len(messages)}"
-        received, _ = self._wait(self._hvd.alltoall_async(messages, splits=splits, name=name))
-        rows: Tensor = received.view(self.world_size, sizes[self.rank])
-        return rows
+        return self.begin_exchange(messages, sizes, 0)()
 
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
-        gathered: Tensor = self._wait(self._hvd.allgather_async(message, name=f"{self._prefix}.gather.{sum(sizes)}"))
-        return gathered
+        return self.begin_gather(message, sizes, 0)()
+
+    def begin_exchange(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+        splits = torch.tensor(sizes, dtype=torch.int32)
+        name = f"{self._prefix}.exchange.{chunk}.{len(messages)}"
+        handle = self._hvd.alltoall_async(messages, splits=splits, name=name)
+
+        def wait() -> Tensor:
+            received, _ = self._wait(handle)
+            rows: Tensor = received.view(self.world_size, sizes[self.rank])
+            return rows
+
+        return wait
+
+    def begin_gather(self, message: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+        handle = self._hvd.allgather_async(message, name=f"{self._prefix}.gather.{chunk}.{sum(sizes)}")
+        return lambda: self._wait(handle)
 
     def broadcast(self, value: Any) -> Any:
         return self._hvd.broadcast_object(value, root_rank=0, name=f"{self._prefix}.broadcast")

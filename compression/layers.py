@@ -8,7 +8,7 @@ over all ranks. A *record* is what one bucket becomes on the wire, a *message* a
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,7 +89,7 @@ class Plan:
     memory_at: Ints  # of the first value, in what is remembered from step to step (residuals)
     layers: Ints  # [slots]: the layer index of each slot
     message_bytes: tuple[int, ...]  # length of each owner's message; the wire holds them one after the other
-    values: int  # in the flat buffer
+    values: int  # in all buckets
 
     @property
     def wire_bytes(self) -> int:
@@ -164,3 +164,33 @@ def plan(
         values=int(counts.sum()),
     )
 
+
+
+def chunks(whole: Plan, count: int) -> list[Plan]:
+    """A plan cut into at most `count` plans, each with about as many bytes of every message, cut between records.
+
+    Where the values lie, and what the slots are, stays as it is; a chunk's wire holds its own records only. The plan of
+    all owners and that of one of them are cut at the same records.
+    """
+    ends = np.cumsum(whole.message_bytes, dtype=np.int64)
+    starts = ends - whole.message_bytes
+    targets = starts[:, None] + np.arange(count + 1) * (ends - starts)[:, None] // count
+    edges = np.searchsorted(whole.wire_at, targets)  # [owners, count + 1]: a record belongs to where it begins
+    at = np.append(whole.wire_at, whole.wire_bytes)[edges]
+    return [_chunk(whole, edges[:, k : k + 2], at[:, k : k + 2]) for k in range(count)]
+
+
+def _chunk(whole: Plan, edges: Ints, at: Ints) -> Plan:
+    """The records from edges[o, 0] to below edges[o, 1] of every owner o; they lie from at[o, 0] to at[o, 1]."""
+    rows = [np.arange(first, last) for first, last in edges]
+    nbytes = np.diff(at, axis=1)[:, 0]
+    shifts = at[:, 0] - (np.cumsum(nbytes) - nbytes)
+    chosen = np.concatenate(rows)
+    columns = ("position", "count", "bits", "slot", "element", "memory_at")
+    return replace(
+        whole,
+        **{name: getattr(whole, name)[chosen] for name in columns},
+        wire_at=whole.wire_at[chosen] - np.repeat(shifts, [len(each) for each in rows]),
+        message_bytes=tuple(nbytes.tolist()),
+        values=int(whole.count[chosen].sum()),
+    )

@@ -124,8 +124,8 @@ def join_ranks(device: str, local_rank: int, *, backend: str = "auto", hvd: bool
             store, rank, size = next(iter(rendezvous("env://")))
             dist.init_process_group(backend, store=store, rank=rank, world_size=size)
             stack.callback(dist.destroy_process_group)
-            # A gloo thread that is letting go of its last work wants Python's lock once more. The end of the group waits
-            # for that thread with the lock in hand, so it has to be through by then.
+            # A gloo thread that is letting go of its last work wants Python's lock once more. The end of the group
+            # waits for that thread with the lock in hand, so it has to be through by then.
             stack.callback(time.sleep, 0.05)
             world = World(local_rank, place, TorchDistributed(), None, store)
         else:

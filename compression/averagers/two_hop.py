@@ -11,16 +11,18 @@ from compression import kernels
 from compression.averagers.base import Gradients, Memory, Plain
 from compression.codecs.quantizers import Quantizer
 from compression.collectives import Collectives
-from compression.layers import DENSE, Layer, Plan, Segment, cut, plan
+from compression.layers import DENSE, Ints, Layer, Plan, Segment, chunks, cut, plan
 from compression.randomness import stream_keys
+
+CHUNK_BYTES = 2**20  # of what one rank encodes at a time, so that the network is busy meanwhile
 
 
 @dataclass(frozen=True)
 class _Route:
-    """The plans of one group of layers: of all shares, and of this rank's own."""
+    """The plans of one group of layers, in chunks: of all shares, and of this rank's own; and the layers' indices."""
 
-    all_shares: Plan
-    my_share: Plan
+    chunks: tuple[tuple[Plan, Plan], ...]
+    layers: Ints
 
 
 class TwoHop(Plain):
@@ -29,7 +31,7 @@ class TwoHop(Plain):
     Hop one: every layer is cut into W shares, and each rank sends its encoding of share r to rank r, which decodes
     and adds them up in rank order. Hop two: each rank encodes the average of its share and sends it to all. All
     decode the same bytes, so that all end with the same bits. Layers that are not compressed travel as float32 in
-    the same messages.
+    the same messages. Large messages travel in chunks: while one is on its way, the next is encoded.
 
     With error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847) what the first encoding
     lost is added to the next gradient, and what the second lost to the owner's next average (DoubleSqueeze, Tang
@@ -82,19 +84,22 @@ class TwoHop(Plain):
         flat, network = gradients.flat, self.collectives
         fast = kernels.for_device(flat.device)
         family, share_of_mean = self.codec.family, 1.0 / network.world_size
+        first, second = (stream_keys(self.seed, step, route.layers, hop, network.rank) for hop in (1, 2))
 
-        wire = torch.empty(route.all_shares.wire_bytes, dtype=torch.uint8, device=flat.device)
-        fast.encode(family, route.all_shares, flat, self._keys(route.all_shares, step, 1), wire, *self._memory(0, flat))
-        self.encoded_bytes += wire.nbytes
-        received = network.exchange(wire, route.all_shares.message_bytes)
-        mean = torch.empty(route.my_share.values, device=flat.device)
-        for rank in range(network.world_size):
-            fast.decode(family, route.my_share, received[rank], mean, share_of_mean, accumulate=rank > 0)
-
-        message = torch.empty(route.my_share.wire_bytes, dtype=torch.uint8, device=flat.device)
-        fast.encode(family, route.my_share, mean, self._keys(route.my_share, step, 2), message, *self._memory(1, flat))
-        wire = network.gather(message, route.all_shares.message_bytes)
-        fast.decode(family, route.all_shares, wire, flat)
+        arriving = []
+        for number, (all_shares, _) in enumerate(route.chunks):
+            wire = torch.empty(all_shares.wire_bytes, dtype=torch.uint8, device=flat.device)
+            fast.encode(family, all_shares, flat, first, wire, *self._memory(0, flat))
+            self.encoded_bytes += wire.nbytes
+            arriving.append(network.begin_exchange(wire, all_shares.message_bytes, number))
+        returning = []
+        for number, (all_shares, my_share) in enumerate(route.chunks):
+            received = arriving[number]()
+            message = torch.empty_like(received[0])
+            fast.recode(family, my_share, received, share_of_mean, second, message, *self._memory(1, flat))
+            returning.append(network.begin_gather(message, all_shares.message_bytes, number))
+        for number, (all_shares, _) in enumerate(route.chunks):
+            fast.decode(family, all_shares, returning[number](), flat)
 
     def settle(self, applied: Tensor | bool) -> None:
         for memory in self._memories or ():
@@ -118,9 +123,6 @@ class TwoHop(Plain):
         for memory, name in zip(self._memories, ("residual", "share_residual"), strict=True):
             memory.load_state_dict(state.get(name, {}))
 
-    def _keys(self, route: Plan, step: int, hop: int) -> Any:
-        return stream_keys(self.seed, step, route.layers, hop, self.collectives.rank)
-
     def _memory(self, hop: int, flat: Tensor) -> tuple[Tensor, ...]:
         return self._memories[hop].allocate(flat.device) if self._memories is not None else ()
 
@@ -141,5 +143,9 @@ class TwoHop(Plain):
             owned.append(Segment(layer, packed - start, where[1].get(layer.name, 0) - start))
             packed += stop - start
         rules = (self.shares, self.widths, self.codec.share_bucket_size, self.codec.record_bytes)
-        owners = range(self.collectives.world_size)
-        return _Route(plan(segments, owners, *rules), plan(owned, [rank], *rules))
+        all_shares = plan(segments, range(self.collectives.world_size), *rules)
+        my_share = plan(owned, [rank], *rules)
+        # A GPU encodes faster than it launches, and gets one launch a hop.
+        count = 1 if gradients.flat.device.type == "cuda" else max(1, all_shares.wire_bytes // CHUNK_BYTES)
+        pairs = zip(chunks(all_shares, count), chunks(my_share, count), strict=True)
+        return _Route(tuple(pair for pair in pairs if pair[0].wire_bytes), all_shares.layers)

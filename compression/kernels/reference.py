@@ -73,6 +73,26 @@ def decode(
         out[at] = out[at] + scale * values if accumulate else scale * values
 
 
+def recode(
+    family: str,
+    plan: Plan,
+    received: Tensor,
+    factor: float,
+    keys: np.ndarray,
+    wire: Tensor,
+    residual: Tensor | None = None,
+    pending: Tensor | None = None,
+) -> None:
+    """Decode every rank's message of one share, add them up in rank order, times `factor`, and encode the sum.
+
+    `received` is uint8 [ranks, plan.wire_bytes]; the others as in `encode`.
+    """
+    total = torch.empty(int((plan.position + plan.count).max(initial=0)), device=wire.device)
+    for rank, message in enumerate(received):
+        decode(family, plan, message, total, factor, accumulate=rank > 0)
+    encode(family, plan, total, keys, wire, residual, pending)
+
+
 def expected_squared_error(family: str, plan: Plan, values: Tensor) -> float:
     """E |v - decoded|^2 over the rounding, summed over all buckets. `values`: float32 [plan.values].
 

@@ -11,12 +11,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import compression
-from compression.averagers import Gradients
+from compression.averagers import Gradients, two_hop
 from compression.layers import layers_of
 from compression.world import join_ranks
 
 SHAPES = {"conv": (16, 8, 3, 3), "norm": (16,), "fc": (40, 64), "bias": (40,)}
 STEPS = 3
+
+two_hop.CHUNK_BYTES = 512  # so that several are under way at once
 
 
 def main(out: str, hvd: bool) -> None:

@@ -37,6 +37,17 @@ def swap(network: TorchDistributed, sizes: Sequence[int]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def several_at_once(network: TorchDistributed) -> dict[str, list[Tensor]]:
+    """Exchanges and gathers of all sizes; none is waited for before all are begun, and then the last one first."""
+    exchanges, gathers = [], []
+    for chunk, sizes in enumerate(SIZES):
+        exchanges.append(network.begin_exchange(message(network.rank, sum(sizes)), sizes, chunk))
+        gathers.append(network.begin_gather(message(network.rank, sizes[network.rank]), sizes, chunk))
+    return {
+        "exchanged": [wait() for wait in exchanges[::-1]][::-1], "gathered": [wait() for wait in gathers[::-1]][::-1]
+    }  # fmt: skip
+
+
 def order_of_posting(network: TorchDistributed) -> list[str]:
     """What one exchange asks torch for, in order."""
     asked = []
@@ -57,6 +68,7 @@ def rank_main(rank: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
     results: dict[str, Any] = {"swaps": [swap(TorchDistributed(), sizes) for sizes in SIZES]}
+    results["at once"] = several_at_once(TorchDistributed())
     results["order"] = order_of_posting(TorchDistributed())
     few = dist.new_group([1, 2])
     results["of a group"] = swap(TorchDistributed(few), [3, 2]) if rank else None
@@ -100,6 +112,13 @@ def test_an_exchange_brings_every_rank_what_each_one_addressed_to_it(case: int, 
 def test_a_gather_brings_everyone_all_messages_in_rank_order(case: int, results: list[Any]) -> None:
     for result in results:
         assert torch.equal(result["swaps"][case]["gathered"], gathered(range(RANKS), SIZES[case]))
+
+
+@pytest.mark.parametrize("case", range(len(SIZES)), ids=map(str, SIZES))
+def test_messages_that_are_under_way_at_once_do_not_meet(case: int, results: list[Any]) -> None:
+    for rank, result in enumerate(results):
+        assert torch.equal(result["at once"]["exchanged"][case], exchanged(rank, range(RANKS), SIZES[case]))
+        assert torch.equal(result["at once"]["gathered"][case], gathered(range(RANKS), SIZES[case]))
 
 
 @pytest.mark.parametrize("case", range(len(SIZES)), ids=map(str, SIZES))

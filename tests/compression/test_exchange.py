@@ -96,7 +96,7 @@ def test_ranks_hold_equal_bits_whatever_the_buckets_of_ddp() -> None:
 
 def failing_network(rank: int) -> str:
     class Broken(compression.TorchDistributed):
-        def exchange(self, messages: Tensor, sizes: Any) -> Tensor:
+        def begin_exchange(self, messages: Tensor, sizes: Any, chunk: int) -> Any:
             raise ConnectionError("the cable is out")
 
     with ddp() as wrapped:

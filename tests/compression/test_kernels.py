@@ -24,9 +24,11 @@ def widths_of(name: str, shift: int) -> tuple[int, ...]:
     return tuple(DENSE if k == 3 else (3 * k + shift) % spread + row.min_bits for k in range(len(SIZES)))
 
 
-def layout(name: str, widths: tuple[int, ...], bucket_size: int, world_size: int) -> Plan:
-    layers = [Layer(index, f"layer{index}", (size,), True) for index, size in enumerate(SIZES)]
-    starts = [sum(SIZES[:index]) for index in range(len(SIZES))]
+def layout(
+    name: str, widths: tuple[int, ...], bucket_size: int, world_size: int, sizes: tuple[int, ...] = SIZES
+) -> Plan:
+    layers = [Layer(index, f"layer{index}", (size,), True) for index, size in enumerate(sizes)]
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
     segments = [Segment(layer, at, at) for layer, at in zip(layers, starts, strict=True)]
     shares = {layer.name: cut(layer.numel, bucket_size, world_size, layer.index) for layer in layers}
     bits = {layer.name: width for layer, width in zip(layers, widths, strict=True)}
@@ -64,6 +66,26 @@ def test_numba_and_torch_give_the_same_bits(name: str, bucket_size: int, feedbac
     values, residual = torch.randn(2, where.values, generator=generator)
     values[7:11] = torch.tensor([0.0, -0.0, 3e38, 1e-42])
     same_bits(name, where, values, residual if feedback else None)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("bucket_size", [512, 100, -1])
+@pytest.mark.parametrize("feedback", [False, True])
+def test_sums_of_messages_are_encoded_with_the_same_bits(name: str, bucket_size: int, feedback: bool) -> None:
+    """The first layer is longer than what is decoded and encoded at a time."""
+    where = layout(name, widths_of(name, 2), bucket_size, 1, (70_000, *SIZES[1:]))
+    values, residual = torch.randn(2, where.values, generator=torch.Generator().manual_seed(bucket_size))
+    received = torch.empty(3, where.wire_bytes, dtype=torch.uint8)
+    for rank, message in enumerate(received):
+        cpu.encode(name, where, values.roll(rank), stream_keys(1, 2, where.layers, 1, rank), message)
+    keys = stream_keys(1, 2, where.layers, 2, 0)
+    found = []
+    for kernels in (reference, cpu):
+        wire, pending = torch.zeros(where.wire_bytes, dtype=torch.uint8), torch.zeros(where.values)
+        memory = (residual.clone(), pending) if feedback else ()
+        kernels.recode(name, where, received, 1 / 3, keys, wire, *memory)
+        found.append((wire, pending))
+    assert all(torch.equal(slow, fast) for slow, fast in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)

@@ -1,11 +1,14 @@
 """Averaging of codes: unbiased, bounded with error feedback, as many bytes as promised."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from threads import ThreadCollectives, run_ranks
 
-from compression import DENSE, Collectives, Solo, build, codec
+from compression import DENSE, Collectives, Solo, averagers, build, codec
 from compression.averagers import Gradients, TwoHop
+from compression.collectives import Pending
 from compression.layers import layers_of
 
 LAYERS = layers_of([("weight", (40, 50)), ("bias", (40,))], 64)
@@ -105,3 +108,48 @@ def test_warm_up_steps_are_float32_and_then_compressed() -> None:
         return [torch.equal(average(bound, GRADIENTS[ranks.rank], step), exact) for step in range(4)]
 
     assert run_ranks(2, work) == [[True, True, False, False]] * 2
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_averages_and_residuals_do_not_depend_on_the_chunks(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(ranks: ThreadCollectives) -> list[torch.Tensor]:
+        bound = two_hop(ranks, bits=3, feedback=True)
+        found = []
+        for step in range(3):
+            found.append(average(bound, GRADIENTS[ranks.rank], step))
+            bound.settle(True)
+        return [*found, *(value for state in bound.state_dict().values() for value in state.values())]
+
+    whole = run_ranks(world_size, work)
+    monkeypatch.setattr(averagers.two_hop, "CHUNK_BYTES", 100)
+    cut = run_ranks(world_size, work)
+    for ours, theirs in zip(whole, cut, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_chunk_is_encoded_while_the_one_before_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(averagers.two_hop, "CHUNK_BYTES", 500)
+    told: list[str] = []
+
+    class Noted(Solo):
+        """Notes what is begun and what is waited for."""
+
+        def begin_exchange(self, messages: torch.Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+            told.append(f"exchange {chunk}")
+            return self._noted(f"exchanged {chunk}", messages.view(1, -1))
+
+        def begin_gather(self, message: torch.Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+            told.append(f"gather {chunk}")
+            return self._noted(f"gathered {chunk}", message)
+
+        def _noted(self, words: str, received: torch.Tensor) -> Pending:
+            def wait() -> torch.Tensor:
+                told.append(words)
+                return received
+
+            return wait
+
+    average(two_hop(Noted(), bits=4), GRADIENTS[0], 0)
+    assert told == [
+        "exchange 0", "exchange 1", "exchanged 0", "gather 0", "exchanged 1", "gather 1", "gathered 0", "gathered 1"
+    ]  # fmt: skip

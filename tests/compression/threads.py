@@ -7,10 +7,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from compression.collectives import AtOnce
+
 Result = TypeVar("Result")
 
 
-class ThreadCollectives:
+class ThreadCollectives(AtOnce):
     """One rank of a world whose ranks are threads of this process. Sums are taken in rank order."""
 
     def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:

@@ -23,13 +23,34 @@ def encode(
     pending: Tensor | None = None,
 ) -> None:
     """As `reference.encode`."""
-    feedback = residual is not None and pending is not None
-    nothing = np.empty(0, np.float32)
-    old = residual.numpy() if residual is not None else nothing
-    new = pending.numpy() if pending is not None else nothing
-    columns = (plan.position, plan.count, plan.bits, plan.wire_at, plan.slot, plan.element, plan.memory_at)
-    tensors = (values.numpy(), keys, wire.numpy(), old, new, feedback)
-    split(plan.count, lambda start, stop: buckets.encode(FAMILIES[family], start, stop, *columns, *tensors))
+    tensors = (values.numpy(), keys, wire.numpy(), *_remembered(residual, pending))
+    split(plan.count, lambda start, stop: buckets.encode(FAMILIES[family], start, stop, *_columns(plan), *tensors))
+
+
+def recode(
+    family: str,
+    plan: Plan,
+    received: Tensor,
+    factor: float,
+    keys: np.ndarray,
+    wire: Tensor,
+    residual: Tensor | None = None,
+    pending: Tensor | None = None,
+) -> None:
+    """As `reference.recode`, in blocks that never leave the cache between decoding and encoding."""
+    tensors = (received.numpy(), np.float32(factor), keys, wire.numpy(), *_remembered(residual, pending))
+    split(plan.count, lambda start, stop: buckets.recode(FAMILIES[family], start, stop, *_columns(plan), *tensors))
+
+
+def _columns(plan: Plan) -> tuple[np.ndarray, ...]:
+    return plan.position, plan.count, plan.bits, plan.wire_at, plan.slot, plan.element, plan.memory_at
+
+
+def _remembered(residual: Tensor | None, pending: Tensor | None) -> tuple[np.ndarray, np.ndarray, bool]:
+    if residual is None or pending is None:
+        nothing = np.empty(0, np.float32)
+        return nothing, nothing, False
+    return residual.numpy(), pending.numpy(), True
 
 
 def decode(

@@ -28,6 +28,7 @@ from compression.layers import DENSE
 TILE = TERNARY_TILE  # values worked on at a time: a multiple of TREE, of 8 and of 5
 _SCALES = 256
 _LARGE = 1 << 20  # values of an output that no cache holds until it is read
+_BLOCK = 1 << 15  # values of several buckets that stay in the second-level cache
 _HUGE, _ZERO, _ONE = np.float32(HUGE), np.float32(0.0), np.float32(1.0)
 _FIXED, _FRACTION, _UNUSED = np.float32(2.0**FRACTION_BITS), np.uint32(FRACTION_BITS), np.uint32(32 - FRACTION_BITS)
 
@@ -219,6 +220,46 @@ def decode(
                 _write(decoded, length, factor, out, at, stream)
     if stream:
         fence()
+
+
+@jit
+def recode(
+    family: int,
+    start: int,
+    stop: int,
+    position: np.ndarray,
+    count: np.ndarray,
+    bits: np.ndarray,
+    wire_at: np.ndarray,
+    slot: np.ndarray,
+    element: np.ndarray,
+    memory_at: np.ndarray,
+    received: np.ndarray,
+    factor: np.float32,
+    keys: np.ndarray,
+    wire: np.ndarray,
+    residual: np.ndarray,
+    pending: np.ndarray,
+    feedback: bool,
+) -> None:
+    room = _BLOCK
+    for m in range(start, stop):
+        room = max(room, count[m])
+    sums, places = np.empty(room, np.float32), np.empty(len(position), np.int64)
+    first = start
+    while first < stop:
+        last, filled = first, 0
+        while last < stop and filled + count[last] <= room:
+            places[last] = filled
+            filled += count[last]
+            last += 1
+        for rank in range(len(received)):
+            decode(family, first, last, places, count, bits, wire_at, received[rank], sums, factor, rank > 0)
+        encode(
+            family, first, last, places, count, bits, wire_at, slot, element, memory_at,
+            sums, keys, wire, residual, pending, feedback,
+        )  # fmt: skip
+        first = last
 
 
 @jit

@@ -20,7 +20,7 @@ from compression.kernels.cuda.pieces import Pieces, to_decode, to_encode
 from compression.kernels.reference import expected_squared_error
 from compression.layers import Plan
 
-__all__ = ["decode", "encode", "expected_squared_error"]
+__all__ = ["decode", "encode", "expected_squared_error", "recode"]
 
 EXACTLY = {"enable_fp_fusion": False}  # options to compile with: a product is rounded before it is added
 
@@ -49,6 +49,23 @@ def encode(
 def decode(family: str, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False) -> None:
     """As `reference.decode`. Both tensors are contiguous and on one device."""
     _launch(buckets.decode, to_decode(plan, wire.device), wire, out, factor, family, accumulate)
+
+
+def recode(
+    family: str,
+    plan: Plan,
+    received: Tensor,
+    factor: float,
+    keys: np.ndarray,
+    wire: Tensor,
+    residual: Tensor | None = None,
+    pending: Tensor | None = None,
+) -> None:
+    """As `reference.recode`: a launch for each rank and one more."""
+    total = torch.empty(int((plan.position + plan.count).max(initial=0)), device=wire.device)
+    for rank, message in enumerate(received):
+        decode(family, plan, message, total, factor, accumulate=rank > 0)
+    encode(family, plan, total, keys, wire, residual, pending)
 
 
 def _launch(kernel: Any, pieces: Pieces, *arguments: object) -> None:
