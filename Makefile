@@ -3,10 +3,12 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install lint test horovod demo bench clean
+.PHONY: help install lint test horovod demo bench speed training clean
 
 PYTHON ?= python3.11
 PHOTOS ?= ../shared/data/photos.tar
+CIFAR10 ?= ../shared/data/cifar10.tar.xz
+RUNS ?= runs/accuracy.jsonl
 BIN := .venv/bin
 INSTALLED := .venv/installed
 REQUIREMENTS := requirements.txt tests/requirements.txt tests/requirements-triton.txt
@@ -39,20 +41,32 @@ horovod: $(INSTALLED)  ## Horovod into .venv: 5 minutes the first time, seconds 
 demo: $(INSTALLED)  ## what the program does, on two ranks of this machine
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash benchmarks/demo.sh
 
-# Minutes on 2 idle cores: search 1, codecs 1, topk 2, loop 5, fidelity 1, exchange 15 (most of them at 100 Mbit/s), scale
-# 3, loaders 2. Training with every compressor takes hours and has its own commands in BENCHMARKS.md.
-bench: $(INSTALLED)  ## every table of BENCHMARKS.md but those of trainings: half an hour; as root also over slow links
+bench: speed training  ## every table and picture of BENCHMARKS.md: hours
+
+# Minutes on 2 idle cores: search 1, codecs 2, topk 1, loop 5, clocks 1, fidelity 1, exchange 15 and broken_barrier 15
+# (most of them at 100 Mbit/s), scale 3, loaders 2.
+speed: $(INSTALLED)  ## those that are no trainings: three quarters of an hour; as root also over slow links
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/codecs.py
 	$(BIN)/python benchmarks/topk.py
 	$(BIN)/python benchmarks/loop.py
+	$(BIN)/python benchmarks/clocks.py
 	$(BIN)/python benchmarks/fidelity.py -o docs/fidelity.md
 	$(BIN)/python benchmarks/exchange.py -o docs/exchange.png
 	$(BIN)/python benchmarks/scale.py
+	if [ "$$(id -u)" = 0 ]; then $(BIN)/python benchmarks/broken_barrier.py -o docs/broken_barrier.png; else \
+	  echo "make: no table of the broken barrier: its links take root"; fi
 	if [ -e $(PHOTOS) ]; then $(BIN)/python benchmarks/loaders.py $(PHOTOS); else \
 	  echo "make: no photographs at $(PHOTOS), so no table of loaders; name yours: make bench PHOTOS=/path/to/folder/or/tar"; fi
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(BIN)/python benchmarks/gpu.py; fi
+
+# Finished runs are kept in RUNS: what is cut off goes on where it was.
+training: $(INSTALLED)  ## those of trainings: hours; as root also time to accuracy over slow links
+	mkdir -p $(dir $(RUNS))
+	$(BIN)/python benchmarks/accuracy.py digits --epochs 8 --runs $(RUNS) -- "none" "maxmin --error-feedback"
+	if [ -e $(CIFAR10) ]; then bash benchmarks/training.sh $(BIN)/python $(CIFAR10) $(RUNS); else \
+	  echo "make: no images at $(CIFAR10), so no tables of trainings; name yours: make bench CIFAR10=/path/to/folder/or/tar"; fi
 
 clean:  ## undo all of the above; the cached Horovod wheel stays
 	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache
