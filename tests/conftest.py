@@ -4,7 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
+
+# No example has a time limit: a busy machine is no failure.
+profile = settings.get_current_profile_name()
+settings.register_profile("unhurried", settings.get_profile(profile), deadline=None)
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")
