@@ -37,9 +37,8 @@ def bfloat16(options: Options, layers: Sequence[Layer], collectives: Collectives
     return BFloat16(collectives)
 
 
-COMPRESSORS["bfloat16"] = Row("bfloat16 all-reduce", (), bfloat16, stateless=True)
-
 if __name__ == "__main__":
+    COMPRESSORS["bfloat16"] = Row("bfloat16 all-reduce", (), bfloat16, stateless=True)
     from main import main
 
     sys.exit(main())
