@@ -6,6 +6,7 @@ from compression.kernels.cpu.memory import load, store
 from compression.kernels.families import TREE
 from compression.kernels.threads import inlined
 
+_QUARTER = TREE // 4
 START = np.int64(0)  # a numpy integer: numba compiles a function once more for every plain number it is called with
 
 
@@ -68,13 +69,23 @@ def add_products(
     """
     half = len(sums) // 2
     for first in range(0, count, TREE):
-        length = min(TREE, count - first)
-        for i in range(length):
-            factor = load(b, first + i) * unit_b
-            store(terms, i, (load(a, a_at + first + i) * unit_a) * factor)
-            store(terms, TREE + i, factor * factor)
+        length, padded = min(TREE, count - first), width
+        if length == TREE:  # the first two halvings, before anything is stored
+            length = padded = _QUARTER
+            for i in range(_QUARTER):
+                b0, a0 = load(b, first + i) * unit_b, load(a, a_at + first + i) * unit_a
+                b1, a1 = load(b, first + _QUARTER + i) * unit_b, load(a, a_at + first + _QUARTER + i) * unit_a
+                b2, a2 = load(b, first + 2 * _QUARTER + i) * unit_b, load(a, a_at + first + 2 * _QUARTER + i) * unit_a
+                b3, a3 = load(b, first + 3 * _QUARTER + i) * unit_b, load(a, a_at + first + 3 * _QUARTER + i) * unit_a
+                store(terms, i, (a0 * b0 + a2 * b2) + (a1 * b1 + a3 * b3))
+                store(terms, TREE + i, (b0 * b0 + b2 * b2) + (b1 * b1 + b3 * b3))
+        else:
+            for i in range(length):
+                factor = load(b, first + i) * unit_b
+                store(terms, i, (load(a, a_at + first + i) * unit_a) * factor)
+                store(terms, TREE + i, factor * factor)
         for part in range(2):
-            store(sums, part * half + block, _fold(terms, part * TREE, length, width))
+            store(sums, part * half + block, _fold(terms, part * TREE, length, padded))
         block += 1
 
 
