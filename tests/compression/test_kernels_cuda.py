@@ -112,6 +112,40 @@ def differences(
     return [name for name, slow, fast in zip(names, *found, strict=True) if not same(slow, fast)]
 
 
+def differences_of_sums(family: str, layers: Layers, bucket_size: int, ranks: int, feedback: bool) -> list[str]:
+    """The same after messages of some ranks were added up and encoded."""
+    from compression.kernels import cuda
+
+    where = layout(family, layers, bucket_size, 1)
+    generator = torch.Generator().manual_seed(bucket_size + ranks)
+    values = torch.cat([KINDS[kind](torch.randn(size, generator=generator)) for size, _, kind in layers])
+    residual = torch.randn(where.values, generator=generator)
+    received = torch.zeros(ranks, where.wire_bytes, dtype=torch.uint8)
+    for rank, message in enumerate(received):
+        reference.encode(family, where, values.roll(rank), stream_keys(1, 2, where.layers, 1, rank), message)
+    keys = stream_keys(1, 2, where.layers, 2, 0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = []
+    for module, place in ((reference, torch.device("cpu")), (cuda, device)):
+        wire, pending = (
+            torch.zeros(count, dtype=dtype, device=place)
+            for count, dtype in ((where.wire_bytes, torch.uint8), (where.values, torch.float32))
+        )
+        memory = (residual.to(place), pending) if feedback else ()
+        module.recode(family, where, received.to(place), 1 / ranks, keys, wire, *memory)
+        found.append((wire.cpu(), pending.cpu()))
+    return [name for name, slow, fast in zip(("wire", "pending"), *found, strict=True) if not same(slow, fast)]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("family", WIDTHS)
+def test_sums_of_messages_are_encoded_with_the_same_bits(gpu: Executor, family: str, ranks: int) -> None:
+    wide = max(WIDTHS[family])
+    layers = [(700, wide, "normal"), (130, DENSE, "normal"), (64, min(WIDTHS[family]), "negative"), (9, wide, "zero")]
+    for feedback in (False, True):
+        assert gpu.submit(differences_of_sums, family, layers, 100, ranks, feedback).result() == []
+
+
 def same(slow: Tensor, fast: Tensor) -> bool:
     """The same bits, but for those of a NaN, which depend on the processor."""
     if slow.dtype == torch.uint8:
@@ -237,7 +271,7 @@ def _compile_into(folder: str) -> None:
 
 KERNELS = [*(("encode", family) for family in ENCODED), *(("decode", family) for family in WIDTHS)]
 BUFFERS = {"values": "*fp32", "residual": "*fp32", "pending": "*fp32", "wire": "*u8", "out": "*fp32"}
-NUMBERS = {"table": "*i64", "pieces": "i32", "keys": "*i32", "factor": "fp32"}
+NUMBERS = {"table": "*i64", "pieces": "i32", "keys": "*i32", "factor": "fp32", "messages": "i32", "stride": "i64"}
 
 
 def assembly(kernel: str, family: str, language: str) -> str:

@@ -48,7 +48,7 @@ def encode(
 
 def decode(family: str, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False) -> None:
     """As `reference.decode`. Both tensors are contiguous and on one device."""
-    _launch(buckets.decode, to_decode(plan, wire.device), wire, out, factor, family, accumulate)
+    _launch(buckets.decode, to_decode(plan, wire.device), wire, out, factor, 1, 0, family, accumulate)
 
 
 def recode(
@@ -61,10 +61,10 @@ def recode(
     residual: Tensor | None = None,
     pending: Tensor | None = None,
 ) -> None:
-    """As `reference.recode`: a launch for each rank and one more."""
+    """As `reference.recode`, in two launches however many ranks there are: one adds up, one encodes."""
     total = torch.empty(int((plan.position + plan.count).max(initial=0)), device=wire.device)
-    for rank, message in enumerate(received):
-        decode(family, plan, message, total, factor, accumulate=rank > 0)
+    pieces = to_decode(plan, wire.device)
+    _launch(buckets.decode, pieces, received, total, factor, len(received), received.stride(0), family, False)
     encode(family, plan, total, keys, wire, residual, pending)
 
 

@@ -76,31 +76,61 @@ def encode(
         store_words(record + 4, second.to(tl.int32, bitcast=True), count > 0)
 
 
-@triton.jit(do_not_specialize=["pieces"], do_not_specialize_on_alignment=["wire"])
+@triton.jit(do_not_specialize=["pieces", "messages", "stride"], do_not_specialize_on_alignment=["wire"])
 def decode(
     table: tl.tensor,
     pieces: tl.tensor,
     wire: tl.tensor,
     out: tl.tensor,
     factor: tl.tensor,
+    messages: tl.tensor,
+    stride: tl.tensor,
     FAMILY: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     M: tl.constexpr,
     K: tl.constexpr,
 ) -> None:
-    """Set pieces of buckets of any length to `factor` x decoded, or add that to them."""
+    """Set pieces of buckets of any length to the sum of `factor` x decoded over all messages, or add that to them.
+
+    A message begins `stride` bytes after the one before.
+    """
     row, at = _rows(M), tl.arange(0, K)[None, :]
     target = out + _column(table, pieces, row, POSITION) + at
     count = _column(table, pieces, row, COUNT).to(tl.int32)
     bits = _column(table, pieces, row, BITS).to(tl.int32)
     record = wire + _column(table, pieces, row, WIRE_AT)
     first = _column(table, pieces, row, FIRST)
+    whole = _column(table, pieces, row, WHOLE)
     here, dense = at < count, bits == _DENSE
-    coded = here & (bits != _DENSE)
     bits = tl.where(dense, 8, bits)
+    total = tl.zeros((M, K), tl.float32)
+    if ACCUMULATE:
+        total = tl.load(target, mask=here, other=0.0)
+    for message in range(messages):
+        decoded = factor * _decoded(record, first, at, whole, count, bits, here, dense, FAMILY)
+        added = total + decoded
+        total = added if ACCUMULATE else tl.where(message == 0, decoded, added)
+        record += stride
+    tl.store(target, total, mask=here)
+
+
+@triton.jit
+def _decoded(
+    record: tl.tensor,
+    first: tl.tensor,
+    at: tl.tensor,
+    whole: tl.tensor,
+    count: tl.tensor,
+    bits: tl.tensor,
+    here: tl.tensor,
+    dense: tl.tensor,
+    FAMILY: tl.constexpr,
+) -> tl.tensor:
+    """What one message's records say of the pieces' values."""
+    coded = here & (dense == 0)
     payload = record + 4 * scale_count(bits, FAMILY)
     if FAMILY == "terngrad":
-        codes = ternary_unpack(first, at, _column(table, pieces, row, WHOLE), payload, coded)
+        codes = ternary_unpack(first, at, whole, payload, coded)
     else:
         codes = unpack(first, at, bits, payload, coded)
     if FAMILY == "quantile":
@@ -114,10 +144,7 @@ def decode(
     if tl.max(dense.to(tl.int32)) > 0:
         words = load_words(record + 4 * (first + at), here & dense)
         decoded = tl.where(dense, words.to(tl.float32, bitcast=True), decoded)
-    decoded = factor * decoded
-    if ACCUMULATE:
-        decoded = tl.load(target, mask=here, other=0.0) + decoded
-    tl.store(target, decoded, mask=here)
+    return decoded
 
 
 @triton.jit
