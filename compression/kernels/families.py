@@ -112,7 +112,7 @@ class MaxMin(Family):
 
     def fit(self, vectors_MK: Tensor, bits: int) -> Tensor:
         low, high = vectors_MK.aminmax(dim=1, keepdim=True)
-        low, high = low.clamp_min(-LIMIT) + 0.0, high.clamp_max(LIMIT) + 0.0  # + 0.0: no negative zero
+        low, high = (each.clamp(-LIMIT, LIMIT) + 0.0 for each in (low, high))  # + 0.0: no negative zero
         unit = _over((high - low).clamp_max(LIMIT), self.top(bits))
         return _finite(vectors_MK, torch.cat([low, unit], dim=1))
 

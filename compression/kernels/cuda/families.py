@@ -47,8 +47,8 @@ def fit(
     if FAMILY == "maxmin":
         low = tl.min(tl.where(here_MK, vectors_MK, float("inf")), 1, keep_dims=True)
         high = tl.max(tl.where(here_MK, vectors_MK, -float("inf")), 1, keep_dims=True)
-        first = tl.maximum(low, -_LIMIT) + 0.0  # + 0.0: no negative zero
-        span = tl.minimum(tl.minimum(high, _LIMIT) + 0.0 - first, _LIMIT)
+        first = tl.minimum(tl.maximum(low, -_LIMIT), _LIMIT) + 0.0  # + 0.0: no negative zero
+        span = tl.minimum(tl.minimum(tl.maximum(high, -_LIMIT), _LIMIT) + 0.0 - first, _LIMIT)
         second = tl.div_rn(span, top_code(bits_M1, FAMILY).to(tl.float32))
     elif FAMILY == "1bit" or FAMILY == "terngrad":
         power = tl.maximum(_float(largest & _INFINITY), _TINY)
