@@ -10,15 +10,17 @@ from compression.kernels.cpu.families import (
     ONEBIT,
     QUANTILE,
     TERNGRAD,
+    axis,
     clamp,
     fit,
+    is_even,
     levels,
     positions,
     reach,
     scale_count,
     top_code,
 )
-from compression.kernels.cpu.memory import LINE, fence, load, load_float, prefetch, store, store_float, stream_line
+from compression.kernels.cpu.memory import LINE, counted, load, load_float, prefetch, store, store_float
 from compression.kernels.cpu.packing import pack, pack_ternary, unpack, unpack_ternary
 from compression.kernels.cpu.sums import START, add_products, blocks_of, total, tree_width
 from compression.kernels.families import FRACTION_BITS, HUGE, TERNARY_TILE, TREE
@@ -27,16 +29,14 @@ from compression.layers import DENSE
 
 TILE = TERNARY_TILE  # values worked on at a time: a multiple of TREE, of 8 and of 5
 _SCALES = 256
-_LARGE = 1 << 20  # values of an output that no cache holds until it is read
 _BLOCK = 1 << 15  # values of several buckets that stay in the second-level cache
 _HUGE, _ZERO, _ONE = np.float32(HUGE), np.float32(0.0), np.float32(1.0)
 _FIXED, _FRACTION, _UNUSED = np.float32(2.0**FRACTION_BITS), np.uint32(FRACTION_BITS), np.uint32(32 - FRACTION_BITS)
 
 
 @inlined
-def _word(element: np.uint32, low: np.uint32, high: np.uint32) -> np.uint32:
-    """As `randomness.words`."""
-    bits = np.uint32(element + low)
+def _word(bits: np.uint32, high: np.uint32) -> np.uint32:
+    """As `randomness.words`, of an element to which the key's lower half has been added."""
     bits ^= bits >> np.uint32(16)
     bits = np.uint32(bits * np.uint32(0x21F0AAAD))
     bits ^= high
@@ -46,26 +46,42 @@ def _word(element: np.uint32, low: np.uint32, high: np.uint32) -> np.uint32:
 
 
 @inlined
-def _round(
-    family: int,
-    places: np.ndarray,
-    count: int,
-    top: np.float32,
-    element: int,
-    low: np.uint32,
-    high: np.uint32,
-    codes: np.ndarray,
-) -> None:
+def _code(place: np.float32, top: np.float32, word: np.uint32) -> np.uint32:
     """As `reference.round_at_random`, after clamping."""
-    first = np.uint32(element)
+    fixed = np.uint32(np.int32(clamp(place, _ZERO, top) * _FIXED))
+    return np.uint32(fixed + (word >> _UNUSED)) >> _FRACTION
+
+
+@inlined
+def _round(
+    family: int, places: np.ndarray, count: int, top: np.float32, first: np.uint32, high: np.uint32, codes: np.ndarray
+) -> None:
+    """The codes of positions. `first` and `high` are what `_word` takes for the first of them."""
     if family == ONEBIT:  # no position lies between two codes
         for i in range(count):
             store(codes, i, np.int32(load(places, i)))
     else:
         for i in range(count):
-            fixed = np.uint32(np.int32(clamp(load(places, i), _ZERO, top) * _FIXED))
-            draw = _word(np.uint32(first + np.uint32(i)), low, high) >> _UNUSED
-            store(codes, i, np.uint32(fixed + draw) >> _FRACTION)
+            store(codes, i, _code(load(places, i), top, _word(counted(first, i), high)))
+
+
+@inlined
+def _round_evenly(
+    values: np.ndarray,
+    at: int,
+    count: int,
+    low: np.float32,
+    unit: np.float32,
+    middle: np.float32,
+    top: np.float32,
+    first: np.uint32,
+    high: np.uint32,
+    codes: np.ndarray,
+) -> None:
+    """The codes of values on an even axis (`families.axis`), in one pass: it hashes while it waits for the quotient."""
+    for i in range(count):
+        place = (load(values, at + i) - low) / unit + middle
+        store(codes, i, _code(place, top, _word(counted(first, i), high)))
 
 
 @inlined
@@ -90,21 +106,6 @@ def _prefetch(values: np.ndarray, at: int, count: int) -> None:
     """Bring the beginning of the next bucket into the cache while this one keeps the processor busy."""
     for i in range(at, at + min(count, TREE), LINE):
         prefetch(values, i)
-
-
-@inlined
-def _write(decoded: np.ndarray, count: int, factor: np.float32, out: np.ndarray, at: int, stream: bool) -> None:
-    """out = factor x decoded, whole cache lines past the caches where `stream` is set."""
-    first = count
-    if stream:
-        first = min(count, -(out.ctypes.data // 4 + at) % LINE)
-    for i in range(first):
-        store(out, at + i, factor * load(decoded, i))
-    lines = (count - first) // LINE
-    for k in range(lines):
-        stream_line(out, at + first + k * LINE, decoded, first + k * LINE, factor)
-    for i in range(first + lines * LINE, count):
-        store(out, at + i, factor * load(decoded, i))
 
 
 @inlined
@@ -158,16 +159,22 @@ def encode(
         if m + 1 < stop:
             _prefetch(values, position[m + 1], count[m + 1])
         head, width = record + 4 * scale_count(family, b), tree_width(n)
-        unit, top = _ONE / reach(family, b, scales), np.float32(top_code(family, b))
+        inverse, top = _ONE / reach(family, b, scales), np.float32(top_code(family, b))
+        low, unit, middle = axis(family, b, scales)
+        even = finite and is_even(family) and unit > 0
         projects = feedback and finite and family != ONEBIT
         for tile in range(0, n, TILE):
             length = min(TILE, n - tile)
-            positions(family, source, at + tile, length, b, scales, finite, bins, places)
-            _round(family, places, length, top, element[m] + tile, keys[slot[m], 0], keys[slot[m], 1], codes)
+            first, high = counted(keys[slot[m], 0], element[m] + tile), keys[slot[m], 1]
+            if even:
+                _round_evenly(source, at + tile, length, low, unit, middle, top, first, high, codes)
+            else:
+                positions(family, source, at + tile, length, b, scales, finite, bins, places)
+                _round(family, places, length, top, first, high, codes)
             _put_codes(family, codes, length, b, tile, wire, head)
             if projects:
-                levels(family, codes, length, b, scales, places)
-                add_products(source, at + tile, unit, places, unit, length, width, terms, sums, tile // TREE)
+                levels(family, codes, length, b, scales, places, START)
+                add_products(source, at + tile, inverse, places, inverse, length, width, terms, sums, tile // TREE)
         if projects:
             _project(family, b, total(sums, START, blocks_of(n)), total(sums, room, blocks_of(n)), scales)
         for k in range(scale_count(family, b)):
@@ -177,7 +184,7 @@ def encode(
                 length = min(TILE, n - tile)
                 if n > TILE:
                     _get_codes(family, wire, head, tile, length, b, codes)
-                levels(family, codes, length, b, scales, places)
+                levels(family, codes, length, b, scales, places, START)
                 for i in range(length):
                     store(pending, at + tile + i, load(pending, at + tile + i) - load(places, i))
 
@@ -198,7 +205,6 @@ def decode(
 ) -> None:
     codes, decoded = np.empty(TILE + 8, np.uint8), np.empty(TILE, np.float32)
     scales = np.empty(_SCALES, np.float32)
-    stream = len(out) >= _LARGE and not accumulate
     for m in range(start, stop):
         n, b, head = count[m], bits[m], wire_at[m]
         if b != DENSE:
@@ -212,14 +218,16 @@ def decode(
                     store(decoded, i, load_float(wire, head + 4 * (tile + i)))
             else:
                 _get_codes(family, wire, head, tile, length, b, codes)
-                levels(family, codes, length, b, scales, decoded)
+                if not accumulate and factor == _ONE:
+                    levels(family, codes, length, b, scales, out, at)
+                    continue
+                levels(family, codes, length, b, scales, decoded, START)
             if accumulate:
                 for i in range(length):
                     store(out, at + i, load(out, at + i) + factor * load(decoded, i))
             else:
-                _write(decoded, length, factor, out, at, stream)
-    if stream:
-        fence()
+                for i in range(length):
+                    store(out, at + i, factor * load(decoded, i))
 
 
 @jit
@@ -287,8 +295,8 @@ def squared_error(
                 store(places, i, place - floor)
                 store(lower, i, np.int32(floor))
                 store(upper, i, np.int32(floor + (_ONE if floor < top else _ZERO)))
-            levels(family, lower, length, b, scales, low)
-            levels(family, upper, length, b, scales, high)
+            levels(family, lower, length, b, scales, low, START)
+            levels(family, upper, length, b, scales, high, START)
             for i in range(length):
                 gap = (load(high, i) - load(low, i)) * unit
                 store(low, i, gap * load(places, i))

@@ -100,6 +100,21 @@ def fit(
 
 
 @inlined
+def is_even(family: int) -> bool:
+    """Whether all codes of the family are equally far apart."""
+    return family in (MAXMIN, NORM_UNIFORM, TERNGRAD)
+
+
+@inlined
+def axis(family: int, bits: int, scales: np.ndarray) -> tuple[np.float32, np.float32, np.float32]:
+    """(low, unit, middle): if the family is even, a value lies at (value - low) / unit + middle where unit > 0."""
+    middle = np.float32(top_code(family, bits) // 2)
+    if family == MAXMIN:
+        return scales[0], scales[1], _ZERO
+    return _ZERO, scales[0] / middle if is_even(family) else scales[0], middle
+
+
+@inlined
 def positions(
     family: int,
     values: np.ndarray,
@@ -112,12 +127,7 @@ def positions(
     out: np.ndarray,
 ) -> None:
     """Where the values lie on the axis of codes: 0 to the top code, after clamping."""
-    zero = top_code(family, bits) // 2
-    low, unit, middle = _ZERO, scales[0], np.float32(zero)
-    if family == MAXMIN:
-        low, unit, middle = scales[0], scales[1], _ZERO
-    elif family >= NORM_UNIFORM and family != EXPONENTIAL:
-        unit /= middle
+    low, unit, middle = axis(family, bits, scales)
     if family == ONEBIT:
         for i in range(count):
             store(out, i, _ONE if load(values, at + i) < 0 else _ZERO)
@@ -127,36 +137,38 @@ def positions(
         for i in range(count):
             store(out, i, _ZERO if family == QUANTILE else middle)
     elif family == EXPONENTIAL:
-        _exponential_positions(values, at, count, unit, zero, out)
+        _exponential_positions(values, at, count, unit, top_code(family, bits) // 2, out)
     else:
         for i in range(count):
             store(out, i, (load(values, at + i) - low) / unit + middle)
 
 
 @inlined
-def levels(family: int, codes: np.ndarray, count: int, bits: int, scales: np.ndarray, out: np.ndarray) -> None:
-    """What the codes stand for."""
+def levels(
+    family: int, codes: np.ndarray, count: int, bits: int, scales: np.ndarray, out: np.ndarray, place: int
+) -> None:
+    """What the codes stand for, written from `place` on."""
     first, second = scales[0], scales[1]
     zero, below = np.float32(top_code(family, bits) // 2), np.int32(127 - top_code(family, bits) // 2)
     if family == MAXMIN:
         for i in range(count):
-            store(out, i, first + second * np.float32(load(codes, i)))
+            store(out, place + i, first + second * np.float32(load(codes, i)))
     elif family == ONEBIT:
         for i in range(count):
-            store(out, i, second if load(codes, i) > 0 else first)
+            store(out, place + i, second if load(codes, i) > 0 else first)
     elif family == QUANTILE:
         for i in range(count):
-            store(out, i, load(scales, load(codes, i)))
+            store(out, place + i, load(scales, load(codes, i)))
     elif family == EXPONENTIAL:
         for i in range(count):
             steps = np.float32(load(codes, i)) - zero
             power = _float(np.int32(np.int32(abs(steps)) + below) << np.int32(23))
             power = power if steps != 0 else _ZERO
-            store(out, i, (-power if steps < 0 else power) * first)
+            store(out, place + i, (-power if steps < 0 else power) * first)
     else:
         unit = first / zero
         for i in range(count):
-            store(out, i, (np.float32(load(codes, i)) - zero) * unit)
+            store(out, place + i, (np.float32(load(codes, i)) - zero) * unit)
 
 
 @inlined

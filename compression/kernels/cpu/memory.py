@@ -60,6 +60,16 @@ def _as(number: Any, kind: Any) -> tuple[Callable[..., Any], Callable[..., Any]]
     return load_bytes, store_bytes
 
 
+@_intrinsic
+def counted(context: Any, first: Any, at: Any) -> Any:
+    """first + at, modulo 2**32. Numba adds in 64 bits, which takes half the lanes of a vector."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.add(arguments[0], builder.trunc(arguments[1], ir.IntType(32)))
+
+    return types.uint32(types.uint32, types.intp), generate
+
+
 LINE = 16  # float32 in a cache line
 
 
@@ -77,51 +87,6 @@ def prefetch(context: Any, memory: Any, at: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(memory, types.intp), generate
-
-
-@_intrinsic
-def stream_line(context: Any, memory: Any, at: Any, source: Any, start: Any, factor: Any) -> Any:
-    """memory[at + i] = factor x source[start + i] for the cache line that begins at `at`, past the caches.
-
-    A line that is written whole need not be read first, which halves the traffic of large outputs.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        half = ir.VectorType(ir.FloatType(), LINE // 2)
-        undefined = ir.Constant(half, ir.Undefined)
-        lane = ir.Constant(ir.IntType(32), 0)
-        one = builder.insert_element(undefined, arguments[4], lane)
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), LINE // 2), [0] * (LINE // 2))
-        factors = builder.shuffle_vector(one, undefined, zeros)
-        hint = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
-        array = context.make_array(signature.args[2])(context, builder, arguments[2])
-        for k in range(0, LINE, LINE // 2):
-            offset = ir.Constant(arguments[1].type, k)
-            read = builder.gep(array.data, [builder.add(arguments[3], offset)], inbounds=True)
-            values = builder.load(builder.bitcast(read, half.as_pointer()), align=4)
-            where = builder.gep(
-                context.make_array(signature.args[0])(context, builder, arguments[0]).data,
-                [builder.add(arguments[1], offset)],
-                inbounds=True,
-            )
-            kept = builder.store(
-                builder.fmul(values, factors), builder.bitcast(where, half.as_pointer()), align=2 * LINE
-            )
-            kept.set_metadata("nontemporal", hint)
-        return context.get_dummy_value()
-
-    return types.none(memory, types.intp, source, types.intp, types.float32), generate
-
-
-@_intrinsic
-def fence(context: Any) -> Any:
-    """What was written past the caches is there for other threads to see."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.none(), generate
 
 
 def _pointer(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
