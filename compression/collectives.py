@@ -32,7 +32,10 @@ class Collectives(Protocol):
         """Add up over the ranks, in place."""
 
     def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Message r goes to rank r. uint8 [sum(sizes)] -> uint8 [W, sizes[rank]]: row r came from rank r."""
+        """Message r goes to rank r, and none to this rank itself.
+
+        uint8 [sum of the others' sizes] -> uint8 [W - 1, sizes[rank]]: from each of the others, in rank order.
+        """
 
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
         """Everyone gets everyone's message. uint8 [sizes[rank]] -> uint8 [sum(sizes)], in rank order."""
@@ -73,7 +76,7 @@ class Solo(AtOnce):
         pass
 
     def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
-        return messages.view(1, -1)
+        return messages.view(0, sizes[self.rank])
 
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
         return message
@@ -109,21 +112,24 @@ class TorchDistributed:
         return self.begin_gather(message, sizes, 0)()
 
     def begin_exchange(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
-        received = messages.new_empty(self.world_size, sizes[self.rank])
-        return self._swap(messages.split(list(sizes)), received.unbind(), 2 * chunk, received)
+        received = messages.new_empty(self.world_size - 1, sizes[self.rank])
+        incoming = [*received[: self.rank], messages[:0], *received[self.rank :]]
+        outgoing = messages.split([*sizes[: self.rank], 0, *sizes[self.rank + 1 :]])
+        return self._swap(outgoing, incoming, 2 * chunk, received)
 
     def begin_gather(self, message: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
         received = message.new_empty(sum(sizes))
-        return self._swap([message] * self.world_size, received.split(list(sizes)), 2 * chunk + 1, received)
+        incoming = received.split(list(sizes))
+        incoming[self.rank].copy_(message)
+        return self._swap([message] * self.world_size, incoming, 2 * chunk + 1, received)
 
     def _swap(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], tag: int, received: Tensor) -> Pending:
-        """Send `outgoing[r]` to every rank r, and fill `incoming[r]` with what r sends: these make up `received`.
+        """Send `outgoing[r]` to every other rank r, and fill `incoming[r]` with what r sends; both are in `received`.
 
         Gloo begins to send when its peer says that it is ready to receive, and says so on the connection that carries
         its own messages. Said after a long message it arrives after it, and one rank waits while the other sends: so
         every rank says it first.
         """
-        incoming[self.rank].copy_(outgoing[self.rank])
         peers = [(self.rank + turn) % self.world_size for turn in range(1, self.world_size)]
         transfers = [self._transfer(dist.irecv, incoming, peer, tag) for peer in peers[::-1] if len(incoming[peer])]
         transfers += [self._transfer(dist.isend, outgoing, peer, tag) for peer in peers if len(outgoing[peer])]
@@ -187,7 +193,7 @@ class Metered:
     def begin_exchange(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
         start = time.perf_counter()
         pending = self.inner.begin_exchange(messages, sizes, chunk)
-        self._count(sum(sizes) - sizes[self.rank], start)
+        self._count(messages.nbytes, start)
         return self._timed(pending)
 
     def begin_gather(self, message: Tensor, sizes: Sequence[int], chunk: int) -> Pending:

@@ -165,23 +165,34 @@ def plan(
     )
 
 
-
 def chunks(whole: Plan, count: int) -> list[Plan]:
     """A plan cut into at most `count` plans, each with about as many bytes of every message, cut between records.
 
     Where the values lie, and what the slots are, stays as it is; a chunk's wire holds its own records only. The plan of
     all owners and that of one of them are cut at the same records.
     """
+    edges = _edges(whole, count)
+    return [_part(whole, edges[:, k : k + 2]) for k in range(count)]
+
+
+def without(whole: Plan, owner: int) -> Plan:
+    """A plan but for the message of one owner, which becomes empty."""
+    edges = _edges(whole, 1)
+    edges[owner] = edges[owner, 0]
+    return _part(whole, edges)
+
+
+def _edges(whole: Plan, count: int) -> Ints:
+    """Where every message is cut into `count` parts, [owners, count + 1]: a record belongs to where it begins."""
     ends = np.cumsum(whole.message_bytes, dtype=np.int64)
     starts = ends - whole.message_bytes
     targets = starts[:, None] + np.arange(count + 1) * (ends - starts)[:, None] // count
-    edges = np.searchsorted(whole.wire_at, targets)  # [owners, count + 1]: a record belongs to where it begins
+    return np.searchsorted(whole.wire_at, targets)
+
+
+def _part(whole: Plan, edges: Ints) -> Plan:
+    """The records from edges[o, 0] to below edges[o, 1] of every owner o."""
     at = np.append(whole.wire_at, whole.wire_bytes)[edges]
-    return [_chunk(whole, edges[:, k : k + 2], at[:, k : k + 2]) for k in range(count)]
-
-
-def _chunk(whole: Plan, edges: Ints, at: Ints) -> Plan:
-    """The records from edges[o, 0] to below edges[o, 1] of every owner o; they lie from at[o, 0] to at[o, 1]."""
     rows = [np.arange(first, last) for first, last in edges]
     nbytes = np.diff(at, axis=1)[:, 0]
     shifts = at[:, 0] - (np.cumsum(nbytes) - nbytes)

@@ -10,18 +10,27 @@ from torch import Tensor
 from compression import kernels
 from compression.averagers.base import Gradients, Memory, Plain
 from compression.codecs.quantizers import Quantizer
-from compression.collectives import Collectives
-from compression.layers import DENSE, Ints, Layer, Plan, Segment, chunks, cut, plan
+from compression.collectives import Collectives, Pending
+from compression.layers import DENSE, Ints, Layer, Plan, Segment, chunks, cut, plan, without
 from compression.randomness import stream_keys
 
 CHUNK_BYTES = 2**20  # of what one rank encodes at a time, so that the network is busy meanwhile
 
 
 @dataclass(frozen=True)
-class _Route:
-    """The plans of one group of layers, in chunks: of all shares, and of this rank's own; and the layers' indices."""
+class _Chunk:
+    """The plans of a chunk of every share: of what this rank encodes, of the share that it owns, and of all of them."""
 
-    chunks: tuple[tuple[Plan, Plan], ...]
+    sent: Plan
+    owned: Plan
+    whole: Plan
+
+
+@dataclass(frozen=True)
+class _Route:
+    """One group of layers: its chunks, and the layers' indices."""
+
+    chunks: tuple[_Chunk, ...]
     layers: Ints
 
 
@@ -29,9 +38,10 @@ class TwoHop(Plain):
     """Quantized averaging in two hops, at 2 (W - 1) / W x encoded bytes of N a rank.
 
     Hop one: every layer is cut into W shares, and each rank sends its encoding of share r to rank r, which decodes
-    and adds them up in rank order. Hop two: each rank encodes the average of its share and sends it to all. All
-    decode the same bytes, so that all end with the same bits. Layers that are not compressed travel as float32 in
-    the same messages. Large messages travel in chunks: while one is on its way, the next is encoded.
+    and adds them up in rank order. What a rank has of its own share does not travel, and is added as it is. Hop two:
+    each rank encodes the average of its share and sends it to all. All decode the same bytes, so that all end with
+    the same bits. A rank that is alone encodes everything in both hops. Layers that are not compressed travel as
+    float32 in the same messages. Large messages travel in chunks: while one is on its way, the next is encoded.
 
     With error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847) what the first encoding
     lost is added to the next gradient, and what the second lost to the owner's next average (DoubleSqueeze, Tang
@@ -86,20 +96,20 @@ class TwoHop(Plain):
         family, share_of_mean = self.codec.family, 1.0 / network.world_size
         first, second = (stream_keys(self.seed, step, route.layers, hop, network.rank) for hop in (1, 2))
 
-        arriving = []
-        for number, (all_shares, _) in enumerate(route.chunks):
-            wire = torch.empty(all_shares.wire_bytes, dtype=torch.uint8, device=flat.device)
-            fast.encode(family, all_shares, flat, first, wire, *self._memory(0, flat))
+        rank = None if self._alone else network.rank
+        arriving, returning = [], []
+        for number, chunk in enumerate(route.chunks):
+            wire = torch.empty(chunk.sent.wire_bytes, dtype=torch.uint8, device=flat.device)
+            fast.encode(family, chunk.sent, flat, first, wire, *self._memory(0, flat))
             self.encoded_bytes += wire.nbytes
-            arriving.append(network.begin_exchange(wire, all_shares.message_bytes, number))
-        returning = []
-        for number, (all_shares, my_share) in enumerate(route.chunks):
-            received = arriving[number]()
-            message = torch.empty_like(received[0])
-            fast.recode(family, my_share, received, share_of_mean, second, message, *self._memory(1, flat))
-            returning.append(network.begin_gather(message, all_shares.message_bytes, number))
-        for number, (all_shares, _) in enumerate(route.chunks):
-            fast.decode(family, all_shares, returning[number](), flat)
+            arriving.append(self._exchange(wire, chunk.whole.message_bytes, number))
+        for number, chunk in enumerate(route.chunks):
+            message = torch.empty(chunk.owned.wire_bytes, dtype=torch.uint8, device=flat.device)
+            summands = (arriving[number](), flat, rank, share_of_mean)
+            fast.recode(family, chunk.owned, *summands, second, message, *self._memory(1, flat))
+            returning.append(network.begin_gather(message, chunk.whole.message_bytes, number))
+        for number, chunk in enumerate(route.chunks):
+            fast.decode(family, chunk.whole, returning[number](), flat)
 
     def settle(self, applied: Tensor | bool) -> None:
         for memory in self._memories or ():
@@ -123,6 +133,13 @@ class TwoHop(Plain):
         for memory, name in zip(self._memories, ("residual", "share_residual"), strict=True):
             memory.load_state_dict(state.get(name, {}))
 
+    @property
+    def _alone(self) -> bool:
+        return self.collectives.world_size == 1
+
+    def _exchange(self, wire: Tensor, sizes: Sequence[int], number: int) -> Pending:
+        return (lambda: wire.view(1, -1)) if self._alone else self.collectives.begin_exchange(wire, sizes, number)
+
     def _memory(self, hop: int, flat: Tensor) -> tuple[Tensor, ...]:
         return self._memories[hop].allocate(flat.device) if self._memories is not None else ()
 
@@ -136,16 +153,19 @@ class TwoHop(Plain):
         rank = self.collectives.rank
         layers = [self.layers[name] for name in gradients.names]
         where = [memory.offsets for memory in self._memories] if self._memories else [{}, {}]
-        segments, owned, packed = [], [], 0
+        segments, owned_segments = [], []
         for layer, offset in zip(layers, gradients.offsets, strict=True):
-            start, stop = self.shares[layer.name][rank]
+            start, _ = self.shares[layer.name][rank]
             segments.append(Segment(layer, offset, where[0].get(layer.name, 0)))
-            owned.append(Segment(layer, packed - start, where[1].get(layer.name, 0) - start))
-            packed += stop - start
+            owned_segments.append(Segment(layer, offset, where[1].get(layer.name, 0) - start))
         rules = (self.shares, self.widths, self.codec.share_bucket_size, self.codec.record_bytes)
         all_shares = plan(segments, range(self.collectives.world_size), *rules)
-        my_share = plan(owned, [rank], *rules)
+        my_share = plan(owned_segments, [rank], *rules)
         # A GPU encodes faster than it launches, and gets one launch a hop.
         count = 1 if gradients.flat.device.type == "cuda" else max(1, all_shares.wire_bytes // CHUNK_BYTES)
-        pairs = zip(chunks(all_shares, count), chunks(my_share, count), strict=True)
-        return _Route(tuple(pair for pair in pairs if pair[0].wire_bytes), all_shares.layers)
+        parts = [
+            _Chunk(whole if self._alone else without(whole, rank), owned, whole)
+            for whole, owned in zip(chunks(all_shares, count), chunks(my_share, count), strict=True)
+            if whole.wire_bytes
+        ]
+        return _Route(tuple(parts), all_shares.layers)

@@ -77,19 +77,28 @@ def recode(
     family: str,
     plan: Plan,
     received: Tensor,
+    values: Tensor,
+    rank: int | None,
     factor: float,
     keys: np.ndarray,
     wire: Tensor,
     residual: Tensor | None = None,
     pending: Tensor | None = None,
 ) -> None:
-    """Decode every rank's message of one share, add them up in rank order, times `factor`, and encode the sum.
+    """Add up what all ranks have of one share, in rank order, times `factor`, and encode the sum.
 
-    `received` is uint8 [ranks, plan.wire_bytes]; the others as in `encode`.
+    Of this rank, which is number `rank`, that is `values`; of the others it is their messages, decoded: `received` is
+    uint8 [ranks - 1, plan.wire_bytes]. Where `rank` is None there are only messages. Afterwards the share in `values`
+    holds anything. The others as in `encode`.
     """
-    total = torch.empty(int((plan.position + plan.count).max(initial=0)), device=wire.device)
-    for rank, message in enumerate(received):
-        decode(family, plan, message, total, factor, accumulate=rank > 0)
+    own = values * torch.tensor(factor, dtype=torch.float32)
+    total = torch.empty_like(values)
+    messages = [*received]
+    for turn in range(len(messages) + (rank is not None)):
+        if turn != rank:
+            decode(family, plan, messages.pop(0), total, factor, accumulate=turn > 0)
+        else:
+            total = total + own if turn > 0 else own
     encode(family, plan, total, keys, wire, residual, pending)
 
 

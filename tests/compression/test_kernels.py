@@ -71,20 +71,22 @@ def test_numba_and_torch_give_the_same_bits(name: str, bucket_size: int, feedbac
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 @pytest.mark.parametrize("bucket_size", [512, 100, -1])
-@pytest.mark.parametrize("feedback", [False, True])
-def test_sums_of_messages_are_encoded_with_the_same_bits(name: str, bucket_size: int, feedback: bool) -> None:
+@pytest.mark.parametrize(("feedback", "rank"), [(False, None), (True, None), (False, 0), (True, 2), (False, 3)])
+def test_sums_over_ranks_are_encoded_with_the_same_bits(
+    name: str, bucket_size: int, feedback: bool, rank: int | None
+) -> None:
     """The first layer is longer than what is decoded and encoded at a time."""
     where = layout(name, widths_of(name, 2), bucket_size, 1, (70_000, *SIZES[1:]))
     values, residual = torch.randn(2, where.values, generator=torch.Generator().manual_seed(bucket_size))
     received = torch.empty(3, where.wire_bytes, dtype=torch.uint8)
-    for rank, message in enumerate(received):
-        cpu.encode(name, where, values.roll(rank), stream_keys(1, 2, where.layers, 1, rank), message)
+    for other, message in enumerate(received):
+        cpu.encode(name, where, values.roll(other), stream_keys(1, 2, where.layers, 1, other), message)
     keys = stream_keys(1, 2, where.layers, 2, 0)
     found = []
     for kernels in (reference, cpu):
         wire, pending = torch.zeros(where.wire_bytes, dtype=torch.uint8), torch.zeros(where.values)
         memory = (residual.clone(), pending) if feedback else ()
-        kernels.recode(name, where, received, 1 / 3, keys, wire, *memory)
+        kernels.recode(name, where, received, values.clone(), rank, 1 / 3, keys, wire, *memory)
         found.append((wire, pending))
     assert all(torch.equal(slow, fast) for slow, fast in zip(*found, strict=True))
 

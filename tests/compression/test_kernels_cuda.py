@@ -112,17 +112,19 @@ def differences(
     return [name for name, slow, fast in zip(names, *found, strict=True) if not same(slow, fast)]
 
 
-def differences_of_sums(family: str, layers: Layers, bucket_size: int, ranks: int, feedback: bool) -> list[str]:
-    """The same after messages of some ranks were added up and encoded."""
+def differences_of_sums(
+    family: str, layers: Layers, bucket_size: int, messages: int, rank: int | None, feedback: bool
+) -> list[str]:
+    """The same after messages of some ranks, and what this rank has, were added up and encoded."""
     from compression.kernels import cuda
 
     where = layout(family, layers, bucket_size, 1)
-    generator = torch.Generator().manual_seed(bucket_size + ranks)
+    generator = torch.Generator().manual_seed(bucket_size + messages)
     values = torch.cat([KINDS[kind](torch.randn(size, generator=generator)) for size, _, kind in layers])
     residual = torch.randn(where.values, generator=generator)
-    received = torch.zeros(ranks, where.wire_bytes, dtype=torch.uint8)
-    for rank, message in enumerate(received):
-        reference.encode(family, where, values.roll(rank), stream_keys(1, 2, where.layers, 1, rank), message)
+    received = torch.zeros(messages, where.wire_bytes, dtype=torch.uint8)
+    for other, message in enumerate(received):
+        reference.encode(family, where, values.roll(other), stream_keys(1, 2, where.layers, 1, other), message)
     keys = stream_keys(1, 2, where.layers, 2, 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = []
@@ -132,18 +134,21 @@ def differences_of_sums(family: str, layers: Layers, bucket_size: int, ranks: in
             for count, dtype in ((where.wire_bytes, torch.uint8), (where.values, torch.float32))
         )
         memory = (residual.to(place), pending) if feedback else ()
-        module.recode(family, where, received.to(place), 1 / ranks, keys, wire, *memory)
+        share = values.clone().to(place)
+        module.recode(family, where, received.to(place), share, rank, 1 / (messages + 1), keys, wire, *memory)
         found.append((wire.cpu(), pending.cpu()))
     return [name for name, slow, fast in zip(("wire", "pending"), *found, strict=True) if not same(slow, fast)]
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize(("messages", "rank"), [(1, None), (1, 0), (3, 2), (2, 2)])
 @pytest.mark.parametrize("family", WIDTHS)
-def test_sums_of_messages_are_encoded_with_the_same_bits(gpu: Executor, family: str, ranks: int) -> None:
+def test_sums_over_ranks_are_encoded_with_the_same_bits(
+    gpu: Executor, family: str, messages: int, rank: int | None
+) -> None:
     wide = max(WIDTHS[family])
     layers = [(700, wide, "normal"), (130, DENSE, "normal"), (64, min(WIDTHS[family]), "negative"), (9, wide, "zero")]
     for feedback in (False, True):
-        assert gpu.submit(differences_of_sums, family, layers, 100, ranks, feedback).result() == []
+        assert gpu.submit(differences_of_sums, family, layers, 100, messages, rank, feedback).result() == []
 
 
 def same(slow: Tensor, fast: Tensor) -> bool:
@@ -271,7 +276,8 @@ def _compile_into(folder: str) -> None:
 
 KERNELS = [*(("encode", family) for family in ENCODED), *(("decode", family) for family in WIDTHS)]
 BUFFERS = {"values": "*fp32", "residual": "*fp32", "pending": "*fp32", "wire": "*u8", "out": "*fp32"}
-NUMBERS = {"table": "*i64", "pieces": "i32", "keys": "*i32", "factor": "fp32", "messages": "i32", "stride": "i64"}
+NUMBERS = {"table": "*i64", "keys": "*i32", "factor": "fp32", "stride": "i64"}
+NUMBERS |= dict.fromkeys(("pieces", "ranks", "own"), "i32")
 
 
 def assembly(kernel: str, family: str, language: str) -> str:

@@ -31,6 +31,8 @@ def recode(
     family: str,
     plan: Plan,
     received: Tensor,
+    values: Tensor,
+    rank: int | None,
     factor: float,
     keys: np.ndarray,
     wire: Tensor,
@@ -38,7 +40,8 @@ def recode(
     pending: Tensor | None = None,
 ) -> None:
     """As `reference.recode`, in blocks that never leave the cache between decoding and encoding."""
-    tensors = (received.numpy(), np.float32(factor), keys, wire.numpy(), *_remembered(residual, pending))
+    summands = (received.numpy(), values.numpy(), -1 if rank is None else rank, np.float32(factor))
+    tensors = (*summands, keys, wire.numpy(), *_remembered(residual, pending))
     split(plan.count, lambda start, stop: buckets.recode(FAMILIES[family], start, stop, *_columns(plan), *tensors))
 
 

@@ -230,6 +230,30 @@ def decode(
                     store(out, at + i, factor * load(decoded, i))
 
 
+@inlined
+def _add(
+    values: np.ndarray,
+    start: int,
+    stop: int,
+    position: np.ndarray,
+    count: np.ndarray,
+    factor: np.float32,
+    accumulate: bool,
+    sums: np.ndarray,
+) -> None:
+    """Set `sums` to factor x the values of some buckets, one bucket after the other, or add that to it."""
+    filled = 0
+    for m in range(start, stop):
+        at = position[m]
+        if accumulate:
+            for i in range(count[m]):
+                store(sums, filled + i, load(sums, filled + i) + factor * load(values, at + i))
+        else:
+            for i in range(count[m]):
+                store(sums, filled + i, factor * load(values, at + i))
+        filled += count[m]
+
+
 @jit
 def recode(
     family: int,
@@ -243,6 +267,8 @@ def recode(
     element: np.ndarray,
     memory_at: np.ndarray,
     received: np.ndarray,
+    values: np.ndarray,
+    own: int,
     factor: np.float32,
     keys: np.ndarray,
     wire: np.ndarray,
@@ -261,8 +287,13 @@ def recode(
             places[last] = filled
             filled += count[last]
             last += 1
-        for rank in range(len(received)):
-            decode(family, first, last, places, count, bits, wire_at, received[rank], sums, factor, rank > 0)
+        message = 0
+        for turn in range(len(received) + (own >= 0)):
+            if turn == own:
+                _add(values, first, last, position, count, factor, turn > 0, sums)
+            else:
+                decode(family, first, last, places, count, bits, wire_at, received[message], sums, factor, turn > 0)
+                message += 1
         encode(
             family, first, last, places, count, bits, wire_at, slot, element, memory_at,
             sums, keys, wire, residual, pending, feedback,

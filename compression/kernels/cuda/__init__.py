@@ -48,13 +48,15 @@ def encode(
 
 def decode(family: str, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False) -> None:
     """As `reference.decode`. Both tensors are contiguous and on one device."""
-    _launch(buckets.decode, to_decode(plan, wire.device), wire, out, factor, 1, 0, family, accumulate)
+    _launch(buckets.decode, to_decode(plan, wire.device), wire, out, factor, 1, -1, 0, family, accumulate)
 
 
 def recode(
     family: str,
     plan: Plan,
     received: Tensor,
+    values: Tensor,
+    rank: int | None,
     factor: float,
     keys: np.ndarray,
     wire: Tensor,
@@ -62,10 +64,10 @@ def recode(
     pending: Tensor | None = None,
 ) -> None:
     """As `reference.recode`, in two launches however many ranks there are: one adds up, one encodes."""
-    total = torch.empty(int((plan.position + plan.count).max(initial=0)), device=wire.device)
+    own, ranks = (-1, len(received)) if rank is None else (rank, len(received) + 1)
     pieces = to_decode(plan, wire.device)
-    _launch(buckets.decode, pieces, received, total, factor, len(received), received.stride(0), family, False)
-    encode(family, plan, total, keys, wire, residual, pending)
+    _launch(buckets.decode, pieces, received, values, factor, ranks, own, received.stride(0), family, False)
+    encode(family, plan, values, keys, wire, residual, pending)
 
 
 def _launch(kernel: Any, pieces: Pieces, *arguments: object) -> None:

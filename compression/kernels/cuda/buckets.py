@@ -76,23 +76,24 @@ def encode(
         store_words(record + 4, second.to(tl.int32, bitcast=True), count > 0)
 
 
-@triton.jit(do_not_specialize=["pieces", "messages", "stride"], do_not_specialize_on_alignment=["wire"])
+@triton.jit(do_not_specialize=["pieces", "ranks", "own", "stride"], do_not_specialize_on_alignment=["wire"])
 def decode(
     table: tl.tensor,
     pieces: tl.tensor,
     wire: tl.tensor,
     out: tl.tensor,
     factor: tl.tensor,
-    messages: tl.tensor,
+    ranks: tl.tensor,
+    own: tl.tensor,
     stride: tl.tensor,
     FAMILY: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     M: tl.constexpr,
     K: tl.constexpr,
 ) -> None:
-    """Set pieces of buckets of any length to the sum of `factor` x decoded over all messages, or add that to them.
+    """Set pieces of buckets of any length to the sum of `factor` x decoded over all ranks, or add that to them.
 
-    A message begins `stride` bytes after the one before.
+    Each rank has a message, `stride` bytes after the one before; but rank `own` has what the pieces hold.
     """
     row, at = _rows(M), tl.arange(0, K)[None, :]
     target = out + _column(table, pieces, row, POSITION) + at
@@ -106,11 +107,14 @@ def decode(
     total = tl.zeros((M, K), tl.float32)
     if ACCUMULATE:
         total = tl.load(target, mask=here, other=0.0)
-    for message in range(messages):
-        decoded = factor * _decoded(record, first, at, whole, count, bits, here, dense, FAMILY)
-        added = total + decoded
-        total = added if ACCUMULATE else tl.where(message == 0, decoded, added)
-        record += stride
+    for rank in range(ranks):
+        if rank == own:
+            summand = factor * tl.load(target, mask=here, other=0.0)
+        else:
+            summand = factor * _decoded(record, first, at, whole, count, bits, here, dense, FAMILY)
+            record += stride
+        added = total + summand
+        total = added if ACCUMULATE else tl.where(rank == 0, summand, added)
     tl.store(target, total, mask=here)
 
 
