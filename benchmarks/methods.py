@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ import compression
 from benchmarks.ranks import kernel_bytes
 from compression import Metered, TorchDistributed
 from compression.averagers import Gradients
+from compression.engine import Engine
 from compression.layers import layers_of
 from image_classification.memory import keep_freed_memory
 
@@ -126,8 +128,10 @@ def ours(name: str, **options: Any) -> Method:
 
         def run() -> float:
             before, step = network.traffic.bytes_sent, next(steps)
+            engine = Engine(work.flat.device, bool)
             for bucket in work.buckets:
-                averager.average_(bucket, step)
+                engine.submit(partial(averager.phases, bucket, step))
+            engine.close()
             averager.settle(True)
             return network.traffic.bytes_sent - before
 

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from compression.averagers import Gradients
 from compression.collectives import Collectives
-from compression.engine import future_of
+from compression.engine import Phases, future_of, run_all
 from compression.exchange import Exchange, is_one, not_finite, unscaled
 from compression.hooks import shaped
 from compression.registry import COMPRESSORS, Compressor, can_be_late
@@ -204,19 +204,20 @@ class BrokenBarrier(Exchange):
 
     def _average_part(self, part: _Part) -> None:
         """On the communication thread."""
-        start = time.perf_counter()
-        try:
-            if self._failure is None:
-                part.gradients = unscaled(self._averages(part.gradients, part.step))
-                self._look_at(part)
-                finite = {name: ~bad for name, bad in zip(part.gradients.names, part.bad, strict=True)}
-                self.averager.commit(finite)
-                if self.recorder is not None:
-                    self.recorder.memory.commit(finite)
-        except BaseException as error:
-            self._failure = error
-        self._job_seconds += time.perf_counter() - start
+        with self._noting_failure():
+            run_all(self._timed(self._phases(part)))
         part.complete()
+
+    def _phases(self, part: _Part) -> Phases:
+        gradients = self._prepared(part.gradients)
+        self.averager.average_(gradients, part.step)
+        part.gradients = unscaled(gradients)
+        self._look_at(part)
+        finite = {name: ~bad for name, bad in zip(part.gradients.names, part.bad, strict=True)}
+        self.averager.commit(finite)
+        if self.recorder is not None:
+            self.recorder.memory.commit(finite)
+        yield
 
     def _look_at(self, part: _Part) -> None:
         views = self._views(part.gradients)

@@ -4,21 +4,27 @@ Collectives of several phases would deadlock inside the callbacks of torch's fut
 when two threads issue them. One thread with a queue has neither problem: as long as every rank submits the same
 jobs in the same order, every collective of every job meets its peers. Meanwhile backward goes on.
 
+A job may have phases. Of two jobs in a row the second one's first phase runs before the first one's last, so that the
+network carries the messages of one while the other computes. The order of collectives stays as it is.
+
 On a GPU the thread has a stream of its own, or backward's kernels would queue behind what a collective waits for. A job
 begins behind what the submitter's stream holds when it submits. Whoever takes a job's results waits for them with a
 future that the job completes (`future_of`), which orders the two streams; the host waits for neither.
 """
 
 import contextlib
+import itertools
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
-Job = Callable[[], None]
-"""It must not raise: what goes wrong in it is its own to report."""
+Phases = Iterator[None]
+Job = Callable[[], Phases | None]
+"""It must not raise: what goes wrong in it is its own to report. What it returns are phases that are still to run: what
+one sends travels while other jobs' phases run. From the third on they issue no collectives."""
 
 
 class Engine:
@@ -74,20 +80,25 @@ class Engine:
             return job
         now = torch.cuda.current_stream(self._device).record_event()
 
-        def behind() -> None:
+        def behind() -> Phases | None:
             stream.wait_event(now)
-            job()
+            return job()
 
         return behind
 
     def _run(self) -> None:
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-            while (job := self._next()) is not None:
-                job()
+            before: Phases | None = None
+            while (job := self._next(wait=before is None)) is not None or before is not None:
+                phases = iter((job() if job is not None else None) or ())
+                _run_one(phases)
+                run_all(before or ())
+                before = phases if _run_one(phases) else None
 
-    def _next(self) -> Job | None:
+    def _next(self, wait: bool) -> Job | None:
+        """The next job; None where there is none now, or, if it shall wait, where there will be none anymore."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._ahead or self._closing)
+            self._changed.wait_for(lambda: self._waiting or self._ahead or self._closing or not wait)
             if not (self._waiting or self._ahead):
                 return None
             goes_ahead = bool(self._ahead) and self._after[0] <= self._taken
@@ -102,6 +113,17 @@ class Engine:
             else:
                 self._taken += 1
             return queue.popleft()
+
+
+def run_all(phases: Iterable[None]) -> None:
+    """Run phases to their end."""
+    for _ in phases:
+        pass
+
+
+def _run_one(phases: Phases) -> bool:
+    """Run one phase; whether there may be more."""
+    return any(True for _ in itertools.islice(phases, 1))
 
 
 def future_of(device: torch.device) -> "torch.futures.Future[Any]":

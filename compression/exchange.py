@@ -6,7 +6,7 @@ knows whether every average is finite. It knows no optimizer and no training loo
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from compression.averagers import Averager, Gradients
 from compression.collectives import Collectives, Metered
-from compression.engine import Engine, used_here
+from compression.engine import Engine, Phases, used_here
 from compression.hooks import hook
 from compression.layers import Layer, layers_of
 from compression.recorder import Recorder
@@ -224,45 +224,60 @@ class Exchange:
             return
         waiting, self._waiting = self._waiting, []
 
-        def job() -> None:
-            try:
-                if self._failure is None:
-                    self._average_parts([part for part, _ in waiting])
-            except BaseException as error:
-                self._failure = error
+        def job() -> Phases:
+            with self._noting_failure():
+                yield from self._timed(self._average_parts([part for part, _ in waiting]))
             for _, done in waiting:
                 done()
 
         self._engine.submit(job)
 
-    def _average_parts(self, parts: Sequence[Gradients]) -> None:
-        """On the communication thread: average one flat buffer, or all of them as one."""
+    @contextlib.contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        """On the communication thread: what goes wrong inside is for `finish` to raise."""
+        try:
+            yield
+        except BaseException as error:
+            self._failure = error
+
+    def _timed(self, phases: Phases) -> Phases:
+        """The same phases, as long as nothing went wrong, their time counted."""
+        while self._failure is None:
+            start = time.perf_counter()
+            try:
+                next(phases)
+            except StopIteration:
+                return
+            finally:
+                self._job_seconds += time.perf_counter() - start
+            yield
+
+    def _average_parts(self, parts: Sequence[Gradients]) -> Phases:
+        """Average one flat buffer, or all of them as one."""
         if self._whole is None:
             (part,) = parts
-            self._average(part)
+            yield from self._average(part)
         else:
             joined = self._whole.join(parts)
-            self._average(joined)
+            yield from self._average(joined)
             self._whole.part(joined, parts)
 
-    def _average(self, gradients: Gradients) -> None:
+    def _average(self, gradients: Gradients) -> Phases:
         """Average one flat buffer, in place, whatever its type and scale."""
-        start = time.perf_counter()
         flat, scale = gradients.flat, self._loss_scale
-        work = self._averages(replace(gradients, loss_scale=scale), self.step).flat
-        if work is not flat:
-            flat.copy_(work if is_one(scale) else work.mul_(scale))
+        prepared = self._prepared(replace(gradients, loss_scale=scale))
+        yield from self.averager.phases(prepared, self.step)
+        if prepared.flat is not flat:
+            flat.copy_(prepared.flat if is_one(scale) else prepared.flat.mul_(scale))
         self._measure(gradients)
-        self._job_seconds += time.perf_counter() - start
 
-    def _averages(self, gradients: Gradients, step: int) -> Gradients:
-        """What the averager makes of gradients of a step: in place, or float32 and without loss scale elsewhere."""
+    def _prepared(self, gradients: Gradients) -> Gradients:
+        """What the averager gets, and averages in place: the same, or float32 and without loss scale elsewhere."""
         used_here(gradients.flat, gradients.loss_scale)
         if not self.averager.lossless:
             gradients = unscaled(gradients)
             if self.recorder is not None:
                 self.recorder.record(gradients)
-        self.averager.average_(gradients, step)
         return gradients
 
     def _measure(self, gradients: Gradients) -> None:

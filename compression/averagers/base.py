@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from compression.engine import Phases
+
 
 @dataclass(frozen=True)
 class Gradients:
@@ -48,6 +50,9 @@ class Averager(Protocol):
     def average_(self, gradients: Gradients, step: int) -> None:
         """Replace this rank's gradients by the average over ranks. `step` counts optimizer steps."""
 
+    def phases(self, gradients: Gradients, step: int) -> Phases:
+        """What `average_` does, phase by phase, as a `compression.engine.Job` has them."""
+
     def settle(self, applied: Tensor | bool) -> None:
         """Keep what the step computed to remember, or forget it where the step was not applied.
 
@@ -66,10 +71,17 @@ class Averager(Protocol):
 
 
 class Plain:
-    """What averagers are unless they say otherwise: without bit widths, without momentum, settled by whole steps."""
+    """What averagers are unless they say otherwise: of one phase, without widths, without momentum, settled by step."""
 
     widths: Mapping[str, int] = MappingProxyType({})
     without_momentum: frozenset[str] = frozenset()
+
+    def average_(self, gradients: Gradients, step: int) -> None:
+        raise NotImplementedError
+
+    def phases(self, gradients: Gradients, step: int) -> Phases:
+        self.average_(gradients, step)
+        yield
 
     def set_widths(self, widths: Mapping[str, int]) -> None:
         raise ValueError("this compressor has no bit widths to set")

@@ -11,6 +11,7 @@ from compression import kernels
 from compression.averagers.base import Gradients, Memory, Plain
 from compression.codecs.quantizers import Quantizer
 from compression.collectives import Collectives, Pending
+from compression.engine import Phases, run_all
 from compression.layers import DENSE, Ints, Layer, Plan, Segment, chunks, cut, plan, without
 from compression.randomness import stream_keys
 
@@ -62,7 +63,7 @@ class TwoHop(Plain):
         error_feedback: bool = False,
     ) -> None:
         self.codec, self.collectives, self.seed = codec, collectives, seed
-        self.encoded_bytes = 0
+        self.encoded_bytes = self._parity = 0
         self.layers = {layer.name: layer for layer in layers}
         self.shares = {
             layer.name: cut(layer.numel, codec.bucket_size, collectives.world_size, layer.index)
@@ -90,6 +91,9 @@ class TwoHop(Plain):
         self._routes.clear()
 
     def average_(self, gradients: Gradients, step: int) -> None:
+        run_all(self.phases(gradients, step))
+
+    def phases(self, gradients: Gradients, step: int) -> Phases:
         route = self._route(gradients)
         flat, network = gradients.flat, self.collectives
         fast = kernels.for_device(flat.device)
@@ -97,19 +101,23 @@ class TwoHop(Plain):
         first, second = (stream_keys(self.seed, step, route.layers, hop, network.rank) for hop in (1, 2))
 
         rank = None if self._alone else network.rank
+        numbered = [(2 * k + self._parity, chunk) for k, chunk in enumerate(route.chunks)]
+        self._parity = 1 - self._parity  # the next gradients may be under way at the same time
         arriving, returning = [], []
-        for number, chunk in enumerate(route.chunks):
+        for number, chunk in numbered:
             wire = torch.empty(chunk.sent.wire_bytes, dtype=torch.uint8, device=flat.device)
             fast.encode(family, chunk.sent, flat, first, wire, *self._memory(0, flat))
             self.encoded_bytes += wire.nbytes
             arriving.append(self._exchange(wire, chunk.whole.message_bytes, number))
-        for number, chunk in enumerate(route.chunks):
+        yield
+        for received, (number, chunk) in zip(arriving, numbered, strict=True):
             message = torch.empty(chunk.owned.wire_bytes, dtype=torch.uint8, device=flat.device)
-            summands = (arriving[number](), flat, rank, share_of_mean)
+            summands = (received(), flat, rank, share_of_mean)
             fast.recode(family, chunk.owned, *summands, second, message, *self._memory(1, flat))
             returning.append(network.begin_gather(message, chunk.whole.message_bytes, number))
-        for number, chunk in enumerate(route.chunks):
-            fast.decode(family, chunk.whole, returning[number](), flat)
+        yield
+        for averages, (_, chunk) in zip(returning, numbered, strict=True):
+            fast.decode(family, chunk.whole, averages(), flat)
 
     def settle(self, applied: Tensor | bool) -> None:
         for memory in self._memories or ():

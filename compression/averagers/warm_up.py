@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compression.averagers.base import Averager, Gradients
 from compression.averagers.dense import Dense
+from compression.engine import Phases, run_all
 
 
 class WarmUp:
@@ -33,8 +34,11 @@ class WarmUp:
         return self.inner.without_momentum
 
     def average_(self, gradients: Gradients, step: int) -> None:
+        run_all(self.phases(gradients, step))
+
+    def phases(self, gradients: Gradients, step: int) -> Phases:
         self._compressed = step >= self.steps
-        (self.inner if self._compressed else self.dense).average_(gradients, step)
+        return (self.inner if self._compressed else self.dense).phases(gradients, step)
 
     def settle(self, applied: Tensor | bool) -> None:
         if self._compressed:

@@ -1,7 +1,6 @@
 """The broken barrier: which averages are applied when, whatever the network's timing."""
 
 import math
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 import compression
 from compression.broken_barrier import prefix_length
 from compression.collectives import Collectives
-from compression.engine import Engine
 
 CPU = torch.device("cpu")
 
@@ -234,54 +232,6 @@ def test_ranks_get_the_same_bits_from_every_compressor_that_can_be_late(name: st
     for mine, theirs in zip(first, second, strict=True):
         assert all(map(torch.equal, mine, theirs))
         assert any(values.any() for values in mine)
-
-
-def order_of(engine: Engine, submit: Any) -> list[str]:
-    """The names of jobs in the order in which they ran, all submitted while the first one runs."""
-    ran: list[str] = []
-    go = threading.Event()
-    engine.submit(lambda: (go.wait(), ran.append("first"))[0])
-    submit(lambda name: lambda: ran.append(name))
-    go.set()
-    engine.close()
-    return ran
-
-
-@pytest.mark.parametrize(("after", "expected"), [(1, "first c a b"), (2, "first a c b"), (3, "first a b c")])
-def test_a_job_goes_ahead_of_all_that_wait_but_those_that_it_comes_after(after: int, expected: str) -> None:
-    engine = Engine(CPU, bool)
-
-    def submit(named: Any) -> None:
-        engine.submit(named("a"))
-        engine.submit(named("b"))
-        engine.submit_ahead(named("c"), after)
-
-    assert " ".join(order_of(engine, submit)) == expected
-
-
-def test_all_ranks_run_jobs_in_the_order_that_rank_0_chooses() -> None:
-    """Rank 1 has the job that goes ahead from the start, rank 0 only when it has chosen the first other one."""
-
-    def order(ranks: ThreadCollectives) -> list[str]:
-        ran: list[str] = []
-        engine = Engine(CPU, ranks.broadcast)
-        ahead = lambda: engine.submit_ahead(lambda: ran.append("ahead"), 0)  # noqa: E731
-        if ranks.rank:
-            ahead()
-        engine.submit(lambda: (ran.append("one"), ranks.rank or ahead())[0])
-        engine.submit(lambda: ran.append("two"))
-        while len(ran) < 3:
-            threading.Event().wait(0.001)
-        engine.close()
-        return ran
-
-    assert run_ranks(2, order) == [["one", "ahead", "two"]] * 2
-
-
-def test_an_engine_ends_though_another_ranks_job_never_comes() -> None:
-    engine = Engine(CPU, lambda goes_ahead: True)
-    engine.submit(lambda: pytest.fail("rank 0 chose another"))
-    engine.close()
 
 
 def test_what_goes_wrong_on_the_network_reaches_the_loop() -> None:

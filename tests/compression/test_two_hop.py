@@ -1,6 +1,7 @@
 """Averaging of codes: unbiased, bounded with error feedback, as many bytes as promised."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from threads import ThreadCollectives, run_ranks
 from compression import DENSE, Collectives, Solo, averagers, build, codec
 from compression.averagers import Gradients, TwoHop
 from compression.collectives import Pending
+from compression.engine import Engine
 from compression.layers import layers_of
 
 LAYERS = layers_of([("weight", (40, 50)), ("bias", (40,))], 64)
@@ -160,7 +162,7 @@ def test_a_chunk_is_encoded_while_the_one_before_is_on_its_way(monkeypatch: pyte
 
     run_ranks(2, work)
     assert told == [
-        "exchange 0", "exchange 1", "exchanged 0", "gather 0", "exchanged 1", "gather 1", "gathered 0", "gathered 1"
+        "exchange 0", "exchange 2", "exchanged 0", "gather 0", "exchanged 2", "gather 2", "gathered 0", "gathered 2"
     ]  # fmt: skip
 
 
@@ -179,3 +181,21 @@ def test_what_a_rank_keeps_is_not_encoded() -> None:
     assert kept == 0
     assert all_of_rank_0 > 0
     assert all_of_rank_1 == 0
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+def test_averages_may_be_under_way_at_one_time(feedback: bool) -> None:
+    def work(ranks: ThreadCollectives) -> tuple[torch.Tensor, torch.Tensor]:
+        found = []
+        for together in (False, True):
+            bound, flats = two_hop(ranks, 4, feedback), GRADIENTS[ranks.rank].clone().split([2000, 40])
+            parts = [Gradients(flat, (name,), (0,)) for flat, name in zip(flats, ("weight", "bias"), strict=True)]
+            engine = Engine(torch.device("cpu"), bool)
+            for part in parts:
+                engine.submit(partial(bound.phases if together else bound.average_, part, 0))
+            engine.close()
+            found.append(torch.cat(flats))
+        return found[0], found[1]
+
+    for one_by_one, together in run_ranks(3, work):
+        assert torch.equal(one_by_one, together)
