@@ -4,17 +4,19 @@
 
 All ranks run on this machine and talk over its loopback. The model adds up what one rank does:
 
-    seconds = messages x latency + bytes / bandwidth + values x codec
+    seconds = start + messages x latency + bytes / bandwidth + values x codec
 
-Messages: 2 (W - 1) for each bucket of gradients, whether a ring passes them on or two hops exchange and gather them.
-Bytes: those counted, 2 (W - 1) / W x those that stand for the gradient. Values, where there is a codec: 3 + 1 / W times
-through it, to encode all, to decode and add one share from everyone, to encode its mean and to decode all. Where W
-ranks share fewer cores, everything takes W / cores times as long.
+Start: until all ranks are awake and have begun, once for an exchange. Messages: 2 (W - 1) for each bucket of gradients,
+whether a ring passes them on or two hops exchange and gather them. Bytes: those counted, 2 (W - 1) / W x those that
+stand for the gradient. Values, where there is a codec: 3 - 1 / W times through it, to encode the others' shares, to
+decode and add one share from the others, to encode its mean and to decode all. Where W ranks share fewer cores,
+everything but the start takes W / cores times as long.
 
-Latency and bandwidth are common to all methods, and each codec has its own speed: fitted by least squares of relative
-errors, none negative. The check leaves out all runs of one number of ranks and predicts them from the others. The last
-table gives each rank a machine of its own, and its link at most the bandwidth that was fitted. Nothing overlaps in it,
-and its latency is the loopback's: a real network adds its own, twice to two hops, and to a ring at every message.
+Start, latency and bandwidth are common to all methods, and each codec has its own speed: fitted by least squares of
+relative errors, none negative. The check leaves out all runs of one number of ranks and predicts them from the others.
+The last table gives each rank a machine of its own, and its link at most the bandwidth that was fitted. Nothing
+overlaps in it, and its latency is the loopback's: a real network adds its own, twice to two hops, and to a ring at
+every message.
 """
 
 import argparse
@@ -57,16 +59,17 @@ class Run:
 
     @property
     def terms(self) -> list[float]:
-        """What the model's coefficients multiply: messages, bytes, and values through each codec."""
+        """What the model's coefficients multiply: 1, messages, bytes, and values through each codec."""
         messages = 2 * (self.ranks - 1) * self.buckets
-        coded = [(3 + 1 / self.ranks) * self.values * (self.method == codec) for codec in CODECS]
-        return [self.sharing * term for term in (messages, self.nbytes, *coded)]
+        coded = [(3 - 1 / self.ranks) * self.values * (self.method == codec) for codec in CODECS]
+        return [1.0, *(self.sharing * term for term in (messages, self.nbytes, *coded))]
 
 
 @dataclass(frozen=True)
 class Model:
-    """Seconds a message, a byte, and a value of each codec."""
+    """Seconds to start, of a message, of a byte, and of a value of each codec."""
 
+    start: float
     message: float
     byte: float
     codecs: tuple[float, ...]
@@ -75,13 +78,13 @@ class Model:
     def fit(cls, seconds: Mapping[Run, float]) -> "Model":
         """The least squares of relative errors, with no coefficient below 0."""
         terms = np.array([run.terms for run in seconds]) / np.array([*seconds.values()])[:, None]
-        message, byte, *codecs = nnls(terms, np.ones(len(terms)))[0].tolist()
-        return cls(message, byte, tuple(codecs))
+        start, message, byte, *codecs = nnls(terms, np.ones(len(terms)))[0].tolist()
+        return cls(start, message, byte, tuple(codecs))
 
     def seconds(self, run: Run, link_mbit: float = float("inf")) -> float:
         """What the model says that a run takes, where no link carries more than `link_mbit`."""
         byte = max(self.byte, 8e-6 / link_mbit)
-        return float(np.dot(run.terms, (self.message, byte, *self.codecs)))
+        return float(np.dot(run.terms, (self.start, self.message, byte, *self.codecs)))
 
 
 def square_layers(values: int) -> Shapes:
@@ -163,7 +166,8 @@ def main() -> None:
 
     model = Model.fit(seconds)
     speeds = ", ".join(f"{name} {1e9 * each:.2f} ns a value" for name, each in zip(CODECS, model.codecs, strict=True))
-    print(f"\nfitted: {1e6 * model.message:.0f} us a message, {1e9 * model.byte:.3f} ns a byte; {speeds}")
+    common = f"{1e3 * model.start:.1f} ms to start, {1e6 * model.message:.0f} us a message"
+    print(f"\nfitted: {common}, {1e9 * model.byte:.3f} ns a byte; {speeds}")
     largest = {run.method: run for run in seconds if run.ranks == max(flags.ranks)}
     per_value = {
         method: run.nbytes * run.ranks / (2 * (run.ranks - 1)) / run.values for method, run in largest.items()
