@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ import compression
 from benchmarks.ranks import kernel_bytes
 from compression import Metered, TorchDistributed
 from compression.averagers import Gradients
-from compression.engine import Engine
+from compression.engine import Engine, Phases
 from compression.layers import layers_of
 from image_classification.memory import keep_freed_memory
 
@@ -124,14 +125,18 @@ def ours(name: str, **options: Any) -> Method:
         layers = layers_of(work.shapes.items(), compressor.bucket_size)
         network = Metered(TorchDistributed())
         averager = compressor.averager(layers, network, seed=0)
-        steps = itertools.count()
+        steps, engine, averaged = itertools.count(), Engine(work.flat.device, bool), threading.Semaphore(0)
+
+        def average(bucket: Gradients, step: int) -> Phases:
+            yield from averager.phases(bucket, step)
+            averaged.release()
 
         def run() -> float:
             before, step = network.traffic.bytes_sent, next(steps)
-            engine = Engine(work.flat.device, bool)
             for bucket in work.buckets:
-                engine.submit(partial(averager.phases, bucket, step))
-            engine.close()
+                engine.submit(partial(average, bucket, step))
+            for _ in work.buckets:
+                averaged.acquire()
             averager.settle(True)
             return network.traffic.bytes_sent - before
 

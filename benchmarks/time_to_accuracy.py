@@ -123,11 +123,11 @@ def draw(results: Mapping[int, tuple[Mapping[str, Learned], Seconds]], steps: in
     figure = Figure(figsize=(6 * len(results), 5), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False, sharey=True).flat
     for axes, (ranks, (learned, seconds)) in zip(panels, results.items(), strict=True):
-        for method, found in learned.items():
+        for number, (method, found) in enumerate(learned.items()):
             epochs = found.epochs_to(target)
             if epochs < math.inf:
                 taken = [steps * each[method] * epochs for each in seconds.values()]
-                axes.plot(list(seconds), taken, "o-", label=method)
+                axes.plot(list(seconds), taken, "o-", color=f"C{number}", label=method)  # alike in all panels
         axes.set(title=f"{ranks} ranks", xlabel="rate of each link", yscale="log")
         axes.grid(alpha=0.3, which="both")
     figure.axes[0].set_ylabel(f"seconds of training to {target:g} % top-1")

@@ -17,6 +17,7 @@ from compression.codecs.sparsifiers import TopK
 from compression.collectives import Collectives
 from compression.kernels.families import LIMIT
 from compression.kernels.sparse import SparsePlan
+from compression.kernels.transfer import on_device
 from compression.layers import Ints, Layer
 
 
@@ -164,7 +165,7 @@ class Gathered(Plain):
         fast.encode(layout, owed.flat, starts, indices, message[: layout.wire_bytes])
         message[layout.wire_bytes :] = dense.view(torch.uint8)
         self._encoded_bytes += message.nbytes
-        positions = indices + torch.from_numpy(np.repeat(starts, layout.kept)).to(indices.device)
+        positions = indices + on_device(np.repeat(starts, layout.kept), indices.device)
         self.accumulator.sent(positions)
         return message, positions
 

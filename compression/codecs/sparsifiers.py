@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compression import kernels, randomness
 from compression.kernels import sparse
+from compression.kernels.transfer import on_device
 from compression.layers import Ints
 
 
@@ -98,7 +99,7 @@ class RandomK:
         kept = self.kept(count)
         stratum = torch.arange(kept + 1, device=device)
         edge = stratum * count // kept
-        low, high = torch.tensor(key, dtype=torch.int64, device=device)
+        low, high = on_device(np.array(key, np.int64), device)
         draws = randomness.uniform(stratum[:-1], low, high)
         place = edge[:-1] + (draws.to(torch.float64) * edge.diff()).to(torch.int64)
         angle = (key[0] | key[1] << 32) % count

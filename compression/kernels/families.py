@@ -248,8 +248,8 @@ class Quantile(Family):
         top, count = self.top(bits), vectors_MK.shape[1]
         keys = _ordered((vectors_MK + 0.0).view(torch.int32)).to(torch.int64)  # + 0.0: one zero
         first, last = keys.aminmax(dim=1, keepdim=True)
-        shift = torch.tensor([max(int(span).bit_length() - HISTOGRAM_BITS, 0) for span in last - first])
-        shift = shift.to(keys.device)[:, None]
+        bit_length = torch.frexp((last - first).to(torch.float64)).exponent
+        shift = (bit_length - HISTOGRAM_BITS).clamp_min(0)
         bins = (keys - first) >> shift
         ranks = torch.arange(1, top, device=keys.device) * (count - 1) // top
         edges = first + (bins.sort(dim=1).values[:, ranks] << shift)

@@ -1,7 +1,7 @@
 """The kernels written out in torch: what the fast ones are held against, bit for bit.
 
-Clear before fast. Works on any device. Buckets of equal length and width are stacked and worked on together; what
-differs between the families of quantizers is in `families.py`.
+Clear before fast. Works on any device, and the host waits for none. Buckets of equal length and width are stacked and
+worked on together; what differs between the families of quantizers is in `families.py`.
 
 Shapes: M buckets, K values per bucket, S scales per bucket.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from compression import randomness
 from compression.kernels.families import FAMILIES, FRACTION_BITS, HUGE, Family, record_bytes, tree_sum
+from compression.kernels.transfer import on_device
 from compression.layers import DENSE, Plan
 
 
@@ -41,7 +42,7 @@ def encode(
             memory = _spans(plan.memory_at[group], vectors.shape[1], values.device)
             vectors = vectors + residual[memory]
         element = _spans(plan.element[group], vectors.shape[1], values.device)
-        halves = torch.from_numpy(keys[plan.slot[group]].astype(np.int64)).to(values.device)
+        halves = on_device(keys[plan.slot[group]].astype(np.int64), values.device)
         kind = FAMILIES[family]
         scales = kind.fit(vectors, bits)
         codes = round_at_random(
@@ -169,4 +170,4 @@ def _groups(plan: Plan) -> list[np.ndarray]:
 
 def _spans(starts: np.ndarray, length: int, device: torch.device) -> Tensor:
     """Indices of runs: [M] -> int64 [M, length]."""
-    return torch.from_numpy(starts).to(device)[:, None] + torch.arange(length, device=device)
+    return on_device(starts, device)[:, None] + torch.arange(length, device=device)

@@ -107,6 +107,16 @@ def test_whatever_the_values_the_bits_are_the_same(
     same_bits(name, where, values, values.flip(0).nan_to_num(0.0, 1e30, -1e30) if feedback else None)
 
 
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_the_reference_waits_for_no_device(name: str) -> None:
+    """Tensors without values, which nobody could wait for, stand for those of a GPU."""
+    where, device = layout(name, widths_of(name, 1), 100, world_size=2), torch.device("meta")
+    values, residual, pending = torch.empty(3, where.values, device=device)
+    wire = torch.empty(where.wire_bytes, dtype=torch.uint8, device=device)
+    reference.encode(name, where, values, stream_keys(1, 2, where.layers, 0, 0), wire, residual, pending)
+    reference.decode(name, where, wire, values, 0.5, accumulate=True)
+
+
 @pytest.mark.parametrize("name", [name for name in QUANTIZERS if COMPRESSORS[name].has_bits])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_expected_error_is_the_same(name: str, bits: int) -> None:

@@ -201,7 +201,7 @@ def differences_where_256_is_long(layers: Layers) -> list[str]:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to wait for")
-@pytest.mark.parametrize("family", ENCODED)
+@pytest.mark.parametrize("family", WIDTHS)
 def test_the_host_waits_for_nothing_but_the_plan(gpu: Executor, family: str) -> None:
     gpu.submit(work_without_waiting, family).result()
 

@@ -155,6 +155,28 @@ def test_an_index_beyond_the_layer_is_refused(kernels: object) -> None:
         kernels.decode(plan, wire, torch.zeros(100), np.zeros(1, np.int64))  # type: ignore[attr-defined]
 
 
+def test_the_host_waits_for_no_device() -> None:
+    """Tensors without values, which nobody could wait for, stand for those of a GPU."""
+    plan, at, device = TopK(0.1).plan([100, 50]), np.array([0, 100]), torch.device("meta")
+    values, wire = torch.empty(150, device=device), torch.empty(plan.wire_bytes, dtype=torch.uint8, device=device)
+    indices = sparse_reference.select(plan, values, at)
+    assert indices.shape == (15,)
+    sparse_reference.encode(plan, values, at, indices, wire)
+    sparse_reference.decode(plan, wire, values, at)
+    assert RandomK(0.1).positions(100, (1, 2), device).shape == (10,)
+    with pytest.raises(RuntimeError, match="meta"):  # as all of it would, had it waited
+        bool(values.sum() > 0)
+
+
+@pytest.mark.parametrize("byte", [0, 255])
+def test_a_damaged_record_makes_the_average_on_a_gpu_not_finite(byte: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, out = TopK(0.1).plan([100]), torch.zeros(100)
+    wire = torch.full((plan.wire_bytes,), byte, dtype=torch.uint8)
+    monkeypatch.setattr(sparse_reference, "HOST", "no device")
+    sparse_reference.decode(plan, wire, out, np.zeros(1, np.int64))
+    assert out.isnan().any()
+
+
 def test_a_message_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match="1000 values make a message of 52 bytes, got 51"):
         TopK(0.01).decode(torch.zeros(1, 51, dtype=torch.uint8), 1000)

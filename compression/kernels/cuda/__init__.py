@@ -4,8 +4,8 @@ A bucket is read from memory once (ternary codes: twice, from the first-level ca
 all widths and dense ones go in the same launch. Nothing waits for the GPU but a plan's first use, which sends its
 table there.
 
-Two kinds of buckets are encoded by `reference`, in torch operations that are slower and do wait: those of more than
-16,384 values, and quantiles, which need all values of a share in order. Decoding knows no such limit.
+Two kinds of buckets are encoded by `reference`, in torch operations that are slower: those of more than 16,384 values,
+and quantiles, which need all values of a share in order. Decoding knows no such limit.
 """
 
 from typing import Any
@@ -18,6 +18,7 @@ from compression.kernels import reference
 from compression.kernels.cuda import buckets
 from compression.kernels.cuda.pieces import Pieces, to_decode, to_encode
 from compression.kernels.reference import expected_squared_error
+from compression.kernels.transfer import on_device
 from compression.layers import Plan
 
 __all__ = ["decode", "encode", "expected_squared_error", "recode"]
@@ -43,7 +44,8 @@ def encode(
         reference.encode(family, pieces.longer, values, keys, wire, residual, pending)
     feedback = residual is not None and pending is not None
     memory = (residual, pending) if feedback else (values, values)
-    _launch(buckets.encode, pieces, _sent(keys, wire.device), values, *memory, wire, family, feedback)
+    sent = on_device(keys.view(np.int32), wire.device)
+    _launch(buckets.encode, pieces, sent, values, *memory, wire, family, feedback)
 
 
 def decode(family: str, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False) -> None:
@@ -85,9 +87,3 @@ def _launch(kernel: Any, pieces: Pieces, *arguments: object) -> None:
             num_warps=warps,
             **EXACTLY,
         )
-
-
-def _sent(keys: np.ndarray, device: torch.device) -> Tensor:
-    """The keys on a device, as int32; the copy is not waited for."""
-    halves = torch.from_numpy(keys.view(np.int32))
-    return halves.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else halves
