@@ -20,7 +20,7 @@ from compression.kernels.cpu.families import (
     scale_count,
     top_code,
 )
-from compression.kernels.cpu.memory import LINE, counted, load, load_float, prefetch, store, store_float
+from compression.kernels.cpu.memory import counted, load, load_float, store, store_float
 from compression.kernels.cpu.packing import pack, pack_ternary, unpack, unpack_ternary
 from compression.kernels.cpu.sums import START, add_products, blocks_of, total, tree_width
 from compression.kernels.families import FRACTION_BITS, HUGE, TERNARY_TILE, TREE
@@ -102,13 +102,6 @@ def _get_codes(family: int, wire: np.ndarray, at: int, tile: int, count: int, bi
 
 
 @inlined
-def _prefetch(values: np.ndarray, at: int, count: int) -> None:
-    """Bring the beginning of the next bucket into the cache while this one keeps the processor busy."""
-    for i in range(at, at + min(count, TREE), LINE):
-        prefetch(values, i)
-
-
-@inlined
 def _project(family: int, bits: int, dot: np.float32, square: np.float32, scales: np.ndarray) -> None:
     """Scales times <v, Q> / |Q|^2, as `reference.project`."""
     if square > 0:
@@ -156,8 +149,6 @@ def encode(
             for i in range(n):
                 store(pending, at + i, load(values, position[m] + i) + load(residual, at + i))
         finite = fit(family, source, at, n, b, scales, terms, sums, bins)
-        if m + 1 < stop:
-            _prefetch(values, position[m + 1], count[m + 1])
         head, width = record + 4 * scale_count(family, b), tree_width(n)
         inverse, top = _ONE / reach(family, b, scales), np.float32(top_code(family, b))
         low, unit, middle = axis(family, b, scales)

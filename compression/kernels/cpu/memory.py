@@ -70,25 +70,6 @@ def counted(context: Any, first: Any, at: Any) -> Any:
     return types.uint32(types.uint32, types.intp), generate
 
 
-LINE = 16  # float32 in a cache line
-
-
-@_intrinsic
-def prefetch(context: Any, memory: Any, at: Any) -> Any:
-    """Begin to bring memory[at] into the cache; `at` may lie anywhere."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = builder.bitcast(_pointer(context, builder, signature, arguments), ir.IntType(8).as_pointer())
-        number = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
-        read, keep, data = (ir.Constant(number, value) for value in (0, 3, 1))
-        builder.call(function, [pointer, read, keep, data])
-        return context.get_dummy_value()
-
-    return types.none(memory, types.intp), generate
-
-
 def _pointer(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     array = context.make_array(signature.args[0])(context, builder, arguments[0])
     return builder.gep(array.data, [arguments[1]], inbounds=True)
