@@ -1,6 +1,6 @@
 """How the time and memory of one exchange grow with the ranks: measured, modeled, and extrapolated to 1,024.
 
-    python benchmarks/scale.py [--ranks 2 4 8 16] [--values 500000 4000000] [--repeat 5]
+    python benchmarks/scale.py [--ranks 2 4 8 16] [--values 500000 4000000] [--repeat 25]
 
 All ranks run on this machine and talk over its loopback. The model adds up what one rank does:
 
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16], metavar="N", help="default: 2 4 8 16")
     parser.add_argument("--values", type=int, nargs="+", default=[500_000, 4_000_000], metavar="N",
                         help="in a gradient; default: 500000 4000000")  # fmt: skip
-    parser.add_argument("--repeat", type=int, default=5, metavar="TURNS", help="that a median is of; default: 5")
+    parser.add_argument("--repeat", type=int, default=25, metavar="TURNS", help="that a median is of; default: 25")
     flags = parser.parse_args()
     if len(flags.ranks) < 2:
         parser.error("the model is fitted to some numbers of ranks and checked at another: give at least two --ranks")
