@@ -1,5 +1,6 @@
 """What averagers have in common: the gradients they get, the protocol they keep, what they remember."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -70,14 +71,15 @@ class Averager(Protocol):
         """The inverse of `state_dict`; ValueError where it does not fit the layers."""
 
 
-class Plain:
+class Plain(ABC):
     """What averagers are unless they say otherwise: of one phase, without widths, without momentum, settled by step."""
 
     widths: Mapping[str, int] = MappingProxyType({})
     without_momentum: frozenset[str] = frozenset()
 
+    @abstractmethod
     def average_(self, gradients: Gradients, step: int) -> None:
-        raise NotImplementedError
+        """As `Averager.average_`."""
 
     def phases(self, gradients: Gradients, step: int) -> Phases:
         self.average_(gradients, step)

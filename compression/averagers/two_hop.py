@@ -94,6 +94,7 @@ class TwoHop(Plain):
         run_all(self.phases(gradients, step))
 
     def phases(self, gradients: Gradients, step: int) -> Phases:
+        """Three: encode and send all shares, add up and send the own one, decode the averages."""
         route = self._route(gradients)
         flat, network = gradients.flat, self.collectives
         fast = kernels.for_device(flat.device)
