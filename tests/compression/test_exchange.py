@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import compression
+from compression.engine import Phases
 
 
 def model() -> nn.Module:
@@ -283,13 +284,13 @@ def trained_on_gpu(barrier_share: float) -> Tensor:
     network = model().cuda()
     compressor = compression.build("maxmin", error_feedback=True)
     exchange = compression.attach(network, compressor, barrier_share=barrier_share, late_steps=2)
-    average = exchange.averager.average_
+    phases = exchange.averager.phases
 
-    def slow(*arguments: Any) -> None:
+    def slow(*arguments: Any) -> Phases:
         torch.cuda._sleep(20_000_000)  # cycles: a stream that does not wait for this one is far ahead
-        average(*arguments)
+        yield from phases(*arguments)
 
-    exchange.averager.average_ = slow  # type: ignore[method-assign]
+    exchange.averager.phases = slow  # type: ignore[method-assign]
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     for step in range(6):
         images, labels = (each.cuda() for each in batch(0, step))
@@ -312,5 +313,7 @@ def test_on_a_gpu_the_exchange_and_backward_wait_for_one_another(
     barrier_share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_its_own_stream = trained_on_gpu(barrier_share)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: torch.cuda.default_stream(device))
+    make, default = torch.cuda.Stream, torch.cuda.default_stream()
+    # The engine's stream is the one made with a device; torch wraps those that it has by their numbers.
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *device, **named: default if device else make(**named))
     assert torch.equal(on_its_own_stream, trained_on_gpu(barrier_share))
