@@ -2,8 +2,10 @@
 
     python benchmarks/gpu.py [--values 25.6e6] [--repeats 20]
 
-Times are medians between CUDA events; a ratio is the median, over the repeats, of a time over that of a copy_ made
-just before it. `feedback` is encoding with error feedback, `add` is decoding onto what is there. The host waits where
+Times are the GPU's: medians between CUDA events, behind work that lasts until the host has launched what is timed. A
+ratio is the median, over the repeats, of a time over that of a copy_ made just before it. `rate` is what encoding and
+decoding together move a second, in units of what copy_ moves: both read and write every value and every byte of the
+message once. `feedback` is encoding with error feedback, `add` is decoding onto what is there. The host waits where
 torch's sync debug mode says so in an encoding and a decoding that have run before.
 """
 
@@ -25,6 +27,7 @@ from compression.layers import Layer, Plan, Segment, plan
 from compression.randomness import stream_keys
 
 Work = Callable[[], object]
+AHEAD = 1_000_000  # cycles of the GPU, half a millisecond: more than the host takes to launch anything
 
 
 def quantizers() -> list[Quantizer]:
@@ -64,6 +67,7 @@ def relative(work: Work, copy: Work, repeats: int) -> tuple[float, float]:
 
 def milliseconds(work: Work) -> float:
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(AHEAD)
     start.record()
     work()
     stop.record()
@@ -112,14 +116,17 @@ def main() -> None:
     print(f"{len(values):,} values, {kernels.for_device(device).__name__}; one copy_ takes {copy:.3f} ms")
     columns = ("encode", "feedback", "decode", "add")
     print(
-        f"{'family':14}{'bits':>5}" + "".join(f"{column + ' ms':>13}{'x copy_':>9}" for column in columns) + "  waits"
+        f"{'family':14}{'bits':>5}" + "".join(f"{column + ' ms':>13}{'x copy_':>9}" for column in columns) + "   rate  waits"
     )
     for quantizer in quantizers():
         measured = works(quantizer, values)
         row = f"{quantizer.family:14}{quantizer.bits:>5}"
+        ratios = {}
         for column in columns:
-            time, ratio = relative(measured[column], lambda: target.copy_(values), arguments.repeats)
-            row += f"{time:13.3f}{ratio:9.2f}"
+            time, ratios[column] = relative(measured[column], lambda: target.copy_(values), arguments.repeats)
+            row += f"{time:13.3f}{ratios[column]:9.2f}"
+        moved = 1 + layout(quantizer, len(values)).wire_bytes / values.nbytes  # by both, in copies
+        row += f"{moved / (ratios['encode'] + ratios['decode']):7.0%}"
         waiting = [column for column in columns if waits(measured[column])]
         print(f"{row}  {', '.join(waiting) or 'never'}", flush=True)
 

@@ -28,13 +28,13 @@ def tree_sum(values_MK: Tensor) -> Tensor:
     """Sums over the last axis in one fixed order, so that every kernel gets the same bits: [M, K] -> [M].
 
     Blocks of 512 are each added up by halves (the second half onto the first, zero-padded to a power of two), then
-    the block sums likewise.
+    the block sums likewise. A sum that is zero is +0.0.
     """
     while values_MK.shape[1] > TREE:
         blocks = -(-values_MK.shape[1] // TREE)
         padded = torch.nn.functional.pad(values_MK, (0, blocks * TREE - values_MK.shape[1]))
         values_MK = _halve(padded.reshape(-1, TREE)).reshape(-1, blocks)
-    return _halve(values_MK)
+    return _halve(values_MK) + 0.0
 
 
 def _halve(values_MK: Tensor) -> Tensor:

@@ -39,14 +39,17 @@ def _fold(terms: np.ndarray, at: int, count: int, width: int) -> np.float32:
 
 @inlined
 def total(sums: np.ndarray, at: int, count: int) -> np.float32:
-    """Sum of the sums of `count` blocks, in blocks again until one is left; overwrites them, padding included."""
+    """Sum of the sums of `count` blocks, in blocks again until one is left; overwrites them, padding included.
+
+    Never -0.0.
+    """
     while count > 1:
         width, blocks = tree_width(count), blocks_of(count)
         for block in range(blocks):
             first = block * TREE
             store(sums, at + block, _fold(sums, at + first, min(width, count - first), width))
         count = blocks
-    return load(sums, at)
+    return load(sums, at) + np.float32(0.0)
 
 
 @inlined

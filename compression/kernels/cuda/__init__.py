@@ -73,17 +73,17 @@ def recode(
 
 
 def _launch(kernel: Any, pieces: Pieces, *arguments: object) -> None:
-    """Run a kernel on all pieces, with 8 or 16 values a thread."""
+    """Run a kernel on all pieces, with 16 values a thread."""
     if pieces.count == 0:
         return
-    warps = max(4, pieces.rows * pieces.width // 512)
     with torch.cuda.device_of(pieces.table):
         kernel[(pieces.programs,)](
             pieces.table,
             pieces.count,
             *arguments,
+            pieces.aligned,
             pieces.rows,
-            pieces.width,
-            num_warps=warps,
+            pieces.width // 4,
+            num_warps=pieces.warps,
             **EXACTLY,
         )

@@ -3,7 +3,8 @@
 `FAMILY` is a name known when a kernel is compiled; bits are data, so that one kernel serves all widths. A bucket has
 two scales, or one that stands for both. Tables of quantiles are not made here, only read (`records.py`).
 
-Shapes: M buckets, K values per bucket, both powers of two; M1 is one number per bucket. float32, codes int32.
+Shapes: M buckets, 4 Q values per bucket, both powers of two; 1M1 is one number per bucket. float32, codes int32.
+`here` says which values there are, by quads or one by one: [Q, M, 1] or [Q, M, 4].
 """
 
 import triton
@@ -15,14 +16,15 @@ from compression.kernels.cuda.sums import tree_sum
 _LIMIT = tl.constexpr(families.LIMIT)
 _HUGE = tl.constexpr(families.HUGE)
 _TINY = tl.constexpr(families.TINY)
+_CODE = tl.constexpr(2.0**families.FRACTION_BITS)
 _INFINITY, _NAN = tl.constexpr(0x7F800000), tl.constexpr(0x7FC00000)  # as bits
 
 
 @triton.jit
-def scale_count(bits_M1: tl.tensor, FAMILY: tl.constexpr) -> tl.tensor:
+def scale_count(bits_1M1: tl.tensor, FAMILY: tl.constexpr) -> tl.tensor:
     """How many float32 scales a record has."""
     if FAMILY == "quantile":
-        scales = 1 << bits_M1
+        scales = 1 << bits_1M1
     elif FAMILY == "maxmin" or FAMILY == "1bit":
         scales = 2
     else:
@@ -31,35 +33,36 @@ def scale_count(bits_M1: tl.tensor, FAMILY: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def top_code(bits_M1: tl.tensor, FAMILY: tl.constexpr) -> tl.tensor:
+def top_code(bits_1M1: tl.tensor, FAMILY: tl.constexpr) -> tl.tensor:
     """The largest code."""
     unused: tl.constexpr = 1 if FAMILY == "maxmin" or FAMILY == "1bit" else 2
-    return (1 << bits_M1) - unused
+    return (1 << bits_1M1) - unused
 
 
 @triton.jit
 def fit(
-    vectors_MK: tl.tensor, here_MK: tl.tensor, count_M1: tl.tensor, bits_M1: tl.tensor, FAMILY: tl.constexpr
+    vectors_QM4: tl.tensor, here: tl.tensor, count_1M1: tl.tensor, bits_1M1: tl.tensor, FAMILY: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The two scales of each bucket; both NaN where a value is not finite. Values are 0 where they are not `here`."""
-    largest = tl.max(tl.abs(vectors_MK).to(tl.int32, bitcast=True), 1, keep_dims=True)  # in the order of floats
+    """The two scales of each bucket; both NaN where a value is not finite. Values are 0 where there are none."""
+    largest = _max(tl.abs(vectors_QM4).to(tl.int32, bitcast=True))  # in the order of floats
     norm = tl.minimum(_float(largest), _LIMIT)
     if FAMILY == "maxmin":
-        low = tl.min(tl.where(here_MK, vectors_MK, float("inf")), 1, keep_dims=True)
-        high = tl.max(tl.where(here_MK, vectors_MK, -float("inf")), 1, keep_dims=True)
+        low, high = _range(vectors_QM4, here)
         first = tl.minimum(tl.maximum(low, -_LIMIT), _LIMIT) + 0.0  # + 0.0: no negative zero
         span = tl.minimum(tl.minimum(tl.maximum(high, -_LIMIT), _LIMIT) + 0.0 - first, _LIMIT)
-        second = tl.div_rn(span, top_code(bits_M1, FAMILY).to(tl.float32))
+        second = tl.div_rn(span, top_code(bits_1M1, FAMILY).to(tl.float32))
     elif FAMILY == "1bit" or FAMILY == "terngrad":
         power = tl.maximum(_float(largest & _INFINITY), _TINY)
-        shares = vectors_MK * tl.div_rn(1.0, power)  # rounded as the quotient is: the inverse is exact
+        shares = vectors_QM4 * tl.div_rn(1.0, power)  # rounded as the quotient is: the inverse is exact
         if FAMILY == "terngrad":
-            mean = tl.div_rn(tree_sum(shares * shares, count_M1), count_M1.to(tl.float32))
+            mean = tl.div_rn(tree_sum(shares * shares), count_1M1.to(tl.float32))
             first = tl.minimum(norm, 2.5 * (tl.sqrt_rn(mean) * power))
             second = first
         else:
-            first = _mean(shares, here_MK & (vectors_MK >= 0), count_M1, power)
-            second = _mean(shares, here_MK & (vectors_MK < 0), count_M1, power)
+            below = vectors_QM4 < 0
+            negatives = tl.sum(tl.sum(below.to(tl.int32), 2, keep_dims=True), 0, keep_dims=True)
+            first = _mean(tl.where(below, 0.0, shares), count_1M1 - negatives, power)
+            second = _mean(tl.where(below, shares, 0.0), negatives, power)
     else:
         first = norm
         second = norm
@@ -69,77 +72,129 @@ def fit(
 
 
 @triton.jit
-def _mean(shares_MK: tl.tensor, members_MK: tl.tensor, count_M1: tl.tensor, power_M1: tl.tensor) -> tl.tensor:
-    """The mean of some values of each bucket, within +-LIMIT; `shares_MK` are the values in units of `power_M1`."""
-    size = tl.maximum(tl.sum(members_MK.to(tl.int32), 1, keep_dims=True), 1)
-    total = tree_sum(shares_MK * members_MK.to(tl.float32), count_M1)
-    return tl.minimum(tl.maximum(tl.div_rn(total, size.to(tl.float32)) * power_M1, -_LIMIT), _LIMIT)
+def _mean(shares_QM4: tl.tensor, count_1M1: tl.tensor, power_1M1: tl.tensor) -> tl.tensor:
+    """The mean of `count` values of each bucket, in units of `power`; the others are 0. Within +-LIMIT."""
+    mean = tl.div_rn(tree_sum(shares_QM4), tl.maximum(count_1M1, 1).to(tl.float32))
+    return tl.minimum(tl.maximum(mean * power_1M1, -_LIMIT), _LIMIT)
 
 
 @triton.jit
-def positions(
-    vectors_MK: tl.tensor, first_M1: tl.tensor, second_M1: tl.tensor, bits_M1: tl.tensor, FAMILY: tl.constexpr
-) -> tl.tensor:
-    """Where the values lie on the axis of codes, from 0 to the top code."""
-    top = top_code(bits_M1, FAMILY)
-    zero = top // 2
+def _max(values_QM4: tl.tensor) -> tl.tensor:
+    return tl.max(tl.max(values_QM4, 2, keep_dims=True), 0, keep_dims=True)
+
+
+@triton.jit
+def _range(values_QM4: tl.tensor, here: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The smallest and the largest of the values that there are."""
+    low, high = values_QM4, values_QM4
+    if here.shape[2] == 1:
+        low, high = tl.min(low, 2, keep_dims=True), tl.max(high, 2, keep_dims=True)
+    low, high = tl.where(here, low, float("inf")), tl.where(here, high, -float("inf"))
+    return tl.min(tl.min(low, 2, keep_dims=True), 0, keep_dims=True), _max(high)
+
+
+@triton.jit
+def divisor(
+    first_1M1: tl.tensor, second_1M1: tl.tensor, bits_1M1: tl.tensor, FAMILY: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """What `places` divides by, the step from one code to the next, made ready for `_quotient`.
+
+    That is a power of two that brings the step near 1, the inverse of the product in two parts, and the product; but
+    all zero where the step is zero or NaN.
+    """
     if FAMILY == "maxmin":
-        places = tl.where(second_M1 > 0, tl.div_rn(vectors_MK - first_M1, second_M1), 0.0)
-    elif FAMILY == "1bit":
-        places = (vectors_MK < 0).to(tl.float32)
-    elif FAMILY == "exponential":
-        share = tl.where(first_M1 > 0, tl.div_rn(tl.abs(vectors_MK), first_M1), 0.0)
-        steps = (share.to(tl.int32, bitcast=True) - ((127 - zero) << 23)).to(tl.float32) * 2.0**-23
-        steps = tl.where(share < _float((128 - zero) << 23), share * _float((126 + zero) << 23), steps)
-        places = zero.to(tl.float32) + tl.where(vectors_MK < 0, -steps, steps)
+        step = second_1M1
     else:
-        unit = tl.div_rn(first_M1, zero.to(tl.float32))
-        places = tl.where(unit > 0, tl.div_rn(vectors_MK, unit), 0.0) + zero.to(tl.float32)
-    return tl.minimum(tl.maximum(places, 0.0), top.to(tl.float32))
+        step = tl.div_rn(first_1M1, (top_code(bits_1M1, FAMILY) // 2).to(tl.float32))
+    exponent = tl.minimum((step.to(tl.int32, bitcast=True) & _INFINITY) >> 23, 253)
+    power = tl.where(step > 0, _float((254 - exponent) << 23), 0.0)
+    near = tl.where(step > 0, step * power, 1.0)
+    inverse = tl.div_rn(1.0, near)
+    rest = tl.fma(-near, inverse, 1.0) * inverse
+    return power, inverse * _CODE, rest * _CODE, near * (1.0 / _CODE)
+
+
+@triton.jit
+def _quotient(
+    scaled: tl.tensor, over: tl.tuple
+) -> tl.tensor:
+    """`scaled` (values x the divisor's power) / the divisor, correctly rounded, times `_CODE`.
+
+    Markstein 1990: the inverse being correctly rounded, and the first quotient off by less than a unit in the last
+    place, which the inverse's second part ensures, one step of Newton rounds correctly. Where that is wrong, by
+    underflow, the quotient is below 2^-100, and nothing remains of it in a code.
+    """
+    power, inverse, rest, near = over
+    guess = tl.fma(scaled, inverse, scaled * rest)
+    return tl.fma(tl.fma(-near, guess, scaled), inverse, guess)
+
+
+@triton.jit
+def places(
+    vectors_QM4: tl.tensor,
+    first_1M1: tl.tensor,
+    over: tl.tuple,
+    bits_1M1: tl.tensor,
+    FAMILY: tl.constexpr,
+) -> tl.tensor:
+    """Where the values lie on the axis of codes, from 0 to the top code, in units of 1 / `_CODE`. Not of 1bit."""
+    top = top_code(bits_1M1, FAMILY)
+    zero = top // 2
+    power = over[0]
+    if FAMILY == "maxmin":
+        found = tl.where(power > 0, _quotient(tl.fma(vectors_QM4, power, -first_1M1 * power), over), 0.0)
+    elif FAMILY == "exponential":  # whose shares count where they are denormal, too
+        share = tl.where(first_1M1 > 0, tl.div_rn(tl.abs(vectors_QM4), first_1M1), 0.0)
+        steps = (share.to(tl.int32, bitcast=True) - ((127 - zero) << 23)).to(tl.float32)
+        steps = tl.where(share < _float((128 - zero) << 23), share * _float((126 + zero) << 23) * _CODE, steps)
+        found = zero.to(tl.float32) * _CODE + tl.where(vectors_QM4 < 0, -steps, steps)
+    else:
+        found = tl.where(power > 0, _quotient(vectors_QM4 * power, over), 0.0) + zero.to(tl.float32) * _CODE
+    return tl.minimum(tl.maximum(found, 0.0), top.to(tl.float32) * _CODE)
 
 
 @triton.jit
 def levels(
-    codes_MK: tl.tensor, first_M1: tl.tensor, second_M1: tl.tensor, bits_M1: tl.tensor, FAMILY: tl.constexpr
+    codes_QM4: tl.tensor, first_1M1: tl.tensor, second_1M1: tl.tensor, bits_1M1: tl.tensor, FAMILY: tl.constexpr
 ) -> tl.tensor:
     """What the codes stand for."""
-    zero = top_code(bits_M1, FAMILY) // 2
+    zero = top_code(bits_1M1, FAMILY) // 2
     if FAMILY == "maxmin":
-        found = first_M1 + second_M1 * codes_MK.to(tl.float32)
+        found = first_1M1 + second_1M1 * codes_QM4.to(tl.float32)
     elif FAMILY == "1bit":
-        found = tl.where(codes_MK > 0, second_M1, first_M1)
+        found = tl.where(codes_QM4 > 0, second_1M1, first_1M1)
     elif FAMILY == "exponential":
-        steps = codes_MK - zero
+        steps = codes_QM4 - zero
         power = tl.where(steps == 0, 0.0, _float((tl.abs(steps) + 127 - zero) << 23))
-        found = tl.where(steps < 0, -power, power) * first_M1
+        found = tl.where(steps < 0, -power, power) * first_1M1
     else:
-        found = (codes_MK - zero).to(tl.float32) * tl.div_rn(first_M1, zero.to(tl.float32))
+        found = (codes_QM4 - zero).to(tl.float32) * tl.div_rn(first_1M1, zero.to(tl.float32))
     return found
 
 
 @triton.jit
 def project(
-    vectors_MK: tl.tensor,
-    codes_MK: tl.tensor,
-    count_M1: tl.tensor,
-    first_M1: tl.tensor,
-    second_M1: tl.tensor,
-    bits_M1: tl.tensor,
+    vectors_QM4: tl.tensor,
+    codes_QM4: tl.tensor,
+    here: tl.tensor,
+    first_1M1: tl.tensor,
+    second_1M1: tl.tensor,
+    bits_1M1: tl.tensor,
     FAMILY: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """The scales of the projection, as `reference.project`."""
-    reach = tl.maximum(tl.abs(first_M1), tl.abs(second_M1))
+    reach = tl.maximum(tl.abs(first_1M1), tl.abs(second_1M1))
     if FAMILY == "maxmin":
-        highest = first_M1 + second_M1 * top_code(bits_M1, FAMILY).to(tl.float32)
+        highest = first_1M1 + second_1M1 * top_code(bits_1M1, FAMILY).to(tl.float32)
         reach = tl.maximum(reach, tl.abs(highest))
     reach = tl.maximum(reach, _TINY)
     unit = tl.div_rn(1.0, reach)
-    q = levels(codes_MK, first_M1, second_M1, bits_M1, FAMILY) * unit
-    length = tree_sum(q * q, count_M1)
-    share = tl.div_rn(tree_sum((vectors_MK * unit) * q, count_M1), length)
+    q = tl.where(here, levels(codes_QM4, first_1M1, second_1M1, bits_1M1, FAMILY) * unit, 0.0)
+    length = tree_sum(q * q)
+    share = tl.div_rn(tree_sum((vectors_QM4 * unit) * q), length)
     share = tl.where(reach > _HUGE, tl.minimum(tl.maximum(share, -1.0), 1.0), share)
-    first = tl.where(length > 0, first_M1 * share, first_M1)
-    return first, tl.where(length > 0, second_M1 * share, second_M1)
+    first = tl.where(length > 0, first_1M1 * share, first_1M1)
+    return first, tl.where(length > 0, second_1M1 * share, second_1M1)
 
 
 @triton.jit

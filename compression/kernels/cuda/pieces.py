@@ -11,37 +11,45 @@ from torch import Tensor
 
 from compression.layers import DENSE, Plan
 
-# Rows of a table, as in a plan. FIRST: the index, in its bucket, of a piece's first value; WHOLE: the bucket's count.
+# Columns of a table, as in a plan. FIRST: the index, in its bucket, of a piece's first value; WHOLE: the bucket's count.
 POSITION, COUNT, BITS, WIRE_AT, FIRST, WHOLE, SLOT, ELEMENT, MEMORY_AT = map(tl.constexpr, range(9))
+COLUMNS = tl.constexpr(9)
 
 LONGEST = 16384  # values of a bucket that one program encodes
 SHORTEST = 8  # values that a row of a program has room for
-BLOCK = 1024  # values that a program works on, where one row does not hold more
+WARP = 1024  # values that a warp works on, and a program where one row does not hold more
+PIECE = 512  # values of a bucket that are decoded together, or sent as float32: a tile of ternary codes is five of them
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """P pieces of buckets, of at most `width` values, a power of two. `table`: int64 [9, P], on the device.
+    """P pieces of buckets, of at most `width` values, a power of two. `table`: int64 [P, 9], on the device.
 
-    Buckets that no program can encode are the plan `longer`.
+    `aligned`: all positions and counts are multiples of four. Buckets that no program can encode are the plan `longer`.
     """
 
     table: Tensor
     width: int
+    aligned: bool
     longer: Plan | None = None
 
     @property
     def count(self) -> int:
-        return self.table.shape[1]
+        return self.table.shape[0]
 
     @property
     def rows(self) -> int:
         """Pieces that a program works on."""
-        return max(1, BLOCK // self.width)
+        return max(1, WARP // self.width)
 
     @property
     def programs(self) -> int:
         return -(-self.count // self.rows)
+
+    @property
+    def warps(self) -> int:
+        """Warps of a program."""
+        return self.rows * self.width // WARP
 
 
 def to_encode(plan: Plan, device: torch.device) -> Pieces:
@@ -67,8 +75,8 @@ def _kept(plan: Plan, device: torch.device, whole: bool) -> Pieces:
 
 def _make(plan: Plan, device: torch.device, whole: bool) -> Pieces:
     kept = (plan.bits == DENSE) | (plan.count <= LONGEST) | (not whole)
-    uncut = plan.count[kept & (plan.bits != DENSE)] if whole else np.minimum(plan.count, BLOCK)
-    width = _power_of_two(max(int(uncut.max(initial=0)) or BLOCK, SHORTEST))
+    uncut = kept & (plan.bits != DENSE) & whole
+    width = _power_of_two(int(np.where(uncut, plan.count, np.minimum(plan.count, PIECE)).max(initial=SHORTEST)))
     cuts = -(-plan.count // width) * kept
     bucket = np.repeat(np.arange(len(cuts)), cuts)
     first = (np.arange(len(bucket)) - np.repeat(np.cumsum(cuts) - cuts, cuts)) * width
@@ -83,8 +91,9 @@ def _make(plan: Plan, device: torch.device, whole: bool) -> Pieces:
         plan.element[bucket] + first,
         plan.memory_at[bucket] + first,
     )
-    table = torch.from_numpy(np.stack(rows)).to(device)
-    return Pieces(table, width, None if kept.all() else _part(plan, ~kept))
+    table = np.stack(rows, axis=1)
+    aligned = not (table[:, [POSITION.value, COUNT.value, MEMORY_AT.value]] % 4).any()
+    return Pieces(torch.from_numpy(table).to(device), width, aligned, None if kept.all() else _part(plan, ~kept))
 
 
 def _part(plan: Plan, chosen: NDArray[np.bool_]) -> Plan:

@@ -2,7 +2,7 @@
 
 The layout is that of `families.pack` and `TernGrad.pack`. Neighboring lanes move neighboring bytes.
 
-Shapes: M buckets, K values per bucket, a power of two and at least 8; M1 is one number per bucket.
+Shapes: M buckets, 4 Q values per bucket, both powers of two, Q at least 2; 1M1 is one number per bucket.
 """
 
 import triton
@@ -30,53 +30,85 @@ def load_words(at: tl.tensor, here: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def pack(codes_MK: tl.tensor, count_M1: tl.tensor, bits_M1: tl.tensor, at_M1: tl.tensor) -> None:
-    """One bit stream per bucket, little-endian: eight codes at a time make `bits` bytes. Codes are 0 beyond `count`."""
-    m: tl.constexpr = codes_MK.shape[0]
-    groups: tl.constexpr = codes_MK.shape[1] // 8
-    bits_M11 = bits_M1[:, :, None]
-    eight = tl.arange(0, 8)[None, None, :]
-    spread = tl.reshape(codes_MK, (m, groups, 8)).to(tl.uint64) << (eight * bits_M11).to(tl.uint64)
-    words = tl.sum(spread, 2, keep_dims=True)
-    at = tl.arange(0, groups)[None, :, None] * bits_M11 + eight
-    inside = (eight < bits_M11) & (at < (count_M1[:, :, None] * bits_M11 + 7) // 8)
-    tl.store(at_M1[:, :, None] + at, (words >> (8 * eight).to(tl.uint64)).to(tl.uint8), mask=inside)
+def pack(
+    codes_QM4: tl.tensor, here: tl.tensor, count_1M1: tl.tensor, bits_1M1: tl.tensor, at_1M1: tl.tensor
+) -> None:
+    """One bit stream per bucket, little-endian, of the `count` codes that there are: eight codes make `bits` bytes."""
+    octets: tl.constexpr = codes_QM4.shape[0] // 2
+    m: tl.constexpr = codes_QM4.shape[1]
+    four, half = tl.arange(0, 4)[None, None, :], tl.arange(0, 2)[None, :, None, None]
+    terms = codes_QM4 * (1 << (four * bits_1M1))
+    if here.shape[2] == 1:
+        quads = tl.where(here, tl.sum(terms, 2, keep_dims=True), 0)
+    else:
+        quads = tl.sum(tl.where(here, terms, 0), 2, keep_dims=True)
+    pairs = tl.reshape(quads, (octets, 2, m, 1)).to(tl.uint32).to(tl.uint64)
+    words = tl.sum(pairs << (4 * half * bits_1M1).to(tl.uint64), 1, keep_dims=True)
+    halves = (words >> (32 * half).to(tl.uint64)).to(tl.uint32)
+    octet = tl.arange(0, octets)[:, None, None, None] * bits_1M1
+    left = tl.minimum(bits_1M1, (count_1M1 * bits_1M1 + 7) // 8 - octet) - 4 * half
+    at = at_1M1 + octet + 4 * half
+    in_words = (bits_1M1 % 4 == 0) & (at_1M1.to(tl.int64) % 4 == 0) & (count_1M1 % 8 == 0)
+    if tl.min(in_words.to(tl.int32)) == 1:
+        tl.store(at.to(tl.pointer_type(tl.uint32)), halves, mask=left > 0)
+    else:
+        for byte in tl.static_range(4):
+            tl.store(at + byte, (halves >> (8 * byte)).to(tl.uint8), mask=byte < left)
 
 
 @triton.jit
 def unpack(
-    first_M1: tl.tensor, at_K: tl.tensor, bits_M1: tl.tensor, wire_M1: tl.tensor, here_MK: tl.tensor
+    first_1M1: tl.tensor, count_1M1: tl.tensor, quad_Q11: tl.tensor, bits_1M1: tl.tensor, wire_1M1: tl.tensor
 ) -> tl.tensor:
-    """The codes `first_M1 + at_K` of bit streams that begin at `wire_M1`. `first_M1` is a multiple of 8."""
-    offset = at_K * bits_M1
-    at = wire_M1 + first_M1 // 8 * bits_M1 + offset // 8
-    shift = offset % 8
-    low = tl.load(at, mask=here_MK, other=0).to(tl.int32)
-    high = tl.load(at + 1, mask=here_MK & (shift + bits_M1 > 8), other=0).to(tl.int32)
-    return ((low | (high << 8)) >> shift) & ((1 << bits_M1) - 1)
+    """The codes from `first_1M1` on, `count_1M1` of them, of bit streams that begin at `wire_1M1`.
+
+    `first_1M1` is a multiple of 8; `quad_Q11` is where quads of codes begin. What is beyond the last code is anything.
+    A quad is read with the one or two words of memory that it lies in, of which no byte is another allocation's.
+    """
+    offset = quad_Q11 * bits_1M1
+    address = (wire_1M1 + (first_1M1 >> 3) * bits_1M1).to(tl.int64) + (offset >> 3)
+    shift = ((address & 3) * 8).to(tl.int32) + (offset & 7)
+    word = (address & -4).to(tl.pointer_type(tl.uint32))
+    here = quad_Q11 < count_1M1
+    low = tl.load(word, mask=here).to(tl.uint64)
+    high = tl.load(word + 1, mask=here & (shift + 4 * bits_1M1 > 32)).to(tl.uint64)
+    codes = ((low | (high << 32)) >> shift.to(tl.uint64)).to(tl.uint32)
+    each = (tl.arange(0, 4)[None, None, :] * bits_1M1).to(tl.uint32)
+    return ((codes >> each) & ((1 << bits_1M1) - 1).to(tl.uint32)).to(tl.int32)
 
 
 @triton.jit
-def ternary_source(byte_K: tl.tensor, digit: tl.constexpr, count_M1: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Which code of its bucket is a digit of a byte of the record, and whether there is one: [M, K] each."""
-    tile = byte_K // (_TILE // 5)
-    fifth = (tl.minimum(count_M1 - tile * _TILE, _TILE) + 4) // 5
-    within = byte_K % (_TILE // 5)
+def ternary_source(byte_B11: tl.tensor, digit: tl.constexpr, count_1M1: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Which code of its bucket is a digit of a byte of the record, and whether there is one: [B, M, 1] each."""
+    tile = byte_B11 // (_TILE // 5)
+    fifth = _fifth(count_1M1 - tile * _TILE)
+    within = byte_B11 % (_TILE // 5)
     code = tile * _TILE + digit * fifth + within
-    return code, (within < fifth) & (code < count_M1)
+    return code, (within < fifth) & (code < count_1M1)
 
 
 @triton.jit
 def ternary_unpack(
-    first_M1: tl.tensor, at_K: tl.tensor, count_M1: tl.tensor, wire_M1: tl.tensor, here_MK: tl.tensor
+    first_1M1: tl.tensor, at_Q14: tl.tensor, count_1M1: tl.tensor, wire_1M1: tl.tensor, here: tl.tensor
 ) -> tl.tensor:
-    """The codes `first_M1 + at_K` of buckets of `count_M1` values, whose bytes begin at `wire_M1`."""
-    place = (first_M1 % _TILE).to(tl.int32) + at_K
-    tile = first_M1 // _TILE + place // _TILE
-    place = place % _TILE
-    fifth = tl.maximum((tl.minimum(count_M1 - tile * _TILE, _TILE).to(tl.int32) + 4) // 5, 1)
-    digit = place // fifth
-    code = tl.load(wire_M1 + tile * (_TILE // 5) + place % fifth, mask=here_MK, other=0).to(tl.int32)
-    for lower in tl.static_range(4):
-        code = tl.where(digit > lower, code // 3, code)
-    return code % 3
+    """The codes `first_1M1 + at_Q14` of buckets of `count_1M1` values, whose bytes begin at `wire_1M1`.
+
+    All of a piece lies in one tile. A byte times 2^32 / 3^(digit + 1), cut to 32 bits, is what follows the point of
+    byte / 3^(digit + 1); three times that is the code, and what follows its point.
+    """
+    tile = first_1M1 // _TILE
+    place = (first_1M1 % _TILE).to(tl.uint32) + at_Q14.to(tl.uint32)
+    fifth = _fifth(count_1M1 - tile * _TILE).to(tl.uint32)
+    digit = (place * ((2**21 + fifth - 1) // fifth)) >> 21  # place // fifth: exact up to 5 fifths of 512
+    scale = tl.full(digit.shape, -(-(2**32) // 3), tl.uint32)
+    for lower in tl.static_range(1, 5):
+        scale = tl.where(digit == lower, -(-(2**32) // 3 ** (lower + 1)), scale)
+    at = wire_1M1 + tile * (_TILE // 5) + (place - digit * fifth).to(tl.int64)
+    byte = tl.load(at, mask=here, other=0).to(tl.uint32)
+    return tl.umulhi(byte * scale, 3).to(tl.int32)
+
+
+@triton.jit
+def _fifth(count: tl.tensor) -> tl.tensor:
+    """How many bytes a tile has that begins `count` codes before its bucket ends."""
+    return (tl.minimum(tl.maximum(count, 1), _TILE).to(tl.int32) + 4) // 5
