@@ -115,9 +115,8 @@ def main() -> None:
     print(hardware())
     print(f"{len(values):,} values, {kernels.for_device(device).__name__}; one copy_ takes {copy:.3f} ms")
     columns = ("encode", "feedback", "decode", "add")
-    print(
-        f"{'family':14}{'bits':>5}" + "".join(f"{column + ' ms':>13}{'x copy_':>9}" for column in columns) + "   rate  waits"
-    )
+    heads = "".join(f"{column + ' ms':>13}{'x copy_':>9}" for column in columns)
+    print(f"{'family':14}{'bits':>5}{heads}   rate  waits")
     for quantizer in quantizers():
         measured = works(quantizer, values)
         row = f"{quantizer.family:14}{quantizer.bits:>5}"

@@ -24,7 +24,15 @@ from compression.kernels.cuda.pieces import (
     WHOLE,
     WIRE_AT,
 )
-from compression.kernels.cuda.records import load_words, pack, store_words, ternary_source, ternary_unpack, unpack
+from compression.kernels.cuda.records import (
+    load_words,
+    pack,
+    store_scale,
+    store_words,
+    ternary_source,
+    ternary_unpack,
+    unpack,
+)
 from compression.kernels.families import FRACTION_BITS
 
 _DENSE = tl.constexpr(layers.DENSE)
@@ -47,7 +55,7 @@ def encode(
     M: tl.constexpr,
     Q: tl.constexpr,
 ) -> None:
-    """Records of whole buckets, and the bytes of dense pieces."""
+    """Records of whole buckets, and the bytes of dense pieces. The second of a layer's keys is mixed, as in `_word`."""
     row, quad, four = _rows(M), _quads(Q), tl.arange(0, 4)[None, None, :]
     position = _column(table, pieces, row, POSITION, ALIGNED) + quad + four
     memory = _column(table, pieces, row, MEMORY_AT, ALIGNED) + quad + four
@@ -64,8 +72,7 @@ def encode(
     bits = tl.where(dense, 8, bits)
     element = _column(table, pieces, row, ELEMENT).to(tl.uint32)
     slot = _column(table, pieces, row, SLOT)
-    low, high = tl.load(keys + 2 * slot).to(tl.uint32), tl.load(keys + 2 * slot + 1).to(tl.uint32)
-    start, mixed = element + low, high ^ (high >> 15)
+    start, mixed = element + tl.load(keys + 2 * slot).to(tl.uint32), tl.load(keys + 2 * slot + 1).to(tl.uint32)
     here = _here(quad, count, ALIGNED)
     vectors = _vectors(values + position, residual + memory, here, FEEDBACK)
     first, second = fit(vectors, here, count, bits, FAMILY)
@@ -86,13 +93,16 @@ def encode(
         tl.store(payload + byte, packed.to(tl.uint8), mask=byte < (count + 4) // 5)
     else:
         pack(codes, here, count, bits, payload)
-    if FEEDBACK:
-        if FAMILY != "1bit":  # is a projection already
-            first, second = project(vectors, codes, here, first, second, bits, FAMILY)
-        tl.store(pending + memory, vectors - levels(codes, first, second, bits, FAMILY), mask=here)
-    store_words(record, first.to(tl.int32, bitcast=True), count > 0)
+    if FEEDBACK and FAMILY != "1bit":  # which is a projection already
+        first, second = project(vectors, codes, here, first, second, bits, FAMILY)
+    store_scale(record, first, count > 0)
     if FAMILY == "maxmin" or FAMILY == "1bit":
-        store_words(record + 4, second.to(tl.int32, bitcast=True), count > 0)
+        store_scale(record + 4, second, count > 0)
+    if FEEDBACK:
+        # Read back: scales that sums over buckets lead to would have every thread hold whole buckets (Triton 3.6).
+        tl.debug_barrier()
+        first, second = _scales(record, count > 0, FAMILY)
+        tl.store(pending + memory, vectors - levels(codes, first, second, bits, FAMILY), mask=here)
 
 
 @triton.jit(do_not_specialize=["pieces", "own", "stride"], do_not_specialize_on_alignment=["wire"])
@@ -160,15 +170,22 @@ def _decoded(
     if FAMILY == "quantile":
         decoded = load_words(record + 4 * codes, coded).to(tl.float32, bitcast=True)
     else:
-        scale = load_words(record, count > 0).to(tl.float32, bitcast=True)
-        second = scale
-        if FAMILY == "maxmin" or FAMILY == "1bit":
-            second = load_words(record + 4, count > 0).to(tl.float32, bitcast=True)
+        scale, second = _scales(record, count > 0, FAMILY)
         decoded = levels(codes, scale, second, bits, FAMILY)
     if tl.max(dense.to(tl.int32)) > 0:
         words = load_words(record + 4 * (first + quad + four), here & dense)
         decoded = tl.where(dense, words.to(tl.float32, bitcast=True), decoded)
     return decoded
+
+
+@triton.jit
+def _scales(record: tl.tensor, here: tl.tensor, FAMILY: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """The two scales of records, or one that stands for both."""
+    first = load_words(record, here).to(tl.float32, bitcast=True)
+    second = first
+    if FAMILY == "maxmin" or FAMILY == "1bit":
+        second = load_words(record + 4, here).to(tl.float32, bitcast=True)
+    return first, second
 
 
 @triton.jit
@@ -193,7 +210,8 @@ def _column(
     table: tl.tensor, pieces: tl.tensor, row: tl.tensor, index: tl.constexpr, ALIGNED: tl.constexpr = False
 ) -> tl.tensor:
     """One number of each piece, 0 beyond the last. `ALIGNED` says that it is a multiple of four."""
-    column = tl.load(table + row.to(tl.int64) * COLUMNS + index, mask=row < pieces, other=0)
+    at = table + row.to(tl.int64) * COLUMNS + index
+    column = tl.load(at) if row.shape[1] == 1 else tl.load(at, mask=row < pieces, other=0)
     if ALIGNED:
         column = tl.multiple_of(column, [4, 4, 4])
     return column
@@ -227,7 +245,10 @@ def _round(
 
 @triton.jit
 def _word(hashed: tl.tensor, mixed: tl.tensor) -> tl.tensor:
-    """As `randomness.words` of element + low, where `mixed` is high ^ (high >> 15); all uint32."""
+    """As `randomness.words`, of element + low and of high ^ (high >> 15), which is `mixed`; all uint32.
+
+    Made here, the compiler would take it apart again, for one more operation a value.
+    """
     hashed ^= hashed >> 16
     hashed *= 0x21F0AAAD
     hashed ^= (hashed >> 15) ^ mixed

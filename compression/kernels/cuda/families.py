@@ -17,7 +17,7 @@ _LIMIT = tl.constexpr(families.LIMIT)
 _HUGE = tl.constexpr(families.HUGE)
 _TINY = tl.constexpr(families.TINY)
 _CODE = tl.constexpr(2.0**families.FRACTION_BITS)
-_INFINITY, _NAN = tl.constexpr(0x7F800000), tl.constexpr(0x7FC00000)  # as bits
+_INFINITY, _NAN, _ONES = tl.constexpr(0x7F800000), tl.constexpr(0x7FC00000), tl.constexpr(0xFFFFFFFF)  # as bits
 
 
 @triton.jit
@@ -43,11 +43,19 @@ def top_code(bits_1M1: tl.tensor, FAMILY: tl.constexpr) -> tl.tensor:
 def fit(
     vectors_QM4: tl.tensor, here: tl.tensor, count_1M1: tl.tensor, bits_1M1: tl.tensor, FAMILY: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The two scales of each bucket; both NaN where a value is not finite. Values are 0 where there are none."""
-    largest = _max(tl.abs(vectors_QM4).to(tl.int32, bitcast=True))  # in the order of floats
+    """The two scales of each bucket; both NaN where a value is not finite. Values are 0 where there are none.
+
+    Read as signed integers, floats have the largest at the top, and read as unsigned ones the most negative; where
+    there are none of a sign, the end of the other nearest to zero is the smallest unsigned one.
+    """
+    unsigned = vectors_QM4.to(tl.uint32, bitcast=True)
+    above, below = _max(unsigned.to(tl.int32, bitcast=True), here, -0x80000000), _max(unsigned, here, 0)
+    largest = tl.maximum(above, (below & 0x7FFFFFFF).to(tl.int32))
     norm = tl.minimum(_float(largest), _LIMIT)
     if FAMILY == "maxmin":
-        low, high = _range(vectors_QM4, here)
+        least = _max(unsigned ^ _ONES, here, 0) ^ _ONES
+        low = tl.where(below > 0x7FFFFFFF, below, least).to(tl.float32, bitcast=True)
+        high = _float(tl.where(above >= 0, above, least.to(tl.int32, bitcast=True)))
         first = tl.minimum(tl.maximum(low, -_LIMIT), _LIMIT) + 0.0  # + 0.0: no negative zero
         span = tl.minimum(tl.minimum(tl.maximum(high, -_LIMIT), _LIMIT) + 0.0 - first, _LIMIT)
         second = tl.div_rn(span, top_code(bits_1M1, FAMILY).to(tl.float32))
@@ -59,10 +67,10 @@ def fit(
             first = tl.minimum(norm, 2.5 * (tl.sqrt_rn(mean) * power))
             second = first
         else:
-            below = vectors_QM4 < 0
-            negatives = tl.sum(tl.sum(below.to(tl.int32), 2, keep_dims=True), 0, keep_dims=True)
-            first = _mean(tl.where(below, 0.0, shares), count_1M1 - negatives, power)
-            second = _mean(tl.where(below, shares, 0.0), negatives, power)
+            negative = vectors_QM4 < 0
+            negatives = tl.sum(tl.sum(negative.to(tl.int32), 2, keep_dims=True), 0, keep_dims=True)
+            first = _mean(tl.where(negative, 0.0, shares), count_1M1 - negatives, power)
+            second = _mean(tl.where(negative, shares, 0.0), negatives, power)
     else:
         first = norm
         second = norm
@@ -79,18 +87,13 @@ def _mean(shares_QM4: tl.tensor, count_1M1: tl.tensor, power_1M1: tl.tensor) -> 
 
 
 @triton.jit
-def _max(values_QM4: tl.tensor) -> tl.tensor:
-    return tl.max(tl.max(values_QM4, 2, keep_dims=True), 0, keep_dims=True)
-
-
-@triton.jit
-def _range(values_QM4: tl.tensor, here: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """The smallest and the largest of the values that there are."""
-    low, high = values_QM4, values_QM4
+def _max(values_QM4: tl.tensor, here: tl.tensor, least: tl.constexpr) -> tl.tensor:
+    """The largest of the values that there are of each bucket, none of them below `least`."""
     if here.shape[2] == 1:
-        low, high = tl.min(low, 2, keep_dims=True), tl.max(high, 2, keep_dims=True)
-    low, high = tl.where(here, low, float("inf")), tl.where(here, high, -float("inf"))
-    return tl.min(tl.min(low, 2, keep_dims=True), 0, keep_dims=True), _max(high)
+        quads = tl.where(here, tl.max(values_QM4, 2, keep_dims=True), least)
+    else:
+        quads = tl.max(tl.where(here, values_QM4, least), 2, keep_dims=True)
+    return tl.max(quads, 0, keep_dims=True)
 
 
 @triton.jit
@@ -99,13 +102,11 @@ def divisor(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """What `places` divides by, the step from one code to the next, made ready for `_quotient`.
 
-    That is a power of two that brings the step near 1, the inverse of the product in two parts, and the product; but
-    all zero where the step is zero or NaN.
+    That is a power of two that brings the step near 1, the inverse of the product in two parts, and the product. The
+    power is 0 where the step is zero or NaN.
     """
-    if FAMILY == "maxmin":
-        step = second_1M1
-    else:
-        step = tl.div_rn(first_1M1, (top_code(bits_1M1, FAMILY) // 2).to(tl.float32))
+    zero = top_code(bits_1M1, FAMILY) // 2
+    step = second_1M1 if FAMILY == "maxmin" else tl.div_rn(first_1M1, zero.to(tl.float32))
     exponent = tl.minimum((step.to(tl.int32, bitcast=True) & _INFINITY) >> 23, 253)
     power = tl.where(step > 0, _float((254 - exponent) << 23), 0.0)
     near = tl.where(step > 0, step * power, 1.0)
@@ -115,42 +116,43 @@ def divisor(
 
 
 @triton.jit
-def _quotient(
-    scaled: tl.tensor, over: tl.tuple
-) -> tl.tensor:
+def _quotient(scaled_QM4: tl.tensor, over: tl.tuple) -> tl.tensor:
     """`scaled` (values x the divisor's power) / the divisor, correctly rounded, times `_CODE`.
 
     Markstein 1990: the inverse being correctly rounded, and the first quotient off by less than a unit in the last
     place, which the inverse's second part ensures, one step of Newton rounds correctly. Where that is wrong, by
     underflow, the quotient is below 2^-100, and nothing remains of it in a code.
     """
-    power, inverse, rest, near = over
-    guess = tl.fma(scaled, inverse, scaled * rest)
-    return tl.fma(tl.fma(-near, guess, scaled), inverse, guess)
+    guess = tl.fma(scaled_QM4, over[1], scaled_QM4 * over[2])
+    return tl.fma(tl.fma(-over[3], guess, scaled_QM4), over[1], guess)
 
 
 @triton.jit
 def places(
-    vectors_QM4: tl.tensor,
-    first_1M1: tl.tensor,
-    over: tl.tuple,
-    bits_1M1: tl.tensor,
-    FAMILY: tl.constexpr,
+    vectors_QM4: tl.tensor, first_1M1: tl.tensor, over: tl.tuple, bits_1M1: tl.tensor, FAMILY: tl.constexpr
 ) -> tl.tensor:
-    """Where the values lie on the axis of codes, from 0 to the top code, in units of 1 / `_CODE`. Not of 1bit."""
+    """Where the values lie on the axis of codes, from 0 to the top code, in units of 1 / `_CODE`. Not of 1bit.
+
+    All values of a bucket lie in one place where they are all the same, or one of them is not finite: the bounds meet
+    there, and what is NaN comes to lie on a bound.
+    """
     top = top_code(bits_1M1, FAMILY)
-    zero = top // 2
-    power = over[0]
+    zero = (top // 2).to(tl.float32) * _CODE
+    low, high = 0.0, top.to(tl.float32) * _CODE
+    known = over[0] > 0
     if FAMILY == "maxmin":
-        found = tl.where(power > 0, _quotient(tl.fma(vectors_QM4, power, -first_1M1 * power), over), 0.0)
+        found = _quotient(tl.fma(vectors_QM4, over[0], -first_1M1 * over[0]), over)
+        high = tl.where(known, high, 0.0)
     elif FAMILY == "exponential":  # whose shares count where they are denormal, too
         share = tl.where(first_1M1 > 0, tl.div_rn(tl.abs(vectors_QM4), first_1M1), 0.0)
-        steps = (share.to(tl.int32, bitcast=True) - ((127 - zero) << 23)).to(tl.float32)
-        steps = tl.where(share < _float((128 - zero) << 23), share * _float((126 + zero) << 23) * _CODE, steps)
-        found = zero.to(tl.float32) * _CODE + tl.where(vectors_QM4 < 0, -steps, steps)
+        steps = (share.to(tl.int32, bitcast=True) - ((127 - top // 2) << 23)).to(tl.float32)
+        linear = share * _float((126 + top // 2) << 23) * _CODE
+        steps = tl.where(share < _float((128 - top // 2) << 23), linear, steps)
+        found = zero + tl.where(vectors_QM4 < 0, -steps, steps)
     else:
-        found = tl.where(power > 0, _quotient(vectors_QM4 * power, over), 0.0) + zero.to(tl.float32) * _CODE
-    return tl.minimum(tl.maximum(found, 0.0), top.to(tl.float32) * _CODE)
+        found = _quotient(vectors_QM4 * over[0], over) + zero
+        low, high = tl.where(known, low, zero), tl.where(known, high, zero)
+    return tl.minimum(tl.maximum(found, low), high)
 
 
 @triton.jit

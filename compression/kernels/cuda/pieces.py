@@ -11,13 +11,13 @@ from torch import Tensor
 
 from compression.layers import DENSE, Plan
 
-# Columns of a table, as in a plan. FIRST: the index, in its bucket, of a piece's first value; WHOLE: the bucket's count.
+# Columns of a table, as in a plan. FIRST: the index, in its bucket, of a piece's first value; WHOLE: the bucket's size.
 POSITION, COUNT, BITS, WIRE_AT, FIRST, WHOLE, SLOT, ELEMENT, MEMORY_AT = map(tl.constexpr, range(9))
 COLUMNS = tl.constexpr(9)
 
 LONGEST = 16384  # values of a bucket that one program encodes
 SHORTEST = 8  # values that a row of a program has room for
-WARP = 1024  # values that a warp works on, and a program where one row does not hold more
+WARP = 512  # values that a warp works on, and a program where one row does not hold more
 PIECE = 512  # values of a bucket that are decoded together, or sent as float32: a tile of ternary codes is five of them
 
 

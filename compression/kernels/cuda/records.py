@@ -21,6 +21,15 @@ def store_words(at: tl.tensor, words: tl.tensor, here: tl.tensor) -> None:
 
 
 @triton.jit
+def store_scale(at: tl.tensor, scale: tl.tensor, here: tl.tensor) -> None:
+    """A float of each bucket, as `store_words`, but at once where all lie at whole words."""
+    if tl.max((at.to(tl.int64) & 3).to(tl.int32)) == 0:
+        tl.store(at.to(tl.pointer_type(tl.float32)), scale, mask=here)
+    else:
+        store_words(at, scale.to(tl.int32, bitcast=True), here)
+
+
+@triton.jit
 def load_words(at: tl.tensor, here: tl.tensor) -> tl.tensor:
     """The inverse of `store_words`, int32."""
     words = tl.load(at, mask=here, other=0).to(tl.int32)
@@ -37,7 +46,7 @@ def pack(
     octets: tl.constexpr = codes_QM4.shape[0] // 2
     m: tl.constexpr = codes_QM4.shape[1]
     four, half = tl.arange(0, 4)[None, None, :], tl.arange(0, 2)[None, :, None, None]
-    terms = codes_QM4 * (1 << (four * bits_1M1))
+    terms = codes_QM4 << (four * bits_1M1)
     if here.shape[2] == 1:
         quads = tl.where(here, tl.sum(terms, 2, keep_dims=True), 0)
     else:

@@ -8,24 +8,25 @@ import triton.language as tl
 
 from compression.kernels import families
 
-_TREE = tl.constexpr(families.TREE)
+_BLOCK = tl.constexpr(families.TREE // 4)  # quads that one tree sums
 
 
 @triton.jit
 def tree_sum(terms_QM4: tl.tensor) -> tl.tensor:
     """Sums of the terms of each bucket, at most 512 blocks of 512: [1, M, 1]. Terms are 0 beyond the last."""
+    quads: tl.constexpr = terms_QM4.shape[0]
     m: tl.constexpr = terms_QM4.shape[1]
-    k: tl.constexpr = terms_QM4.shape[0] * 4
-    block: tl.constexpr = _TREE if k > _TREE else k
-    blocks = tl.reshape(tl.permute(terms_QM4, (1, 0, 2)), (m * k // block, block))
-    sums = _fold(tl.reshape(_fold(blocks), (m, k // block)))
-    return tl.reshape(sums, (1, m, 1)) + 0.0
+    block: tl.constexpr = _BLOCK if quads > _BLOCK else quads
+    quad_sums = _fold(tl.reshape(terms_QM4, (quads // block, block, m * 4)))
+    pairs = tl.sum(tl.reshape(quad_sums, (quads // block, m, 2, 2)), 2)
+    sums = tl.sum(pairs, 2)
+    return tl.reshape(_fold(tl.reshape(sums, (1, quads // block, m))), (1, m, 1)) + 0.0
 
 
 @triton.jit
 def _fold(terms: tl.tensor) -> tl.tensor:
-    """Sums of rows by halves, the second half onto the first: [R, W] -> [R, 1], W at most 512."""
+    """Sums over the second axis by halves, the second half onto the first: [B, N, W] -> [B, 1, W], N at most 512."""
     for _ in tl.static_range(9):
         if terms.shape[1] > 1:
-            terms = tl.sum(tl.reshape(terms, (terms.shape[0], 2, terms.shape[1] // 2)), 1)
+            terms = tl.sum(tl.reshape(terms, (terms.shape[0], 2, terms.shape[1] // 2, terms.shape[2])), 1)
     return terms
