@@ -19,6 +19,7 @@ LIMIT = 3.4e38
 HUGE = 1e30
 TINY = float(np.finfo(np.float32).tiny)
 TREE = 512  # values that one tree of additions sums
+INFINITY = 0x7F800000  # its bits
 TERNARY_TILE = 2560  # codes that are packed together, five to a byte
 FRACTION_BITS = 23  # of a position, when it is rounded: with 8 bits before the point it fits an int32
 HISTOGRAM_BITS = 16  # of the number of bins that quantiles are taken from
@@ -246,7 +247,7 @@ class Quantile(Family):
 
     def fit(self, vectors_MK: Tensor, bits: int) -> Tensor:
         top, count = self.top(bits), vectors_MK.shape[1]
-        keys = _ordered((vectors_MK + 0.0).view(torch.int32)).to(torch.int64)  # + 0.0: one zero
+        keys = ordered((vectors_MK + 0.0).view(torch.int32)).to(torch.int64)  # + 0.0: one zero
         first, last = keys.aminmax(dim=1, keepdim=True)
         bit_length = torch.frexp((last - first).to(torch.float64)).exponent
         shift = (bit_length - HISTOGRAM_BITS).clamp_min(0)
@@ -254,7 +255,7 @@ class Quantile(Family):
         ranks = torch.arange(1, top, device=keys.device) * (count - 1) // top
         edges = first + (bins.sort(dim=1).values[:, ranks] << shift)
         table = torch.cat([first, edges, last], dim=1).to(torch.int32)
-        return _finite(vectors_MK, _ordered(table).view(torch.float32) + 0.0)
+        return _finite(vectors_MK, ordered(table).view(torch.float32) + 0.0)
 
     def positions(self, vectors_MK: Tensor, scales_MS: Tensor, bits: int) -> Tensor:
         lower = torch.searchsorted(scales_MS[:, 1:-1].contiguous(), vectors_MK, right=True)
@@ -294,7 +295,7 @@ def _power(vectors_MK: Tensor) -> Tensor:
     return (largest.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_min(TINY)
 
 
-def _ordered(bits: Tensor) -> Tensor:
+def ordered(bits: Tensor) -> Tensor:
     """Bits of float32 as integers of the same order; its own inverse. NaN lies beyond the infinities."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from itertools import accumulate
+from operator import attrgetter
 from pathlib import Path
 from unittest.mock import patch
 
@@ -38,7 +39,7 @@ WIDTHS = {
     "terngrad": [2],
     "quantile": range(1, 9),
 }
-ENCODED = [family for family in WIDTHS if family != "quantile"]  # quantiles are encoded by the reference
+ENCODED = [family for family in WIDTHS if family != "quantile"]
 TINY, LARGEST = 1e-41, torch.finfo(torch.float32).max
 KINDS = {
     "normal": lambda noise: noise,
@@ -287,8 +288,9 @@ def _compile_into(folder: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = folder
 
 
-KERNELS = [*(("encode", family) for family in ENCODED), *(("decode", family) for family in WIDTHS)]
-BUFFERS = {"values": "*fp32", "residual": "*fp32", "pending": "*fp32", "wire": "*u8", "out": "*fp32"}
+KERNELS = [("buckets.encode", family) for family in ENCODED] + [("buckets.decode", family) for family in WIDTHS]
+KERNELS.append(("quantiles.records", "quantile"))
+BUFFERS = dict.fromkeys(("values", "residual", "pending", "out", "tables"), "*fp32") | {"wire": "*u8"}
 NUMBERS = {"table": "*i64", "keys": "*i32", "factor": "fp32", "stride": "i64"}
 NUMBERS |= dict.fromkeys(("pieces", "ranks", "own"), "i32")
 
@@ -301,7 +303,7 @@ def assembly(kernel: str, family: str, language: str) -> str:
 
     from compression.kernels import cuda
 
-    function = getattr(cuda.buckets, kernel)
+    function = attrgetter(kernel)(cuda)
     constants = {"FAMILY": family, "FEEDBACK": True, "ACCUMULATE": True, "ALIGNED": True, "M": 1, "Q": 256}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     types = {**BUFFERS, **NUMBERS, **dict.fromkeys(constants, "constexpr")}
@@ -319,7 +321,7 @@ def test_compiled_kernels_round_every_operation(compiler: Executor, kernel: str,
 
 
 def test_sums_of_floats_add_two_at_a_time(compiler: Executor) -> None:
-    code = compiler.submit(assembly, "encode", "maxmin", "ttgir").result()
+    code = compiler.submit(assembly, "buckets.encode", "maxmin", "ttgir").result()
     sums = [part for part in code.split('"tt.reduce"')[1:] if "arith.addf" in part.partition("})")[0]]
     axes = [int(re.search(r"axis = (\d)", part)[1]) for part in sums]
     shapes = [re.search(r"\(tensor<([\dx]+)xf32", part)[1].split("x") for part in sums]
@@ -328,6 +330,6 @@ def test_sums_of_floats_add_two_at_a_time(compiler: Executor) -> None:
 
 
 def test_products_are_not_fused_into_sums_by_the_assembler(compiler: Executor) -> None:
-    code = compiler.submit(assembly, "decode", "maxmin", "sass").result()
+    code = compiler.submit(assembly, "buckets.decode", "maxmin", "sass").result()
     assert "FMUL" in code
     assert "FFMA" not in code  # max-min decodes without dividing, which would be made of them

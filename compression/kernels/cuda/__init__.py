@@ -4,8 +4,9 @@ A bucket is read from memory once (ternary codes: twice, from the first-level ca
 all widths and dense ones go in the same launch. Nothing waits for the GPU but a plan's first use, which sends its
 table there.
 
-Two kinds of buckets are encoded by `reference`, in torch operations that are slower: those of more than 16,384 values,
-and quantiles, which need all values of a share in order. Decoding knows no such limit.
+Quantiles need all values of a share before any of its codes, and take three launches (`quantiles.py`). `reference`
+encodes, in torch operations that are slower, buckets of more than 16,384 values, and quantiles with error feedback or
+in more than 256 buckets. Decoding knows no such limits.
 """
 
 from typing import Any
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from compression.kernels import reference
-from compression.kernels.cuda import buckets
+from compression.kernels.cuda import buckets, quantiles
 from compression.kernels.cuda.pieces import Pieces, to_decode, to_encode
+from compression.kernels.families import HISTOGRAM_BITS
 from compression.kernels.reference import expected_squared_error
 from compression.kernels.transfer import on_device
 from compression.layers import Plan
@@ -37,16 +39,33 @@ def encode(
 ) -> None:
     """As `reference.encode`. All tensors are contiguous and on one device."""
     if family == "quantile":
-        reference.encode(family, plan, values, keys, wire, residual, pending)
+        if residual is None and len(plan.count) <= quantiles.MOST:
+            _encode_quantiles(plan, values, keys, wire)
+        else:
+            reference.encode(family, plan, values, keys, wire, residual, pending)
         return
     pieces = to_encode(plan, wire.device)
     if pieces.longer is not None:
         reference.encode(family, pieces.longer, values, keys, wire, residual, pending)
     feedback = residual is not None and pending is not None
     memory = (residual, pending) if feedback else (values, values)
-    mixed = np.stack([keys[:, 0], keys[:, 1] ^ (keys[:, 1] >> 15)], axis=1)
-    sent = on_device(mixed.view(np.int32), wire.device)
-    _launch(buckets.encode, pieces, sent, values, *memory, wire, family, feedback)
+    _launch(buckets.encode, pieces, _mixed(keys, wire.device), values, *memory, wire, family, feedback)
+
+
+def _encode_quantiles(plan: Plan, values: Tensor, keys: np.ndarray, wire: Tensor) -> None:
+    pieces, device = to_decode(plan, wire.device), wire.device
+    ends = on_device(np.tile(np.array([2**31 - 1, -(2**31)], np.int32), (len(plan.count), 1)), device)
+    counts = torch.zeros(len(plan.count), 1 << HISTOGRAM_BITS, dtype=torch.int32, device=device)
+    _launch(quantiles.extremes, pieces, values, ends)
+    shifts = quantiles.shifts_of(ends)
+    _launch(quantiles.histogram, pieces, values, ends, shifts, counts)
+    tables = quantiles.tables_of(plan, ends, shifts, counts)
+    _launch(quantiles.records, pieces, _mixed(keys, device), values, tables, wire)
+
+
+def _mixed(keys: np.ndarray, device: torch.device) -> Tensor:
+    """Keys of layers, uint32 [slots, 2], as the kernels want them (`blocks._word`)."""
+    return on_device(np.stack([keys[:, 0], keys[:, 1] ^ (keys[:, 1] >> 15)], axis=1).view(np.int32), device)
 
 
 def decode(family: str, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False) -> None:

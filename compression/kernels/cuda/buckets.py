@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 
 from compression import layers
+from compression.kernels.cuda.blocks import column, here_of, quads, round_at_random, rows
 from compression.kernels.cuda.families import divisor, fit, levels, places, project, scale_count
 from compression.kernels.cuda.pieces import (
     BITS,
-    COLUMNS,
     COUNT,
     ELEMENT,
     FIRST,
@@ -33,11 +33,8 @@ from compression.kernels.cuda.records import (
     ternary_unpack,
     unpack,
 )
-from compression.kernels.families import FRACTION_BITS
 
 _DENSE = tl.constexpr(layers.DENSE)
-_FRACTION = tl.constexpr(FRACTION_BITS)
-_UNUSED = tl.constexpr(32 - FRACTION_BITS)
 
 
 @triton.jit(do_not_specialize=["pieces"], do_not_specialize_on_alignment=["wire"])
@@ -55,40 +52,40 @@ def encode(
     M: tl.constexpr,
     Q: tl.constexpr,
 ) -> None:
-    """Records of whole buckets, and the bytes of dense pieces. The second of a layer's keys is mixed, as in `_word`."""
-    row, quad, four = _rows(M), _quads(Q), tl.arange(0, 4)[None, None, :]
-    position = _column(table, pieces, row, POSITION, ALIGNED) + quad + four
-    memory = _column(table, pieces, row, MEMORY_AT, ALIGNED) + quad + four
-    count = _column(table, pieces, row, COUNT).to(tl.int32)
-    bits = _column(table, pieces, row, BITS).to(tl.int32)
-    record = wire + _column(table, pieces, row, WIRE_AT)
+    """Records of whole buckets, and the bytes of dense pieces. `keys` are as `blocks._word` wants them."""
+    row, quad, four = rows(M), quads(Q), tl.arange(0, 4)[None, None, :]
+    position = column(table, pieces, row, POSITION, ALIGNED) + quad + four
+    memory = column(table, pieces, row, MEMORY_AT, ALIGNED) + quad + four
+    count = column(table, pieces, row, COUNT).to(tl.int32)
+    bits = column(table, pieces, row, BITS).to(tl.int32)
+    record = wire + column(table, pieces, row, WIRE_AT)
     dense = bits == _DENSE
     if tl.max(dense.to(tl.int32)) > 0:
         copied = dense & (quad + four < count)
         words = tl.load(values + position, mask=copied, other=0.0).to(tl.int32, bitcast=True)
-        store_words(record + 4 * (_column(table, pieces, row, FIRST) + quad + four), words, copied)
+        store_words(record + 4 * (column(table, pieces, row, FIRST) + quad + four), words, copied)
 
     count = tl.where(dense, 0, count)
     bits = tl.where(dense, 8, bits)
-    element = _column(table, pieces, row, ELEMENT).to(tl.uint32)
-    slot = _column(table, pieces, row, SLOT)
+    element = column(table, pieces, row, ELEMENT).to(tl.uint32)
+    slot = column(table, pieces, row, SLOT)
     start, mixed = element + tl.load(keys + 2 * slot).to(tl.uint32), tl.load(keys + 2 * slot + 1).to(tl.uint32)
-    here = _here(quad, count, ALIGNED)
+    here = here_of(quad, count, ALIGNED)
     vectors = _vectors(values + position, residual + memory, here, FEEDBACK)
     first, second = fit(vectors, here, count, bits, FAMILY)
     over = divisor(first, second, bits, FAMILY)
     payload = record + 4 * scale_count(bits, FAMILY)
     hashed = start + quad.to(tl.uint32) + four.to(tl.uint32)
-    codes = _round(vectors, first, over, bits, hashed, mixed, FAMILY)
+    codes = _codes(vectors, first, over, bits, hashed, mixed, FAMILY)
     if FAMILY == "terngrad":
-        bucket = values + _column(table, pieces, row, POSITION)
-        remembered = residual + _column(table, pieces, row, MEMORY_AT)
+        bucket = values + column(table, pieces, row, POSITION)
+        remembered = residual + column(table, pieces, row, MEMORY_AT)
         byte = tl.arange(0, Q)[:, None, None]
         packed = tl.zeros((Q, M, 1), tl.int32)
         for digit in tl.static_range(5):
             source, there = ternary_source(byte, digit, count)
             again = _vectors(bucket + source, remembered + source, there, FEEDBACK)
-            code = _round(again, first, over, bits, start + source.to(tl.uint32), mixed, FAMILY)
+            code = _codes(again, first, over, bits, start + source.to(tl.uint32), mixed, FAMILY)
             packed += tl.where(there, code, 0) * 3**digit
         tl.store(payload + byte, packed.to(tl.uint8), mask=byte < (count + 4) // 5)
     else:
@@ -125,14 +122,14 @@ def decode(
 
     Each rank has a message, `stride` bytes after the one before; but rank `own` has what the pieces hold.
     """
-    row, quad, four = _rows(M), _quads(Q), tl.arange(0, 4)[None, None, :]
-    target = out + _column(table, pieces, row, POSITION, ALIGNED) + quad + four
-    count = _column(table, pieces, row, COUNT).to(tl.int32)
-    bits = _column(table, pieces, row, BITS).to(tl.int32)
-    record = wire + _column(table, pieces, row, WIRE_AT)
-    first = _column(table, pieces, row, FIRST)
-    whole = _column(table, pieces, row, WHOLE)
-    here, dense = _here(quad, count, ALIGNED), bits == _DENSE
+    row, quad, four = rows(M), quads(Q), tl.arange(0, 4)[None, None, :]
+    target = out + column(table, pieces, row, POSITION, ALIGNED) + quad + four
+    count = column(table, pieces, row, COUNT).to(tl.int32)
+    bits = column(table, pieces, row, BITS).to(tl.int32)
+    record = wire + column(table, pieces, row, WIRE_AT)
+    first = column(table, pieces, row, FIRST)
+    whole = column(table, pieces, row, WHOLE)
+    here, dense = here_of(quad, count, ALIGNED), bits == _DENSE
     bits = tl.where(dense, 8, bits)
     total = tl.zeros((Q, M, 4), tl.float32)
     if ACCUMULATE:
@@ -189,35 +186,6 @@ def _scales(record: tl.tensor, here: tl.tensor, FAMILY: tl.constexpr) -> tuple[t
 
 
 @triton.jit
-def _rows(M: tl.constexpr) -> tl.tensor:
-    return tl.program_id(0) * M + tl.arange(0, M)[None, :, None]
-
-
-@triton.jit
-def _quads(Q: tl.constexpr) -> tl.tensor:
-    """Where the quads of a row begin."""
-    return 4 * tl.arange(0, Q)[:, None, None]
-
-
-@triton.jit
-def _here(quad: tl.tensor, count: tl.tensor, ALIGNED: tl.constexpr) -> tl.tensor:
-    """Which values there are: of whole quads, [Q, M, 1], where all is aligned, else [Q, M, 4]."""
-    return quad < count if ALIGNED else quad + tl.arange(0, 4)[None, None, :] < count
-
-
-@triton.jit
-def _column(
-    table: tl.tensor, pieces: tl.tensor, row: tl.tensor, index: tl.constexpr, ALIGNED: tl.constexpr = False
-) -> tl.tensor:
-    """One number of each piece, 0 beyond the last. `ALIGNED` says that it is a multiple of four."""
-    at = table + row.to(tl.int64) * COLUMNS + index
-    column = tl.load(at) if row.shape[1] == 1 else tl.load(at, mask=row < pieces, other=0)
-    if ALIGNED:
-        column = tl.multiple_of(column, [4, 4, 4])
-    return column
-
-
-@triton.jit
 def _vectors(values: tl.tensor, residual: tl.tensor, here: tl.tensor, FEEDBACK: tl.constexpr) -> tl.tensor:
     """What is encoded, 0 where there is nothing."""
     vectors = tl.load(values, mask=here, other=0.0)
@@ -227,30 +195,16 @@ def _vectors(values: tl.tensor, residual: tl.tensor, here: tl.tensor, FEEDBACK: 
 
 
 @triton.jit
-def _round(
+def _codes(
     vectors: tl.tensor,
     first: tl.tensor,
     over: tl.tuple,
     bits: tl.tensor,
-    element: tl.tensor,
+    hashed: tl.tensor,
     mixed: tl.tensor,
     FAMILY: tl.constexpr,
 ) -> tl.tensor:
-    """As `reference.round_at_random`. Signs are codes that need no rounding."""
+    """The codes of values; signs are codes that need no rounding."""
     if FAMILY == "1bit":
         return (vectors < 0).to(tl.int32)
-    fixed = places(vectors, first, over, bits, FAMILY).to(tl.int32).to(tl.uint32)
-    return ((fixed + (_word(element, mixed) >> _UNUSED)) >> _FRACTION).to(tl.int32)
-
-
-@triton.jit
-def _word(hashed: tl.tensor, mixed: tl.tensor) -> tl.tensor:
-    """As `randomness.words`, of element + low and of high ^ (high >> 15), which is `mixed`; all uint32.
-
-    Made here, the compiler would take it apart again, for one more operation a value.
-    """
-    hashed ^= hashed >> 16
-    hashed *= 0x21F0AAAD
-    hashed ^= (hashed >> 15) ^ mixed
-    hashed *= 0x735A2D97
-    return hashed ^ (hashed >> 15)
+    return round_at_random(places(vectors, first, over, bits, FAMILY), hashed, mixed)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from compression.layers import DENSE, Plan
 
-# Columns of a table, as in a plan. FIRST: the index, in its bucket, of a piece's first value; WHOLE: the bucket's size.
-POSITION, COUNT, BITS, WIRE_AT, FIRST, WHOLE, SLOT, ELEMENT, MEMORY_AT = map(tl.constexpr, range(9))
-COLUMNS = tl.constexpr(9)
+# Columns of a table, as in a plan. BUCKET: the piece's bucket, WHOLE: that one's size, FIRST: the index in it of the
+# piece's first value.
+POSITION, COUNT, BITS, WIRE_AT, FIRST, WHOLE, SLOT, ELEMENT, MEMORY_AT, BUCKET = map(tl.constexpr, range(10))
+COLUMNS = tl.constexpr(10)
 
 LONGEST = 16384  # values of a bucket that one program encodes
 SHORTEST = 8  # values that a row of a program has room for
@@ -23,7 +24,7 @@ PIECE = 512  # values of a bucket that are decoded together, or sent as float32:
 
 @dataclass(frozen=True)
 class Pieces:
-    """P pieces of buckets, of at most `width` values, a power of two. `table`: int64 [P, 9], on the device.
+    """P pieces of buckets, of at most `width` values, a power of two. `table`: int64 [P, 10], on the device.
 
     `aligned`: all positions and counts are multiples of four. Buckets that no program can encode are the plan `longer`.
     """
@@ -90,6 +91,7 @@ def _make(plan: Plan, device: torch.device, whole: bool) -> Pieces:
         plan.slot[bucket],
         plan.element[bucket] + first,
         plan.memory_at[bucket] + first,
+        bucket,
     )
     table = np.stack(rows, axis=1)
     aligned = not (table[:, [POSITION.value, COUNT.value, MEMORY_AT.value]] % 4).any()

@@ -1,0 +1,63 @@
+"""What every kernel does with a block of pieces: M rows of the table (`pieces.py`), up to 4 Q values of each.
+
+Shapes: [Q, M, 4]; [1, M, 1] is one number per row.
+"""
+
+import triton
+import triton.language as tl
+
+from compression.kernels.cuda.pieces import COLUMNS
+from compression.kernels.families import FRACTION_BITS
+
+_FRACTION = tl.constexpr(FRACTION_BITS)
+_UNUSED = tl.constexpr(32 - FRACTION_BITS)
+
+
+@triton.jit
+def rows(M: tl.constexpr) -> tl.tensor:
+    """The rows of the table that a program works on."""
+    return tl.program_id(0) * M + tl.arange(0, M)[None, :, None]
+
+
+@triton.jit
+def quads(Q: tl.constexpr) -> tl.tensor:
+    """Where the quads of a row begin."""
+    return 4 * tl.arange(0, Q)[:, None, None]
+
+
+@triton.jit
+def column(
+    table: tl.tensor, pieces: tl.tensor, row: tl.tensor, index: tl.constexpr, ALIGNED: tl.constexpr = False
+) -> tl.tensor:
+    """One number of each piece, 0 beyond the last. `ALIGNED` says that it is a multiple of four."""
+    at = table + row.to(tl.int64) * COLUMNS + index
+    number = tl.load(at) if row.shape[1] == 1 else tl.load(at, mask=row < pieces, other=0)
+    if ALIGNED:
+        number = tl.multiple_of(number, [4, 4, 4])
+    return number
+
+
+@triton.jit
+def here_of(quad: tl.tensor, count: tl.tensor, ALIGNED: tl.constexpr) -> tl.tensor:
+    """Which values there are: of whole quads, [Q, M, 1], where all is aligned, else [Q, M, 4]."""
+    return quad < count if ALIGNED else quad + tl.arange(0, 4)[None, None, :] < count
+
+
+@triton.jit
+def round_at_random(places: tl.tensor, hashed: tl.tensor, mixed: tl.tensor) -> tl.tensor:
+    """As `reference.round_at_random`, of positions in units of 2^-FRACTION_BITS; the others as in `_word`."""
+    fixed = places.to(tl.int32).to(tl.uint32)
+    return ((fixed + (_word(hashed, mixed) >> _UNUSED)) >> _FRACTION).to(tl.int32)
+
+
+@triton.jit
+def _word(hashed: tl.tensor, mixed: tl.tensor) -> tl.tensor:
+    """As `randomness.words`, of element + low and of high ^ (high >> 15), which is `mixed`; all uint32.
+
+    Made here, the compiler would take it apart again, for one more operation a value.
+    """
+    hashed ^= hashed >> 16
+    hashed *= 0x21F0AAAD
+    hashed ^= (hashed >> 15) ^ mixed
+    hashed *= 0x735A2D97
+    return hashed ^ (hashed >> 15)

@@ -1,0 +1,175 @@
+"""Encoding with quantiles: buckets of any length, whose tables come of histograms.
+
+Three launches: the smallest and the largest value of every bucket, the histogram between them, the records. What is in
+between, one table a bucket, is done in torch. Every value is read three times.
+
+Shapes: S buckets; [Q, M, 4] values of a program, [1, M, 1] one number per row.
+"""
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compression import layers
+from compression.kernels import families
+from compression.kernels.cuda.blocks import column, here_of, quads, round_at_random, rows
+from compression.kernels.cuda.pieces import BITS, BUCKET, COUNT, ELEMENT, FIRST, POSITION, SLOT, WIRE_AT
+from compression.kernels.cuda.records import pack, store_words
+from compression.kernels.families import HISTOGRAM_BITS
+from compression.kernels.transfer import on_device
+from compression.layers import DENSE, Plan
+
+MOST = 256  # buckets whose histograms are held at once, in 64 MB
+
+_DENSE, _LIMIT = tl.constexpr(layers.DENSE), tl.constexpr(families.LIMIT)
+_CODE = tl.constexpr(2.0**families.FRACTION_BITS)
+_BINS, _LEVELS = tl.constexpr(1 << HISTOGRAM_BITS), tl.constexpr(256)  # room for a histogram and for a table
+_LARGEST, _SMALLEST = tl.constexpr(0x7FFFFFFF), tl.constexpr(-0x80000000)
+
+
+@triton.jit(do_not_specialize=["pieces"])
+def extremes(
+    table: tl.tensor,
+    pieces: tl.tensor,
+    values: tl.tensor,
+    ends: tl.tensor,
+    ALIGNED: tl.constexpr,
+    M: tl.constexpr,
+    Q: tl.constexpr,
+) -> None:
+    """Widen `ends`, int32 [S, 2], by the smallest and the largest of each piece, in the order of `families.ordered`."""
+    row = rows(M)
+    keys, here = _keys(table, pieces, row, values, ALIGNED, Q)
+    low = tl.min(tl.min(tl.where(here, keys, _LARGEST), 2, keep_dims=True), 0, keep_dims=True)
+    high = tl.max(tl.max(tl.where(here, keys, _SMALLEST), 2, keep_dims=True), 0, keep_dims=True)
+    at = ends + 2 * column(table, pieces, row, BUCKET)
+    some = _count(table, pieces, row) > 0
+    tl.atomic_min(at, low, mask=some, sem="relaxed")
+    tl.atomic_max(at + 1, high, mask=some, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["pieces"])
+def histogram(
+    table: tl.tensor,
+    pieces: tl.tensor,
+    values: tl.tensor,
+    ends: tl.tensor,
+    shifts: tl.tensor,
+    counts: tl.tensor,
+    ALIGNED: tl.constexpr,
+    M: tl.constexpr,
+    Q: tl.constexpr,
+) -> None:
+    """Count the values of each bucket, int32 [S, 2^16], in bins that are 2^shift wide and begin at the smallest."""
+    row = rows(M)
+    keys, here = _keys(table, pieces, row, values, ALIGNED, Q)
+    bucket = column(table, pieces, row, BUCKET)
+    above = keys.to(tl.uint32, bitcast=True) - tl.load(ends + 2 * bucket).to(tl.uint32, bitcast=True)
+    bins = (above >> tl.load(shifts + bucket).to(tl.uint32)).to(tl.int64)
+    tl.atomic_add(counts + bucket * _BINS + bins, tl.full(keys.shape, 1, tl.int32), mask=here, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["pieces"], do_not_specialize_on_alignment=["wire"])
+def records(
+    table: tl.tensor,
+    pieces: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    tables: tl.tensor,
+    wire: tl.tensor,
+    ALIGNED: tl.constexpr,
+    M: tl.constexpr,
+    Q: tl.constexpr,
+) -> None:
+    """The records of buckets whose levels are `tables`, float32 [S, 256], and the bytes of dense pieces."""
+    row, quad, four = rows(M), quads(Q), tl.arange(0, 4)[None, None, :]
+    position = column(table, pieces, row, POSITION, ALIGNED) + quad + four
+    bits = column(table, pieces, row, BITS).to(tl.int32)
+    record = wire + column(table, pieces, row, WIRE_AT)
+    first = column(table, pieces, row, FIRST)
+    dense = bits == _DENSE
+    if tl.max(dense.to(tl.int32)) > 0:
+        copied = dense & (quad + four < column(table, pieces, row, COUNT).to(tl.int32))
+        words = tl.load(values + position, mask=copied, other=0.0).to(tl.int32, bitcast=True)
+        store_words(record + 4 * (first + quad + four), words, copied)
+
+    count = _count(table, pieces, row)
+    bits = tl.where(dense, 8, bits)
+    here = here_of(quad, count, ALIGNED)
+    vectors = tl.load(values + position, mask=here, other=0.0)
+    levels = tables + column(table, pieces, row, BUCKET) * _LEVELS
+    if tl.min(first) == 0:
+        level = tl.arange(0, _LEVELS)[:, None, None]
+        heads = (first == 0) & (count > 0) & (level < (1 << bits))
+        store_words(record + 4 * level, tl.load(levels + level, mask=heads).to(tl.int32, bitcast=True), heads)
+    slot = column(table, pieces, row, SLOT)
+    start = column(table, pieces, row, ELEMENT).to(tl.uint32) + tl.load(keys + 2 * slot).to(tl.uint32)
+    hashed = start + quad.to(tl.uint32) + four.to(tl.uint32)
+    mixed = tl.load(keys + 2 * slot + 1).to(tl.uint32)
+    codes = round_at_random(_places(vectors, levels, bits), hashed, mixed)
+    pack(codes, here, count, bits, record + (4 << bits) + (first >> 3) * bits)
+
+
+@triton.jit
+def _count(table: tl.tensor, pieces: tl.tensor, row: tl.tensor) -> tl.tensor:
+    """Values of each piece that have codes."""
+    dense = column(table, pieces, row, BITS).to(tl.int32) == _DENSE
+    return tl.where(dense, 0, column(table, pieces, row, COUNT).to(tl.int32))
+
+
+@triton.jit
+def _keys(
+    table: tl.tensor,
+    pieces: tl.tensor,
+    row: tl.tensor,
+    values: tl.tensor,
+    ALIGNED: tl.constexpr,
+    Q: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Values as integers of the same order, as `families.ordered`, and which there are."""
+    quad, four = quads(Q), tl.arange(0, 4)[None, None, :]
+    here = here_of(quad, _count(table, pieces, row), ALIGNED)
+    vectors = tl.load(values + column(table, pieces, row, POSITION, ALIGNED) + quad + four, mask=here, other=0.0)
+    bits = (vectors + 0.0).to(tl.int32, bitcast=True)  # + 0.0: one zero
+    return bits ^ ((bits >> 31) & _LARGEST), here
+
+
+@triton.jit
+def _places(vectors: tl.tensor, levels: tl.tensor, bits: tl.tensor) -> tl.tensor:
+    """Where values lie between the levels of their buckets, as `families.Quantile`, in units of 1 / `_CODE`."""
+    top = (1 << bits) - 1
+    below = tl.zeros(vectors.shape, tl.int32)
+    for halving in tl.static_range(8):
+        step = (1 << bits) >> (halving + 1)
+        probe = below + step
+        fits = (step > 0) & (probe < top)
+        below = tl.where(fits & (tl.load(levels + probe, mask=fits, other=0.0) <= vectors), probe, below)
+    span = tl.load(levels + top) - tl.load(levels)
+    half = tl.where(span <= _LIMIT, 1.0, 0.5)  # no difference of two levels overflows
+    low = tl.load(levels + below) * half
+    gap = tl.load(levels + below + 1) * half - low
+    found = below.to(tl.float32) + tl.where(gap > 0, tl.div_rn(vectors * half - low, gap), 0.0)
+    return tl.minimum(tl.maximum(found, 0.0), top.to(tl.float32)) * _CODE
+
+
+def shifts_of(ends: Tensor) -> Tensor:
+    """Bits that a bin is wide beyond one, for each bucket: int32 [S, 2] -> int32 [S]."""
+    span = (ends[:, 1].to(torch.int64) - ends[:, 0]).to(torch.float64)
+    return (torch.frexp(span).exponent - HISTOGRAM_BITS).clamp_min(0).to(torch.int32)
+
+
+def tables_of(plan: Plan, ends: Tensor, shifts: Tensor, counts: Tensor) -> Tensor:
+    """The levels of each bucket, float32 [S, 256], as `families.Quantile` takes them from `counts`, int32 [S, 2^16]."""
+    top = (1 << np.where(plan.bits == DENSE, 1, plan.bits))[:, None] - 1
+    level = np.arange(_LEVELS.value)
+    ranks = np.minimum(level, top) * (plan.count[:, None] - 1) // top
+    bins = torch.searchsorted(counts.cumsum(1), on_device(ranks + 1, counts.device))
+    first, last = ends[:, :1].to(torch.int64), ends[:, 1:].to(torch.int64)
+    keys = first + (bins << shifts[:, None])
+    keys = torch.where(on_device(level >= top, counts.device), last, keys)
+    keys = torch.where(on_device(level, counts.device) == 0, first, keys)
+    finite = (last < families.INFINITY) & (first >= -families.INFINITY)
+    levels = families.ordered(keys.to(torch.int32)).view(torch.float32) + 0.0
+    return torch.where(finite, levels, torch.nan)
