@@ -289,13 +289,15 @@ def _compile_into(folder: str) -> None:
 
 
 KERNELS = [("buckets.encode", family) for family in ENCODED] + [("buckets.decode", family) for family in WIDTHS]
-KERNELS.append(("quantiles.records", "quantile"))
+KERNELS.append(("quantiles.codes", "quantile"))
+OTHERS = [(f"quantiles.{name}", "quantile") for name in ("extremes", "histogram", "heads")]
 BUFFERS = dict.fromkeys(("values", "residual", "pending", "out", "tables"), "*fp32") | {"wire": "*u8"}
-NUMBERS = {"table": "*i64", "keys": "*i32", "factor": "fp32", "stride": "i64"}
+NUMBERS = {"table": "*i64", "factor": "fp32", "stride": "i64"}
+NUMBERS |= dict.fromkeys(("keys", "ends", "shifts", "counts"), "*i32")
 NUMBERS |= dict.fromkeys(("pieces", "ranks", "own"), "i32")
 
 
-def assembly(kernel: str, family: str, language: str) -> str:
+def assembly(kernel: str, family: str, language: str, rows: int = 1, values: int = 1024, warps: int = 32) -> str:
     """What a kernel becomes on an H100, for which no GPU is needed: few values a thread, so that it is quick."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -304,11 +306,12 @@ def assembly(kernel: str, family: str, language: str) -> str:
     from compression.kernels import cuda
 
     function = attrgetter(kernel)(cuda)
-    constants = {"FAMILY": family, "FEEDBACK": True, "ACCUMULATE": True, "ALIGNED": True, "M": 1, "Q": 256}
+    shape = {"ALIGNED": rows == 1, "M": rows, "Q": values // 4}
+    constants = {"FAMILY": family, "FEEDBACK": True, "ACCUMULATE": True, **shape}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     types = {**BUFFERS, **NUMBERS, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(function, {name: types[name] for name in function.arg_names}, constants)
-    compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 32, **cuda.EXACTLY})
+    compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps, **cuda.EXACTLY})
     return str(compiled.asm[language])
 
 
@@ -318,6 +321,11 @@ def test_compiled_kernels_round_every_operation(compiler: Executor, kernel: str,
     assert re.findall(r"\S*approx\S*|div\.full\S*|\b(?:add|sub|mul|div|sqrt|fma)\S*ftz\S*", code) == []
     written = compiler.submit(assembly, kernel, family, "ttgir").result()
     assert len(re.findall(r"\bfma\.", code)) == written.count("math.fma")  # one value a thread: none was made of others
+
+
+@pytest.mark.parametrize(("kernel", "family"), KERNELS + OTHERS)
+def test_kernels_compile_for_the_shortest_rows(compiler: Executor, kernel: str, family: str) -> None:
+    assert compiler.submit(assembly, kernel, family, "ptx", rows=64, values=8, warps=1).result()
 
 
 def test_sums_of_floats_add_two_at_a_time(compiler: Executor) -> None:

@@ -4,7 +4,7 @@ A bucket is read from memory once (ternary codes: twice, from the first-level ca
 all widths and dense ones go in the same launch. Nothing waits for the GPU but a plan's first use, which sends its
 table there.
 
-Quantiles need all values of a share before any of its codes, and take three launches (`quantiles.py`). `reference`
+Quantiles need all values of a share before any of its codes, and take four launches (`quantiles.py`). `reference`
 encodes, in torch operations that are slower, buckets of more than 16,384 values, and quantiles with error feedback or
 in more than 256 buckets. Decoding knows no such limits.
 """
@@ -25,6 +25,7 @@ from compression.layers import Plan
 
 __all__ = ["decode", "encode", "expected_squared_error", "recode"]
 
+DECODING_REGISTERS = 48  # of a thread: with more, fewer warps fit beside one another, and memory waits for them
 EXACTLY = {"enable_fp_fusion": False}  # options to compile with: a product is rounded before it is added
 
 
@@ -60,7 +61,8 @@ def _encode_quantiles(plan: Plan, values: Tensor, keys: np.ndarray, wire: Tensor
     shifts = quantiles.shifts_of(ends)
     _launch(quantiles.histogram, pieces, values, ends, shifts, counts)
     tables = quantiles.tables_of(plan, ends, shifts, counts)
-    _launch(quantiles.records, pieces, _mixed(keys, device), values, tables, wire)
+    _launch(quantiles.heads, pieces, tables, wire)
+    _launch(quantiles.codes, pieces, _mixed(keys, device), values, tables, wire)
 
 
 def _mixed(keys: np.ndarray, device: torch.device) -> Tensor:
@@ -105,5 +107,6 @@ def _launch(kernel: Any, pieces: Pieces, *arguments: object) -> None:
             pieces.rows,
             pieces.width // 4,
             num_warps=pieces.warps,
+            maxnreg=DECODING_REGISTERS if kernel is buckets.decode and pieces.rows == 1 else None,
             **EXACTLY,
         )

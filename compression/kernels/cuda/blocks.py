@@ -29,9 +29,9 @@ def quads(Q: tl.constexpr) -> tl.tensor:
 def column(
     table: tl.tensor, pieces: tl.tensor, row: tl.tensor, index: tl.constexpr, ALIGNED: tl.constexpr = False
 ) -> tl.tensor:
-    """One number of each piece, 0 beyond the last. `ALIGNED` says that it is a multiple of four."""
+    """One number of each piece, or of one; 0 beyond the last. `ALIGNED` says that it is a multiple of four."""
     at = table + row.to(tl.int64) * COLUMNS + index
-    number = tl.load(at) if row.shape[1] == 1 else tl.load(at, mask=row < pieces, other=0)
+    number = tl.load(at, mask=row < pieces, other=0)
     if ALIGNED:
         number = tl.multiple_of(number, [4, 4, 4])
     return number

@@ -71,7 +71,8 @@ def encode(
     slot = column(table, pieces, row, SLOT)
     start, mixed = element + tl.load(keys + 2 * slot).to(tl.uint32), tl.load(keys + 2 * slot + 1).to(tl.uint32)
     here = here_of(quad, count, ALIGNED)
-    vectors = _vectors(values + position, residual + memory, here, FEEDBACK)
+    POLICY: tl.constexpr = "" if FAMILY == "terngrad" else "evict_first"  # whether values are read again
+    vectors = _vectors(values + position, residual + memory, here, FEEDBACK, POLICY)
     first, second = fit(vectors, here, count, bits, FAMILY)
     over = divisor(first, second, bits, FAMILY)
     payload = record + 4 * scale_count(bits, FAMILY)
@@ -84,7 +85,7 @@ def encode(
         packed = tl.zeros((Q, M, 1), tl.int32)
         for digit in tl.static_range(5):
             source, there = ternary_source(byte, digit, count)
-            again = _vectors(bucket + source, remembered + source, there, FEEDBACK)
+            again = _vectors(bucket + source, remembered + source, there, FEEDBACK, POLICY)
             code = _codes(again, first, over, bits, start + source.to(tl.uint32), mixed, FAMILY)
             packed += tl.where(there, code, 0) * 3**digit
         tl.store(payload + byte, packed.to(tl.uint8), mask=byte < (count + 4) // 5)
@@ -186,11 +187,13 @@ def _scales(record: tl.tensor, here: tl.tensor, FAMILY: tl.constexpr) -> tuple[t
 
 
 @triton.jit
-def _vectors(values: tl.tensor, residual: tl.tensor, here: tl.tensor, FEEDBACK: tl.constexpr) -> tl.tensor:
+def _vectors(
+    values: tl.tensor, residual: tl.tensor, here: tl.tensor, FEEDBACK: tl.constexpr, POLICY: tl.constexpr
+) -> tl.tensor:
     """What is encoded, 0 where there is nothing."""
-    vectors = tl.load(values, mask=here, other=0.0)
+    vectors = tl.load(values, mask=here, other=0.0, eviction_policy=POLICY)
     if FEEDBACK:
-        vectors += tl.load(residual, mask=here, other=0.0)
+        vectors += tl.load(residual, mask=here, other=0.0, eviction_policy=POLICY)
     return vectors
 
 

@@ -1,7 +1,7 @@
 """Encoding with quantiles: buckets of any length, whose tables come of histograms.
 
-Three launches: the smallest and the largest value of every bucket, the histogram between them, the records. What is in
-between, one table a bucket, is done in torch. Every value is read three times.
+Four launches: the smallest and the largest value of every bucket, the histogram between them, the levels, the codes.
+The levels are taken from the histogram in torch. Every value is read three times.
 
 Shapes: S buckets; [Q, M, 4] values of a program, [1, M, 1] one number per row.
 """
@@ -72,7 +72,7 @@ def histogram(
 
 
 @triton.jit(do_not_specialize=["pieces"], do_not_specialize_on_alignment=["wire"])
-def records(
+def codes(
     table: tl.tensor,
     pieces: tl.tensor,
     keys: tl.tensor,
@@ -83,7 +83,7 @@ def records(
     M: tl.constexpr,
     Q: tl.constexpr,
 ) -> None:
-    """The records of buckets whose levels are `tables`, float32 [S, 256], and the bytes of dense pieces."""
+    """The codes of buckets whose levels are `tables`, float32 [S, 256], and the bytes of dense pieces."""
     row, quad, four = rows(M), quads(Q), tl.arange(0, 4)[None, None, :]
     position = column(table, pieces, row, POSITION, ALIGNED) + quad + four
     bits = column(table, pieces, row, BITS).to(tl.int32)
@@ -100,16 +100,32 @@ def records(
     here = here_of(quad, count, ALIGNED)
     vectors = tl.load(values + position, mask=here, other=0.0)
     levels = tables + column(table, pieces, row, BUCKET) * _LEVELS
-    if tl.min(first) == 0:
-        level = tl.arange(0, _LEVELS)[:, None, None]
-        heads = (first == 0) & (count > 0) & (level < (1 << bits))
-        store_words(record + 4 * level, tl.load(levels + level, mask=heads).to(tl.int32, bitcast=True), heads)
     slot = column(table, pieces, row, SLOT)
     start = column(table, pieces, row, ELEMENT).to(tl.uint32) + tl.load(keys + 2 * slot).to(tl.uint32)
     hashed = start + quad.to(tl.uint32) + four.to(tl.uint32)
     mixed = tl.load(keys + 2 * slot + 1).to(tl.uint32)
-    codes = round_at_random(_places(vectors, levels, bits), hashed, mixed)
-    pack(codes, here, count, bits, record + (4 << bits) + (first >> 3) * bits)
+    rounded = round_at_random(_places(vectors, levels, bits), hashed, mixed)
+    pack(rounded, here, count, bits, record + (4 << bits) + (first >> 3) * bits)
+
+
+@triton.jit(do_not_specialize=["pieces"], do_not_specialize_on_alignment=["wire"])
+def heads(
+    table: tl.tensor,
+    pieces: tl.tensor,
+    tables: tl.tensor,
+    wire: tl.tensor,
+    ALIGNED: tl.constexpr,
+    M: tl.constexpr,
+    Q: tl.constexpr,
+) -> None:
+    """The levels of buckets, float32 [S, 256], into their records."""
+    level = tl.arange(0, _LEVELS)
+    for each in range(M):
+        row = tl.program_id(0) * M + each
+        bits = column(table, pieces, row, BITS).to(tl.int32)
+        if (row < pieces) & (bits != _DENSE) & (column(table, pieces, row, FIRST) == 0):
+            words = tl.load(tables + column(table, pieces, row, BUCKET) * _LEVELS + level).to(tl.int32, bitcast=True)
+            store_words(wire + column(table, pieces, row, WIRE_AT) + 4 * level, words, level < (1 << bits))
 
 
 @triton.jit

@@ -61,10 +61,8 @@ def pack(
     if tl.min(in_words.to(tl.int32)) == 1:
         tl.store(at.to(tl.pointer_type(tl.uint32)), halves, mask=left > 0)
     else:
-        widest = tl.max(bits_1M1)
         for byte in tl.static_range(4):
-            if byte < widest:
-                tl.store(at + byte, (halves >> (8 * byte)).to(tl.uint8), mask=byte < left)
+            tl.store(at + byte, (halves >> (8 * byte)).to(tl.uint8), mask=byte < left)
 
 
 @triton.jit
