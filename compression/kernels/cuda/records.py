@@ -72,15 +72,15 @@ def unpack(
     """The codes from `first_1M1` on, `count_1M1` of them, of bit streams that begin at `wire_1M1`.
 
     `first_1M1` is a multiple of 8; `quad_Q11` is where quads of codes begin. What is beyond the last code is anything.
-    A quad is read with the one or two words of memory that it lies in, of which no byte is another allocation's.
+    A quad is read with the one or two words of memory that its codes lie in: no allocation ends within a word.
     """
     offset = quad_Q11 * bits_1M1
     address = (wire_1M1 + (first_1M1 >> 3) * bits_1M1).to(tl.int64) + (offset >> 3)
     shift = ((address & 3) * 8).to(tl.int32) + (offset & 7)
     word = (address & -4).to(tl.pointer_type(tl.uint32))
-    here = quad_Q11 < count_1M1
-    low = tl.load(word, mask=here).to(tl.uint64)
-    high = tl.load(word + 1, mask=here & (shift + 4 * bits_1M1 > 32)).to(tl.uint64)
+    left = count_1M1 - quad_Q11
+    low = tl.load(word, mask=left > 0).to(tl.uint64)
+    high = tl.load(word + 1, mask=(left > 0) & (shift + tl.minimum(left, 4) * bits_1M1 > 32)).to(tl.uint64)
     codes = ((low | (high << 32)) >> shift.to(tl.uint64)).to(tl.uint32)
     each = (tl.arange(0, 4)[None, None, :] * bits_1M1).to(tl.uint32)
     return ((codes >> each) & ((1 << bits_1M1) - 1).to(tl.uint32)).to(tl.int32)
