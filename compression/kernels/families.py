@@ -292,7 +292,7 @@ def _finite(vectors_MK: Tensor, scales_MS: Tensor) -> Tensor:
 def _power(vectors_MK: Tensor) -> Tensor:
     """The largest power of two that is no larger than the largest magnitude: [M, 1]. Dividing by it is exact."""
     largest = vectors_MK.abs().amax(1, keepdim=True)
-    return (largest.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_min(TINY)
+    return (largest.view(torch.int32) & INFINITY).view(torch.float32).clamp_min(TINY)
 
 
 def ordered(bits: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ def encode(
 
 
 def _encode_quantiles(plan: Plan, values: Tensor, keys: np.ndarray, wire: Tensor) -> None:
+    """The records of quantiles and of dense buckets, as `encode`."""
     pieces, device = to_decode(plan, wire.device), wire.device
     ends = on_device(np.tile(np.array([2**31 - 1, -(2**31)], np.int32), (len(plan.count), 1)), device)
     counts = torch.zeros(len(plan.count), 1 << HISTOGRAM_BITS, dtype=torch.int32, device=device)
@@ -87,7 +88,7 @@ def recode(
     residual: Tensor | None = None,
     pending: Tensor | None = None,
 ) -> None:
-    """As `reference.recode`, in two launches however many ranks there are: one adds up, one encodes."""
+    """As `reference.recode`, however many ranks there are in one launch that adds up, and those of `encode`."""
     own, ranks = (-1, len(received)) if rank is None else (rank, len(received) + 1)
     pieces = to_decode(plan, wire.device)
     _launch(buckets.decode, pieces, received, values, factor, ranks, own, received.stride(0), family, False)

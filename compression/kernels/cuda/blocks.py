@@ -6,7 +6,8 @@ Shapes: [Q, M, 4]; [1, M, 1] is one number per row.
 import triton
 import triton.language as tl
 
-from compression.kernels.cuda.pieces import COLUMNS
+from compression.kernels.cuda.pieces import COLUMNS, COUNT, ELEMENT, FIRST, SLOT
+from compression.kernels.cuda.records import store_words
 from compression.kernels.families import FRACTION_BITS
 
 _FRACTION = tl.constexpr(FRACTION_BITS)
@@ -41,6 +42,31 @@ def column(
 def here_of(quad: tl.tensor, count: tl.tensor, ALIGNED: tl.constexpr) -> tl.tensor:
     """Which values there are: of whole quads, [Q, M, 1], where all is aligned, else [Q, M, 4]."""
     return quad < count if ALIGNED else quad + tl.arange(0, 4)[None, None, :] < count
+
+
+@triton.jit
+def copy_dense(
+    table: tl.tensor,
+    pieces: tl.tensor,
+    row: tl.tensor,
+    dense: tl.tensor,
+    values: tl.tensor,
+    record: tl.tensor,
+    at: tl.tensor,
+) -> None:
+    """The bytes of the rows that travel as float32, whose values begin at the pointers `values`, one for each `at`."""
+    if tl.max(dense.to(tl.int32)) > 0:
+        copied = dense & (at < column(table, pieces, row, COUNT).to(tl.int32))
+        words = tl.load(values, mask=copied, other=0.0).to(tl.int32, bitcast=True)
+        store_words(record + 4 * (column(table, pieces, row, FIRST) + at), words, copied)
+
+
+@triton.jit
+def streams(table: tl.tensor, pieces: tl.tensor, row: tl.tensor, keys: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """What `round_at_random` hashes for the first value of each row, and mixes in; uint32."""
+    slot = column(table, pieces, row, SLOT)
+    start = column(table, pieces, row, ELEMENT).to(tl.uint32) + tl.load(keys + 2 * slot).to(tl.uint32)
+    return start, tl.load(keys + 2 * slot + 1).to(tl.uint32)
 
 
 @triton.jit

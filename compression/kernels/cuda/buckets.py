@@ -11,16 +11,14 @@ import triton
 import triton.language as tl
 
 from compression import layers
-from compression.kernels.cuda.blocks import column, here_of, quads, round_at_random, rows
+from compression.kernels.cuda.blocks import column, copy_dense, here_of, quads, round_at_random, rows, streams
 from compression.kernels.cuda.families import divisor, fit, levels, places, project, scale_count
 from compression.kernels.cuda.pieces import (
     BITS,
     COUNT,
-    ELEMENT,
     FIRST,
     MEMORY_AT,
     POSITION,
-    SLOT,
     WHOLE,
     WIRE_AT,
 )
@@ -28,7 +26,6 @@ from compression.kernels.cuda.records import (
     load_words,
     pack,
     store_scale,
-    store_words,
     ternary_source,
     ternary_unpack,
     unpack,
@@ -60,16 +57,11 @@ def encode(
     bits = column(table, pieces, row, BITS).to(tl.int32)
     record = wire + column(table, pieces, row, WIRE_AT)
     dense = bits == _DENSE
-    if tl.max(dense.to(tl.int32)) > 0:
-        copied = dense & (quad + four < count)
-        words = tl.load(values + position, mask=copied, other=0.0).to(tl.int32, bitcast=True)
-        store_words(record + 4 * (column(table, pieces, row, FIRST) + quad + four), words, copied)
+    copy_dense(table, pieces, row, dense, values + position, record, quad + four)
 
     count = tl.where(dense, 0, count)
     bits = tl.where(dense, 8, bits)
-    element = column(table, pieces, row, ELEMENT).to(tl.uint32)
-    slot = column(table, pieces, row, SLOT)
-    start, mixed = element + tl.load(keys + 2 * slot).to(tl.uint32), tl.load(keys + 2 * slot + 1).to(tl.uint32)
+    start, mixed = streams(table, pieces, row, keys)
     here = here_of(quad, count, ALIGNED)
     POLICY: tl.constexpr = "" if FAMILY == "terngrad" else "evict_first"  # whether values are read again
     vectors = _vectors(values + position, residual + memory, here, FEEDBACK, POLICY)

@@ -1,7 +1,7 @@
 """The families of quantizers in Triton: the functions of `kernels/families.py`, on a block of buckets.
 
 `FAMILY` is a name known when a kernel is compiled; bits are data, so that one kernel serves all widths. A bucket has
-two scales, or one that stands for both. Tables of quantiles are not made here, only read (`records.py`).
+two scales, or one that stands for both. Tables of quantiles are made in `quantiles.py`.
 
 Shapes: M buckets, 4 Q values per bucket, both powers of two; 1M1 is one number per bucket. float32, codes int32.
 `here` says which values there are, by quads or one by one: [Q, M, 1] or [Q, M, 4].
@@ -17,7 +17,7 @@ _LIMIT = tl.constexpr(families.LIMIT)
 _HUGE = tl.constexpr(families.HUGE)
 _TINY = tl.constexpr(families.TINY)
 _CODE = tl.constexpr(2.0**families.FRACTION_BITS)
-_INFINITY, _NAN, _ONES = tl.constexpr(0x7F800000), tl.constexpr(0x7FC00000), tl.constexpr(0xFFFFFFFF)  # as bits
+_INFINITY, _NAN, _ONES = tl.constexpr(families.INFINITY), tl.constexpr(0x7FC00000), tl.constexpr(0xFFFFFFFF)  # as bits
 
 
 @triton.jit

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from compression import layers
 from compression.kernels import families
-from compression.kernels.cuda.blocks import column, here_of, quads, round_at_random, rows
-from compression.kernels.cuda.pieces import BITS, BUCKET, COUNT, ELEMENT, FIRST, POSITION, SLOT, WIRE_AT
+from compression.kernels.cuda.blocks import column, copy_dense, here_of, quads, round_at_random, rows, streams
+from compression.kernels.cuda.pieces import BITS, BUCKET, COUNT, FIRST, POSITION, WIRE_AT
 from compression.kernels.cuda.records import pack, store_words
 from compression.kernels.families import HISTOGRAM_BITS
 from compression.kernels.transfer import on_device
@@ -90,20 +90,15 @@ def codes(
     record = wire + column(table, pieces, row, WIRE_AT)
     first = column(table, pieces, row, FIRST)
     dense = bits == _DENSE
-    if tl.max(dense.to(tl.int32)) > 0:
-        copied = dense & (quad + four < column(table, pieces, row, COUNT).to(tl.int32))
-        words = tl.load(values + position, mask=copied, other=0.0).to(tl.int32, bitcast=True)
-        store_words(record + 4 * (first + quad + four), words, copied)
+    copy_dense(table, pieces, row, dense, values + position, record, quad + four)
 
     count = _count(table, pieces, row)
     bits = tl.where(dense, 8, bits)
     here = here_of(quad, count, ALIGNED)
     vectors = tl.load(values + position, mask=here, other=0.0)
     levels = tables + column(table, pieces, row, BUCKET) * _LEVELS
-    slot = column(table, pieces, row, SLOT)
-    start = column(table, pieces, row, ELEMENT).to(tl.uint32) + tl.load(keys + 2 * slot).to(tl.uint32)
+    start, mixed = streams(table, pieces, row, keys)
     hashed = start + quad.to(tl.uint32) + four.to(tl.uint32)
-    mixed = tl.load(keys + 2 * slot + 1).to(tl.uint32)
     rounded = round_at_random(_places(vectors, levels, bits), hashed, mixed)
     pack(rounded, here, count, bits, record + (4 << bits) + (first >> 3) * bits)
 

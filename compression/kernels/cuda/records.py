@@ -1,4 +1,4 @@
-"""Records, byte by byte: floats at any offset, and codes of a few bits.
+"""Records: floats at any offset, and codes of a few bits, by bytes or, where they lie so, by words.
 
 The layout is that of `families.pack` and `TernGrad.pack`. Neighboring lanes move neighboring bytes.
 
