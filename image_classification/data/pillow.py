@@ -1,10 +1,13 @@
 """Backend `pytorch`: Pillow decodes, in the worker processes of torch's DataLoader."""
 
+import mmap
 import signal
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.context import ForkContext
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +55,30 @@ class _Batches(Dataset[Pixels | Exception]):
         return assemble(rendered, stack)
 
 
+class Flag:
+    """What a DataLoader uses of a multiprocessing.Event, in a byte that forked processes share.
+
+    An Event asks a lock that all of them share, which a worker that is killed as it holds it takes along: its
+    loader would wait for ever in place of saying that it died.
+    """
+
+    def __init__(self) -> None:
+        self._byte = mmap.mmap(-1, 1)
+
+    def set(self) -> None:
+        self._byte[0] = 1
+
+    def is_set(self) -> bool:
+        return self._byte[0] == 1
+
+
+class _Forking(ForkContext):
+    """What a DataLoader makes its workers of."""
+
+    def Event(self) -> Any:
+        return Flag()
+
+
 # How a DataLoader words it; a connection that breaks says the same.
 _DEATH = ("exited unexpectedly", "is killed by signal")
 
@@ -88,6 +115,7 @@ class PillowReader:
                 sampler=self._requests,
                 num_workers=workers,
                 persistent_workers=workers > 0,
+                multiprocessing_context=_Forking() if workers else None,
                 pin_memory=samples.options.device.type == "cuda",
                 generator=torch.Generator(),  # else every epoch would draw from torch's global one
             )

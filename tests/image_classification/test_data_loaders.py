@@ -6,6 +6,7 @@ import random
 import signal
 import tarfile
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from image_folders import PHOTOS, options, pixels, same, write_folder
 
 from image_classification import data
+from image_classification.data.pillow import Flag
 from image_classification.torchvision_import import torchvision
 
 pytestmark = pytest.mark.filterwarnings("error")  # a warning is DALI failing on what it should decode
@@ -224,6 +226,36 @@ def test_workers_live_from_epoch_to_epoch(root):
         processes.append({child.pid for child in multiprocessing.active_children()})
     assert len(processes[0]) == 2
     assert processes[0] == processes[1]
+    train.close()
+    val.close()
+
+
+def _ask(flag):
+    for _ in range(10**7):  # seconds, and not for ever, where nobody kills it
+        flag.is_set()
+
+
+def test_a_process_that_is_killed_as_it_asks_takes_no_lock_along():
+    forking = multiprocessing.get_context("fork")
+    flag = Flag()
+    for _ in range(20):  # an Event does not survive the first few
+        asking = forking.Process(target=_ask, args=[flag])
+        asking.start()
+        time.sleep(0.01)
+        asking.kill()
+        asking.join()
+        assert not flag.is_set()
+    setting = forking.Process(target=flag.set)
+    setting.start()
+    setting.join(30)
+    assert setting.exitcode == 0
+    assert flag.is_set()
+
+
+def test_a_loader_and_its_workers_share_a_flag(root):
+    train, val = data.build(options(root, workers=1, batch_size=1))
+    next(train.epoch(0))
+    assert isinstance(train._reader._running._workers_done_event, Flag)
     train.close()
     val.close()
 
