@@ -20,16 +20,19 @@ from compression.kernels.cpu.families import (
     scale_count,
     top_code,
 )
-from compression.kernels.cpu.memory import counted, load, load_float, store, store_float
+from compression.kernels.cpu.memory import NARROWED, counted, load, load_float, narrow, prefetch, store, store_float
 from compression.kernels.cpu.packing import pack, pack_ternary, unpack, unpack_ternary
 from compression.kernels.cpu.sums import START, add_products, blocks_of, total, tree_width
 from compression.kernels.families import FRACTION_BITS, HUGE, TERNARY_TILE, TREE
 from compression.kernels.threads import inlined, jit
 from compression.layers import DENSE
 
-TILE = TERNARY_TILE  # values worked on at a time: a multiple of TREE, of 8 and of 5
+TILE = TERNARY_TILE  # values worked on at a time: a multiple of TREE, of NARROWED, of 8 and of 5
 _SCALES = 256
 _BLOCK = 1 << 15  # values of several buckets that stay in the second-level cache
+_LINE = 16  # values of a cache line
+_AHEAD = 1024  # values that are read into the cache before their turn, else memory idles while a bucket is worked on
+_LEAST_UNIT = np.float32(2.0**-100)  # in fixed point it is no denormal number yet
 _HUGE, _ZERO, _ONE = np.float32(HUGE), np.float32(0.0), np.float32(1.0)
 _FIXED, _FRACTION, _UNUSED = np.float32(2.0**FRACTION_BITS), np.uint32(FRACTION_BITS), np.uint32(32 - FRACTION_BITS)
 
@@ -47,22 +50,22 @@ def _word(bits: np.uint32, high: np.uint32) -> np.uint32:
 
 @inlined
 def _code(place: np.float32, top: np.float32, word: np.uint32) -> np.uint32:
-    """As `reference.round_at_random`, after clamping."""
-    fixed = np.uint32(np.int32(clamp(place, _ZERO, top) * _FIXED))
-    return np.uint32(fixed + (word >> _UNUSED)) >> _FRACTION
+    """As `reference.round_at_random`, after clamping. `place` and `top` are in units of 2**-FRACTION_BITS."""
+    return np.uint32(np.uint32(np.int32(clamp(place, _ZERO, top))) + (word >> _UNUSED)) >> _FRACTION
 
 
 @inlined
 def _round(
-    family: int, places: np.ndarray, count: int, top: np.float32, first: np.uint32, high: np.uint32, codes: np.ndarray
+    family: int, places: np.ndarray, count: int, top: np.float32, first: np.uint32, high: np.uint32, words: np.ndarray
 ) -> None:
-    """The codes of positions. `first` and `high` are what `_word` takes for the first of them."""
+    """The codes of positions, a word each. `first` and `high` are what `_word` takes for the first of them."""
     if family == ONEBIT:  # no position lies between two codes
         for i in range(count):
-            store(codes, i, np.int32(load(places, i)))
+            store(words, i, np.int32(load(places, i)))
     else:
         for i in range(count):
-            store(codes, i, _code(load(places, i), top, _word(counted(first, i), high)))
+            place = load(places, i) * _FIXED
+            store(words, i, _code(place, top * _FIXED, _word(counted(first, i), high)))
 
 
 @inlined
@@ -76,12 +79,13 @@ def _round_evenly(
     top: np.float32,
     first: np.uint32,
     high: np.uint32,
-    codes: np.ndarray,
+    words: np.ndarray,
 ) -> None:
     """The codes of values on an even axis (`families.axis`), in one pass: it hashes while it waits for the quotient."""
+    unit, middle, top = unit / _FIXED, middle * _FIXED, top * _FIXED
     for i in range(count):
         place = (load(values, at + i) - low) / unit + middle
-        store(codes, i, _code(place, top, _word(counted(first, i), high)))
+        store(words, i, _code(place, top, _word(counted(first, i), high)))
 
 
 @inlined
@@ -134,7 +138,7 @@ def encode(
     room = TREE
     for m in range(start, stop):
         room = max(room, blocks_of(blocks_of(count[m])) * TREE)
-    codes, places = np.empty(TILE + 8, np.uint8), np.empty(TILE, np.float32)
+    codes, words, places = np.empty(TILE + 8, np.uint8), np.empty(TILE, np.uint32), np.empty(TILE, np.float32)
     scales, bins = np.empty(_SCALES, np.float32), np.empty(BINS + 2 if family == QUANTILE else 0, np.int32)
     terms, sums = np.empty(2 * TREE, np.float32), np.empty(2 * room, np.float32)
     for m in range(start, stop):
@@ -152,16 +156,20 @@ def encode(
         head, width = record + 4 * scale_count(family, b), tree_width(n)
         inverse, top = _ONE / reach(family, b, scales), np.float32(top_code(family, b))
         low, unit, middle = axis(family, b, scales)
-        even = finite and is_even(family) and unit > 0
+        even = finite and is_even(family) and unit > _LEAST_UNIT
         projects = feedback and finite and family != ONEBIT
         for tile in range(0, n, TILE):
             length = min(TILE, n - tile)
             first, high = counted(keys[slot[m], 0], element[m] + tile), keys[slot[m], 1]
             if even:
-                _round_evenly(source, at + tile, length, low, unit, middle, top, first, high, codes)
+                _round_evenly(source, at + tile, length, low, unit, middle, top, first, high, words)
             else:
                 positions(family, source, at + tile, length, b, scales, finite, bins, places)
-                _round(family, places, length, top, first, high, codes)
+                _round(family, places, length, top, first, high, words)
+            for i in range(0, length, NARROWED):
+                for line in range(0, NARROWED, _LINE):
+                    prefetch(source, at + tile + i + line + _AHEAD)
+                narrow(words, codes, i)
             _put_codes(family, codes, length, b, tile, wire, head)
             if projects:
                 levels(family, codes, length, b, scales, places, START)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 _intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
@@ -19,7 +19,7 @@ def load(context: Any, memory: Any, at: Any) -> Any:
     """memory[at], for at >= 0."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = _pointer(context, builder, signature, arguments)
+        pointer = _pointer(context, builder, memory, arguments[0], arguments[1])
         return context.unpack_value(builder, memory.dtype, pointer)
 
     return memory.dtype(memory, types.intp), generate
@@ -30,7 +30,7 @@ def store(context: Any, memory: Any, at: Any, value: Any) -> Any:
     """memory[at] = value, for at >= 0."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = _pointer(context, builder, signature, arguments)
+        pointer = _pointer(context, builder, memory, arguments[0], arguments[1])
         context.pack_value(builder, memory.dtype, arguments[2], pointer)
         return context.get_dummy_value()
 
@@ -43,7 +43,7 @@ def _as(number: Any, kind: Any) -> tuple[Callable[..., Any], Callable[..., Any]]
     @_intrinsic
     def load_bytes(context: Any, memory: Any, at: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            pointer = _pointer(context, builder, signature, arguments)
+            pointer = _pointer(context, builder, memory, arguments[0], arguments[1])
             return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=1)
 
         return number(memory, types.intp), generate
@@ -51,7 +51,7 @@ def _as(number: Any, kind: Any) -> tuple[Callable[..., Any], Callable[..., Any]]
     @_intrinsic
     def store_bytes(context: Any, memory: Any, at: Any, value: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            pointer = _pointer(context, builder, signature, arguments)
+            pointer = _pointer(context, builder, memory, arguments[0], arguments[1])
             builder.store(arguments[2], builder.bitcast(pointer, kind.as_pointer()), align=1)
             return context.get_dummy_value()
 
@@ -70,10 +70,48 @@ def counted(context: Any, first: Any, at: Any) -> Any:
     return types.uint32(types.uint32, types.intp), generate
 
 
-def _pointer(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    array = context.make_array(signature.args[0])(context, builder, arguments[0])
-    return builder.gep(array.data, [arguments[1]], inbounds=True)
+NARROWED = 32  # codes
 
 
+@_intrinsic
+def narrow(context: Any, words: Any, codes: Any, at: Any) -> Any:
+    """codes[at + i] = words[at + i], uint32 below 256 to uint8, for i < NARROWED.
+
+    In a loop of its own LLVM does this for eight at a time, with as many shuffles as it takes for 32.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        wide, small = ir.VectorType(ir.IntType(32), NARROWED), ir.VectorType(ir.IntType(8), NARROWED)
+        source = _pointer(context, builder, words, arguments[0], arguments[2])
+        target = _pointer(context, builder, codes, arguments[1], arguments[2])
+        narrowed = builder.trunc(builder.load(builder.bitcast(source, wide.as_pointer()), align=4), small)
+        builder.store(narrowed, builder.bitcast(target, small.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.none(words, codes, types.intp), generate
+
+
+@_intrinsic
+def prefetch(context: Any, memory: Any, at: Any) -> Any:
+    """Have the cache line of memory[at] read, which need not exist."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number, address = ir.IntType(32), ir.IntType(8).as_pointer()
+        pointer = _pointer(context, builder, memory, arguments[0], arguments[1], inbounds=False)
+        kind = ir.FunctionType(ir.VoidType(), [address, number, number, number])
+        hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        to_read, into_every_level, data = number(0), number(3), number(1)
+        builder.call(hint, [builder.bitcast(pointer, address), to_read, into_every_level, data])
+        return context.get_dummy_value()
+
+    return types.none(memory, types.intp), generate
+
+
+def _pointer(context: Any, builder: Any, memory: Any, array: Any, at: Any, inbounds: bool = True) -> Any:
+    data = context.make_array(memory)(context, builder, array).data
+    return builder.gep(data, [at], inbounds=inbounds)
+
+
+load_pair, store_pair = _as(types.uint16, ir.IntType(16))
 load_word, store_word = _as(types.uint64, ir.IntType(64))
 load_float, store_float = _as(types.float32, ir.FloatType())
