@@ -20,7 +20,7 @@ from compression.kernels.cpu import buckets
 quantizer, values = codec("maxmin"), torch.linspace(-1, 1, 2000)[None]
 wire = quantizer.encode(values, 0)
 quantizer.decode(wire, 2000)
-stats = [kernel.stats for kernel in (buckets.encode, buckets.decode)]
+stats = [kernel.stats for kernel in (buckets.recode, buckets.decode)]
 hits = [sum(each.cache_hits.values()) for each in stats]
 misses = [sum(each.cache_misses.values()) for each in stats]
 print(json.dumps([hits, misses, wire.flatten().tolist()]))

@@ -70,6 +70,15 @@ def test_numba_and_torch_give_the_same_bits(name: str, bucket_size: int, feedbac
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("power", [-140, -126, -110, -103, -101, -100, -98, -30, 100, 125])
+def test_whatever_their_size_the_bits_are_the_same(name: str, power: int) -> None:
+    """Steps between codes may be denormal numbers, or become ones in fixed point."""
+    where = layout(name, widths_of(name, 1), 512, world_size=1)
+    values = torch.randn(where.values, generator=torch.Generator().manual_seed(1)).double() * 2.0**power
+    same_bits(name, where, values.float(), None)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
 @pytest.mark.parametrize("bucket_size", [512, 100, -1])
 @pytest.mark.parametrize(("feedback", "rank"), [(False, None), (True, None), (False, 0), (True, 2), (False, 3)])
 def test_sums_over_ranks_are_encoded_with_the_same_bits(

@@ -23,8 +23,9 @@ def encode(
     pending: Tensor | None = None,
 ) -> None:
     """As `reference.encode`."""
-    tensors = (values.numpy(), keys, wire.numpy(), *_remembered(residual, pending))
-    split(plan.count, lambda start, stop: buckets.encode(FAMILIES[family], start, stop, *_columns(plan), *tensors))
+    nothing = np.empty((0, 0), np.uint8)
+    tensors = (nothing, values.numpy(), -1, np.float32(1), keys, wire.numpy(), *_remembered(residual, pending))
+    split(plan.count, lambda start, stop: buckets.recode(FAMILIES[family], start, stop, *_columns(plan), *tensors))
 
 
 def recode(

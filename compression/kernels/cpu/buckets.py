@@ -24,7 +24,7 @@ from compression.kernels.cpu.memory import NARROWED, counted, load, load_float, 
 from compression.kernels.cpu.packing import pack, pack_ternary, unpack, unpack_ternary
 from compression.kernels.cpu.sums import START, add_products, blocks_of, total, tree_width
 from compression.kernels.families import FRACTION_BITS, HUGE, TERNARY_TILE, TREE
-from compression.kernels.threads import inlined, jit
+from compression.kernels.threads import inlined, inlined_with_arrays, jit
 from compression.layers import DENSE
 
 TILE = TERNARY_TILE  # values worked on at a time: a multiple of TREE, of NARROWED, of 8 and of 5
@@ -116,8 +116,8 @@ def _project(family: int, bits: int, dot: np.float32, square: np.float32, scales
             scales[k] *= share
 
 
-@jit
-def encode(
+@inlined_with_arrays
+def _encode(
     family: int,
     start: int,
     stop: int,
@@ -275,6 +275,16 @@ def recode(
     pending: np.ndarray,
     feedback: bool,
 ) -> None:
+    """Encode the sums of what was received and of a rank's own values; if there is neither, encode the values.
+
+    One kernel for both, since it takes seconds to compile.
+    """
+    if len(received) == 0 and own < 0:
+        _encode(
+            family, start, stop, position, count, bits, wire_at, slot, element, memory_at,
+            values, keys, wire, residual, pending, feedback,
+        )  # fmt: skip
+        return
     room = _BLOCK
     for m in range(start, stop):
         room = max(room, count[m])
@@ -293,7 +303,7 @@ def recode(
             else:
                 decode(family, first, last, places, count, bits, wire_at, received[message], sums, factor, turn > 0)
                 message += 1
-        encode(
+        _encode(
             family, first, last, places, count, bits, wire_at, slot, element, memory_at,
             sums, keys, wire, residual, pending, feedback,
         )  # fmt: skip
