@@ -31,10 +31,17 @@ TILE = TERNARY_TILE  # values worked on at a time: a multiple of TREE, of NARROW
 _SCALES = 256
 _BLOCK = 1 << 15  # values of several buckets that stay in the second-level cache
 _LINE = 16  # values of a cache line
-_AHEAD = 1024  # values that are read into the cache before their turn, else memory idles while a bucket is worked on
+_AHEAD = 1024  # values
 _LEAST_UNIT = np.float32(2.0**-100)  # in fixed point it is no denormal number yet
 _HUGE, _ZERO, _ONE = np.float32(HUGE), np.float32(0.0), np.float32(1.0)
 _FIXED, _FRACTION, _UNUSED = np.float32(2.0**FRACTION_BITS), np.uint32(FRACTION_BITS), np.uint32(32 - FRACTION_BITS)
+
+
+@inlined
+def _read_ahead(values: np.ndarray, at: int, count: int) -> None:
+    """Have values read into the cache before their turn. Else memory idles while a bucket is worked on."""
+    for line in range(0, count, _LINE):
+        prefetch(values, at + line + _AHEAD)
 
 
 @inlined
@@ -166,9 +173,8 @@ def _encode(
             else:
                 positions(family, source, at + tile, length, b, scales, finite, bins, places)
                 _round(family, places, length, top, first, high, words)
-            for i in range(0, length, NARROWED):
-                for line in range(0, NARROWED, _LINE):
-                    prefetch(source, at + tile + i + line + _AHEAD)
+            for i in range(0, length, NARROWED):  # by and by: a tile's lines at once would wait for one another
+                _read_ahead(source, at + tile + i, NARROWED)
                 narrow(words, codes, i)
             _put_codes(family, codes, length, b, tile, wire, head)
             if projects:
@@ -212,6 +218,7 @@ def decode(
                 scales[k] = load_float(wire, wire_at[m] + 4 * k)
         for tile in range(0, n, TILE):
             length, at = min(TILE, n - tile), position[m] + tile
+            _read_ahead(out, at, length)
             if b == DENSE:
                 for i in range(length):
                     store(decoded, i, load_float(wire, head + 4 * (tile + i)))
