@@ -38,7 +38,7 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
 def inlined(function: Callable[..., Any], makes_arrays: bool = False) -> Callable[..., Any]:
     """Compile a part of kernels, with each of them and callable from nowhere else.
 
-    A part that makes no array counts no references to those that it gets: that took a fifth of the time of a bucket.
+    A part that makes no array counts no references to those that it gets: that took up to a fifth of a bucket's time.
     """
     part: Callable[..., Any] = _njit(
         error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=makes_arrays, pipeline_class=_Parts
