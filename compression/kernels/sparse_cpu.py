@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compression.kernels.compiling import jit
 from compression.kernels.sparse import SparsePlan
 from compression.kernels.sparse_reference import damage
-from compression.kernels.threads import jit, split
+from compression.kernels.threads import split
 from compression.layers import Ints
 
 _BINS = 2048

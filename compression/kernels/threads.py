@@ -1,108 +1,20 @@
-"""Compiling for CPUs, and the threads that run what was compiled.
+"""The threads that run what was compiled for CPUs.
 
-Threads are ours, not numba's: its default pool aborts when two Python threads use it at once, and a pool of our
-own follows torch's thread count. Compiled code releases the GIL. It is cached on disk where a cache folder can be
-written; where none can, it is compiled again in each process.
+They are ours, not numba's: its default pool aborts when two Python threads use it at once, and a pool of our own
+follows torch's thread count.
 """
 
-import contextlib
 import functools
-import hashlib
 import itertools
-import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numba
 import numpy as np
 import torch
-from numba.core.caching import FunctionCache, IndexDataCacheFile
-from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import Compiler
 from numpy.typing import NDArray
 
 Result = TypeVar("Result")
-_njit: Any = numba.njit  # its type hints leave out the options that spare wrappers which nobody calls
-
-
-def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a kernel at its first call: without the GIL, dividing as numpy does, cached on disk."""
-    kernel: Callable[..., Any] = _njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
-    with contextlib.suppress(RuntimeError):  # numba found no folder that it may write to
-        kernel._cache = _Cache(function)  # type: ignore[attr-defined]
-    return kernel
-
-
-def inlined(function: Callable[..., Any], makes_arrays: bool = False) -> Callable[..., Any]:
-    """Compile a part of kernels, with each of them and callable from nowhere else.
-
-    A part that makes no array counts no references to those that it gets: that took up to a fifth of a bucket's time.
-    """
-    part: Callable[..., Any] = _njit(
-        error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=makes_arrays, pipeline_class=_Parts
-    )(function)
-    return part
-
-
-inlined_with_arrays = functools.partial(inlined, makes_arrays=True)
-
-
-class _Parts(Compiler):
-    """Numba's compiler, but what it makes is only there to be linked into kernels.
-
-    Numba would optimize every part and make machine code of it, and do so again with what calls it. Without this the
-    kernels take a third longer to compile.
-    """
-
-    def compile_extra(self, func: Callable[..., Any]) -> Any:
-        self.state.flags.no_compile = True
-        self.state.library = _Part(self.state.targetctx.codegen(), func.__qualname__)
-        made = super().compile_extra(func)
-        handle: Any = [].append  # nobody calls it: numba tells what it compiled by builtin functions, each its own
-        self.state.targetctx.insert_user_function(handle, made.fndesc, [made.library])
-        return made._replace(entry_point=handle)
-
-
-class _Part(JITCodeLibrary):
-    """LLVM's code of a part, neither optimized nor turned into machine code."""
-
-    def _optimize_final_module(self) -> None:
-        pass
-
-    def _finalize_final_module(self) -> None:
-        self._finalized = True
-
-
-class _Cache(FunctionCache):
-    """Numba's cache, but what it holds is stale once any kernel's source has changed, whichever file it is in.
-
-    Numba looks at the file of the kernel itself, and misses what the kernel calls. A cache that cannot be read or
-    written counts as none.
-    """
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__(function)
-        self._cache_file = IndexDataCacheFile(self.cache_path, self._impl.filename_base, _sources())
-
-    def load_overload(self, signature: Any, context: Any) -> Any:
-        with contextlib.suppress(Exception):
-            return super().load_overload(signature, context)
-
-    def save_overload(self, signature: Any, compiled: Any) -> None:
-        with contextlib.suppress(OSError):
-            try:
-                super().save_overload(signature, compiled)
-            except (pickle.UnpicklingError, EOFError):  # the index of what is kept is damaged: begin a new one
-                self.flush()
-                super().save_overload(signature, compiled)
-
-
-@functools.cache
-def _sources() -> str:
-    files = sorted(Path(__file__).parent.rglob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def split(weights: NDArray[np.int64], work: Callable[[int, int], Result]) -> list[Result]:

@@ -6,7 +6,6 @@ import random
 import signal
 import tarfile
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -230,7 +229,8 @@ def test_workers_live_from_epoch_to_epoch(root):
     val.close()
 
 
-def _ask(flag):
+def _ask(begun, flag):
+    begun.set()
     for _ in range(10**7):  # seconds, and not for ever, where nobody kills it
         flag.is_set()
 
@@ -239,9 +239,11 @@ def test_a_process_that_is_killed_as_it_asks_takes_no_lock_along():
     forking = multiprocessing.get_context("fork")
     flag = Flag()
     for _ in range(20):  # an Event does not survive the first few
-        asking = forking.Process(target=_ask, args=[flag])
+        begun = Flag()
+        asking = forking.Process(target=_ask, args=[begun, flag])
         asking.start()
-        time.sleep(0.01)
+        while not begun.is_set():
+            assert asking.is_alive()
         asking.kill()
         asking.join()
         assert not flag.is_set()

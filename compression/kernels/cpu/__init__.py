@@ -23,9 +23,7 @@ def encode(
     pending: Tensor | None = None,
 ) -> None:
     """As `reference.encode`."""
-    nothing = np.empty((0, 0), np.uint8)
-    tensors = (nothing, values.numpy(), -1, np.float32(1), keys, wire.numpy(), *_remembered(residual, pending))
-    split(plan.count, lambda start, stop: buckets.recode(FAMILIES[family], start, stop, *_columns(plan), *tensors))
+    recode(family, plan, wire.new_empty(0, 0), values, None, 1.0, keys, wire, residual, pending)
 
 
 def recode(

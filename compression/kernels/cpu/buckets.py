@@ -5,6 +5,7 @@ A bucket goes through in tiles that stay in the first-level cache. Every loop ov
 
 import numpy as np
 
+from compression.kernels.compiling import inlined, inlined_with_arrays, jit
 from compression.kernels.cpu.families import (
     BINS,
     ONEBIT,
@@ -24,7 +25,6 @@ from compression.kernels.cpu.memory import NARROWED, counted, load, load_float, 
 from compression.kernels.cpu.packing import pack, pack_ternary, unpack, unpack_ternary
 from compression.kernels.cpu.sums import START, add_products, blocks_of, total, tree_width
 from compression.kernels.families import FRACTION_BITS, HUGE, TERNARY_TILE, TREE
-from compression.kernels.threads import inlined, inlined_with_arrays, jit
 from compression.layers import DENSE
 
 TILE = TERNARY_TILE  # values worked on at a time: a multiple of TREE, of NARROWED, of 8 and of 5

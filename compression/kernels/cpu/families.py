@@ -6,10 +6,10 @@ compiled once. Values are given as an array, the place of the first one, and the
 
 import numpy as np
 
+from compression.kernels.compiling import inlined
 from compression.kernels.cpu.memory import load, store
 from compression.kernels.cpu.sums import START, add_sides, add_squares, blocks_of, total
 from compression.kernels.families import HISTOGRAM_BITS, LIMIT, TINY
-from compression.kernels.threads import inlined
 
 # From NORM_UNIFORM on, one scale and codes on both sides of zero.
 FAMILIES = {"maxmin": 0, "quantile": 1, "1bit": 2, "norm_uniform": 3, "terngrad": 4, "exponential": 5}

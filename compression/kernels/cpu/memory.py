@@ -11,6 +11,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+NARROWED = 32  # codes at a time
+
 _intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
 
 
@@ -70,9 +72,6 @@ def counted(context: Any, first: Any, at: Any) -> Any:
     return types.uint32(types.uint32, types.intp), generate
 
 
-NARROWED = 32  # codes
-
-
 @_intrinsic
 def narrow(context: Any, words: Any, codes: Any, at: Any) -> Any:
     """codes[at + i] = words[at + i], uint32 below 256 to uint8, for i < NARROWED.
@@ -112,6 +111,5 @@ def _pointer(context: Any, builder: Any, memory: Any, array: Any, at: Any, inbou
     return builder.gep(data, [at], inbounds=inbounds)
 
 
-load_pair, store_pair = _as(types.uint16, ir.IntType(16))
 load_word, store_word = _as(types.uint64, ir.IntType(64))
 load_float, store_float = _as(types.float32, ir.FloatType())

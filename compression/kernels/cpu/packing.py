@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from compression.kernels.compiling import inlined
 from compression.kernels.cpu.memory import load, load_word, store, store_word
-from compression.kernels.threads import inlined
 
 
 @inlined

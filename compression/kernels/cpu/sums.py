@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from compression.kernels.compiling import inlined
 from compression.kernels.cpu.memory import load, store
 from compression.kernels.families import TREE
-from compression.kernels.threads import inlined
 
 _QUARTER = TREE // 4
 START = np.int64(0)  # a numpy integer: numba compiles a function once more for every plain number it is called with
