@@ -10,6 +10,8 @@ The element hash is two rounds of xor-shift and multiply on 32 bits (the constan
 again in each kernel, and the tests hold the copies equal.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,8 +19,8 @@ from numpy.typing import NDArray
 _MASK = (1 << 64) - 1
 
 
-def _splitmix64(state: int) -> int:
-    """One step of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014, figure 16)."""
+def _splitmix64(state: Any) -> Any:
+    """One step of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014, figure 16), of one number or of each in an array."""
     state = (state + 0x9E3779B97F4A7C15) & _MASK
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -27,7 +29,7 @@ def _splitmix64(state: int) -> int:
 
 def stream_key(*parts: int) -> int:
     """A 64-bit key for the stream that `parts` name; order matters."""
-    key = 0
+    key: int = 0
     for part in parts:
         key = _splitmix64(key ^ (part & _MASK))
     return key
@@ -35,8 +37,7 @@ def stream_key(*parts: int) -> int:
 
 def stream_keys(seed: int, step: int, layers: NDArray[np.int64], hop: int, rank: int) -> NDArray[np.uint32]:
     """Keys of the streams of many layers. uint32 [L, 2]: the low and the high half of each layer's key."""
-    head = stream_key(seed, step, hop, rank)
-    keys = np.array([_splitmix64(head ^ int(layer)) for layer in layers], np.uint64).reshape(-1)
+    keys = _splitmix64(layers.astype(np.uint64) ^ np.uint64(stream_key(seed, step, hop, rank)))
     return np.stack([keys & np.uint64(0xFFFFFFFF), keys >> np.uint64(32)], axis=1).astype(np.uint32)
 
 

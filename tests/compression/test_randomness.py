@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from compression.randomness import stream_keys, uniform
+from compression.randomness import stream_key, stream_keys, uniform
 
 ELEMENTS = torch.arange(1 << 18)
 
@@ -12,6 +12,14 @@ def draw(*where: int) -> torch.Tensor:
     seed, step, layer, hop, rank = where
     low, high = (torch.tensor(int(half)) for half in stream_keys(seed, step, np.array([layer]), hop, rank)[0])
     return uniform(ELEMENTS, low, high)
+
+
+def test_the_keys_of_many_layers_are_those_of_each_one():
+    layers = np.array([0, 1, 160, 2**40])
+    keys = stream_keys(3, 2**33, layers, 2, 5).astype(np.uint64)
+    assert (keys[:, 0] | keys[:, 1] << np.uint64(32)).tolist() == [
+        stream_key(3, 2**33, 2, 5, layer) for layer in layers.tolist()
+    ]
 
 
 def test_numbers_lie_in_the_half_open_unit_interval():
