@@ -43,8 +43,11 @@ class Collectives(Protocol):
     def begin_exchange(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
         """An exchange that goes on meanwhile. Those under way at one time have numbers of their own."""
 
-    def begin_gather(self, message: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
-        """A gather that goes on meanwhile, likewise."""
+    def begin_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+        """A gather that goes on meanwhile, likewise, of `messages` as they will be: this rank's is there already.
+
+        What it returns may be another tensor.
+        """
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -60,9 +63,15 @@ class AtOnce:
         received = self.exchange(messages, sizes)
         return lambda: received
 
-    def begin_gather(self: Collectives, message: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
-        received = self.gather(message, sizes)
+    def begin_gather(self: Collectives, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+        received = self.gather(part_of(messages, sizes, self.rank), sizes)
         return lambda: received
+
+
+def part_of(messages: Tensor, sizes: Sequence[int], rank: int) -> Tensor:
+    """A rank's own message among those of all ranks, in place."""
+    start = sum(sizes[:rank])
+    return messages[start : start + sizes[rank]]
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,9 @@ class TorchDistributed:
         return self.begin_exchange(messages, sizes, 0)()
 
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
-        return self.begin_gather(message, sizes, 0)()
+        messages = message.new_empty(sum(sizes))
+        part_of(messages, sizes, self.rank).copy_(message)
+        return self.begin_gather(messages, sizes, 0)()
 
     def begin_exchange(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
         received = messages.new_empty(self.world_size - 1, sizes[self.rank])
@@ -117,14 +128,12 @@ class TorchDistributed:
         outgoing = messages.split([*sizes[: self.rank], 0, *sizes[self.rank + 1 :]])
         return self._swap(outgoing, incoming, 2 * chunk, received)
 
-    def begin_gather(self, message: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
-        received = message.new_empty(sum(sizes))
-        incoming = received.split(list(sizes))
-        incoming[self.rank].copy_(message)
-        return self._swap([message] * self.world_size, incoming, 2 * chunk + 1, received)
+    def begin_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+        parts = messages.split(list(sizes))
+        return self._swap([parts[self.rank]] * self.world_size, parts, 2 * chunk + 1, messages)
 
     def _swap(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], tag: int, received: Tensor) -> Pending:
-        """Send `outgoing[r]` to every other rank r, and fill `incoming[r]` with what r sends; both are in `received`.
+        """Send `outgoing[r]` to every other rank r, fill `incoming[r]`, part of `received`, with what r sends.
 
         Gloo begins to send when its peer says that it is ready to receive, and says so on the connection that carries
         its own messages. Said after a long message it arrives after it, and one rank waits while the other sends: so
@@ -188,7 +197,10 @@ class Metered:
         return self.begin_exchange(messages, sizes, 0)()
 
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
-        return self.begin_gather(message, sizes, 0)()
+        start = time.perf_counter()
+        received = self.inner.gather(message, sizes)
+        self._count(message.nbytes * (self.world_size - 1), start)
+        return received
 
     def begin_exchange(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
         start = time.perf_counter()
@@ -196,9 +208,9 @@ class Metered:
         self._count(messages.nbytes, start)
         return self._timed(pending)
 
-    def begin_gather(self, message: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+    def begin_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
         start = time.perf_counter()
-        pending = self.inner.begin_gather(message, sizes, chunk)
+        pending = self.inner.begin_gather(messages, sizes, chunk)
         self._count(sizes[self.rank] * (self.world_size - 1), start)
         return self._timed(pending)
 

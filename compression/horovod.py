@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compression.collectives import Pending
+from compression.collectives import Pending, part_of
 
 
 def join() -> Any:
@@ -53,7 +53,7 @@ class Horovod:
         return self.begin_exchange(messages, sizes, 0)()
 
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
-        return self.begin_gather(message, sizes, 0)()
+        return self._begin_gather(message, sizes, 0)()
 
     def begin_exchange(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
         splits = torch.tensor(sizes, dtype=torch.int32)
@@ -68,7 +68,10 @@ class Horovod:
 
         return wait
 
-    def begin_gather(self, message: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+    def begin_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+        return self._begin_gather(part_of(messages, sizes, self.rank), sizes, chunk)
+
+    def _begin_gather(self, message: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
         handle = self._hvd.allgather_async(message, name=f"{self._prefix}.gather.{chunk}.{sum(sizes)}")
         return lambda: self._wait(handle)
 

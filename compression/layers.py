@@ -165,6 +165,9 @@ def plan(
     )
 
 
+_COLUMNS = ("position", "count", "bits", "slot", "element", "memory_at")  # what a bucket has wherever its record lies
+
+
 def chunks(whole: Plan, count: int) -> list[Plan]:
     """A plan cut into at most `count` plans, each with about as many bytes of every message, cut between records.
 
@@ -182,6 +185,17 @@ def without(whole: Plan, owner: int) -> Plan:
     return _part(whole, edges)
 
 
+def apart_from(whole: Plan, owner: int) -> Plan:
+    """The buckets of a plan that are not one owner's, where they lie: the wire is that of all owners."""
+    first, last = _edges(whole, 1)[owner]
+    chosen = np.r_[:first, last : len(whole.count)]
+    return replace(
+        whole,
+        **{name: getattr(whole, name)[chosen] for name in (*_COLUMNS, "wire_at")},
+        values=int(whole.count[chosen].sum()),
+    )
+
+
 def _edges(whole: Plan, count: int) -> Ints:
     """Where every message is cut into `count` parts, [owners, count + 1]: a record belongs to where it begins."""
     ends = np.cumsum(whole.message_bytes, dtype=np.int64)
@@ -197,10 +211,9 @@ def _part(whole: Plan, edges: Ints) -> Plan:
     nbytes = np.diff(at, axis=1)[:, 0]
     shifts = at[:, 0] - (np.cumsum(nbytes) - nbytes)
     chosen = np.concatenate(rows)
-    columns = ("position", "count", "bits", "slot", "element", "memory_at")
     return replace(
         whole,
-        **{name: getattr(whole, name)[chosen] for name in columns},
+        **{name: getattr(whole, name)[chosen] for name in _COLUMNS},
         wire_at=whole.wire_at[chosen] - np.repeat(shifts, [len(each) for each in rows]),
         message_bytes=tuple(nbytes.tolist()),
         values=int(whole.count[chosen].sum()),

@@ -10,9 +10,9 @@ from torch import Tensor
 from compression import kernels
 from compression.averagers.base import Gradients, Memory, Plain
 from compression.codecs.quantizers import Quantizer
-from compression.collectives import Collectives, Pending
+from compression.collectives import Collectives, Pending, part_of
 from compression.engine import Phases, run_all
-from compression.layers import DENSE, Ints, Layer, Plan, Segment, chunks, cut, plan, without
+from compression.layers import DENSE, Ints, Layer, Plan, Segment, apart_from, chunks, cut, plan, without
 from compression.randomness import stream_keys
 
 CHUNK_BYTES = 2**20  # of what one rank encodes at a time, so that the network is busy meanwhile
@@ -20,11 +20,15 @@ CHUNK_BYTES = 2**20  # of what one rank encodes at a time, so that the network i
 
 @dataclass(frozen=True)
 class _Chunk:
-    """The plans of a chunk of every share: of what this rank encodes, of the share that it owns, and of all of them."""
+    """The plans of a chunk of every share.
+
+    Of what this rank encodes, of the share that it owns, of all of them, and in these of those that others own.
+    """
 
     sent: Plan
     owned: Plan
     whole: Plan
+    others: Plan
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,10 @@ class TwoHop(Plain):
 
     Hop one: every layer is cut into W shares, and each rank sends its encoding of share r to rank r, which decodes
     and adds them up in rank order. What a rank has of its own share does not travel, and is added as it is. Hop two:
-    each rank encodes the average of its share and sends it to all. All decode the same bytes, so that all end with
-    the same bits. A rank that is alone encodes everything in both hops. Layers that are not compressed travel as
-    float32 in the same messages. Large messages travel in chunks: while one is on its way, the next is encoded.
+    each rank encodes the average of its share, sends it to all, and decodes it for itself. All decode the same bytes,
+    so that all end with the same bits. A rank that is alone encodes everything in both hops. Layers that are not
+    compressed travel as float32 in the same messages. Large messages travel in chunks: while one is on its way, the
+    next is encoded.
 
     With error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847) what the first encoding
     lost is added to the next gradient, and what the second lost to the owner's next average (DoubleSqueeze, Tang
@@ -112,13 +117,14 @@ class TwoHop(Plain):
             arriving.append(self._exchange(wire, chunk.whole.message_bytes, number))
         yield
         for received, (number, chunk) in zip(arriving, numbered, strict=True):
-            message = torch.empty(chunk.owned.wire_bytes, dtype=torch.uint8, device=flat.device)
+            messages = torch.empty(chunk.whole.wire_bytes, dtype=torch.uint8, device=flat.device)
+            own = part_of(messages, chunk.whole.message_bytes, network.rank)
             summands = (received(), flat, rank, share_of_mean)
-            fast.recode(family, chunk.owned, *summands, second, message, *self._memory(1, flat))
-            returning.append(network.begin_gather(message, chunk.whole.message_bytes, number))
+            fast.recode(family, chunk.owned, *summands, second, own, *self._memory(1, flat))
+            returning.append(network.begin_gather(messages, chunk.whole.message_bytes, number))
         yield
         for averages, (_, chunk) in zip(returning, numbered, strict=True):
-            fast.decode(family, chunk.whole, averages(), flat)
+            fast.decode(family, chunk.others, averages(), flat)
 
     def settle(self, applied: Tensor | bool) -> None:
         for memory in self._memories or ():
@@ -173,7 +179,7 @@ class TwoHop(Plain):
         # A GPU encodes faster than it launches, and gets one launch a hop.
         count = 1 if gradients.flat.device.type == "cuda" else max(1, all_shares.wire_bytes // CHUNK_BYTES)
         parts = [
-            _Chunk(whole if self._alone else without(whole, rank), owned, whole)
+            _Chunk(whole if self._alone else without(whole, rank), owned, whole, apart_from(whole, rank))
             for whole, owned in zip(chunks(all_shares, count), chunks(my_share, count), strict=True)
             if whole.wire_bytes
         ]

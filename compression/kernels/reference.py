@@ -90,7 +90,7 @@ def recode(
 
     Of this rank, which is number `rank`, that is `values`; of the others it is their messages, decoded: `received` is
     uint8 [ranks - 1, plan.wire_bytes]. Where `rank` is None there are only messages. Afterwards the share in `values`
-    holds anything. The others as in `encode`.
+    holds what was encoded, decoded again. The others as in `encode`.
     """
     own = values * torch.tensor(factor, dtype=torch.float32)
     total = torch.empty_like(values)
@@ -101,6 +101,7 @@ def recode(
         else:
             total = total + own if turn > 0 else own
     encode(family, plan, total, keys, wire, residual, pending)
+    decode(family, plan, wire, values)
 
 
 def expected_squared_error(family: str, plan: Plan, values: Tensor) -> float:

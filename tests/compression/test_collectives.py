@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from compression import Metered, TorchDistributed
+from compression.collectives import part_of
 
 RANKS = 3
 SIZES = ([4, 4, 4], [5, 0, 2], [0, 0, 3], [0, 0, 0], [300_000, 1, 200_000])
@@ -43,7 +44,9 @@ def several_at_once(network: TorchDistributed) -> dict[str, list[Tensor]]:
     for chunk, sizes in enumerate(SIZES):
         others = message(network.rank, sum(sizes) - sizes[network.rank])
         exchanges.append(network.begin_exchange(others, sizes, chunk))
-        gathers.append(network.begin_gather(message(network.rank, sizes[network.rank]), sizes, chunk))
+        messages = torch.zeros(sum(sizes), dtype=torch.uint8)
+        part_of(messages, sizes, network.rank).copy_(message(network.rank, sizes[network.rank]))
+        gathers.append(network.begin_gather(messages, sizes, chunk))
     return {
         "exchanged": [wait() for wait in exchanges[::-1]][::-1], "gathered": [wait() for wait in gathers[::-1]][::-1]
     }  # fmt: skip

@@ -94,9 +94,12 @@ def test_sums_over_ranks_are_encoded_with_the_same_bits(
     found = []
     for kernels in (reference, cpu):
         wire, pending = torch.zeros(where.wire_bytes, dtype=torch.uint8), torch.zeros(where.values)
-        memory = (residual.clone(), pending) if feedback else ()
-        kernels.recode(name, where, received, values.clone(), rank, 1 / 3, keys, wire, *memory)
-        found.append((wire, pending))
+        memory, share = (residual.clone(), pending) if feedback else (), values.clone()
+        kernels.recode(name, where, received, share, rank, 1 / 3, keys, wire, *memory)
+        found.append((wire, pending, share))
+    decoded = torch.empty_like(values)
+    reference.decode(name, where, wire, decoded)
+    assert torch.equal(share, decoded)
     assert all(torch.equal(slow, fast) for slow, fast in zip(*found, strict=True))
 
 

@@ -148,8 +148,9 @@ def differences_of_sums(
         memory = (residual.to(place), pending) if feedback else ()
         share = values.clone().to(place)
         module.recode(family, where, received.to(place), share, rank, 1 / (messages + 1), keys, wire, *memory)
-        found.append((wire.cpu(), pending.cpu()))
-    return [name for name, slow, fast in zip(("wire", "pending"), *found, strict=True) if not same(slow, fast)]
+        found.append((wire.cpu(), pending.cpu(), share.cpu()))
+    names = ("wire", "pending", "decoded")
+    return [name for name, slow, fast in zip(names, *found, strict=True) if not same(slow, fast)]
 
 
 @pytest.mark.parametrize(("messages", "rank"), [(1, None), (1, 0), (3, 2), (2, 2)])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compression.layers import DENSE, Layer, Segment, chunks, compressible, cut, layers_of, plan
+from compression.layers import DENSE, Layer, Segment, apart_from, chunks, compressible, cut, layers_of, plan
 
 sizes = st.integers(1, 5000)
 bucket_sizes = st.sampled_from([-1, 1, 3, 64, 512, 10_000])
@@ -109,3 +109,18 @@ def test_compressed_is_what_has_two_dimensions_and_a_whole_bucket(shape, bucket_
 def test_layers_keep_the_models_order():
     layers = layers_of([("b", (4, 4)), ("a", (3,))], 4)
     assert [(layer.index, layer.name, layer.numel) for layer in layers] == [(0, "b", 16), (1, "a", 3)]
+
+
+@settings(max_examples=50)
+@given(shapes, bucket_sizes, worlds, st.data())
+def test_apart_from_one_owner_is_what_the_others_own_in_place(shape, bucket_size, world_size, data):
+    owner = data.draw(st.integers(0, world_size - 1))
+    whole = planned(shape, bucket_size, world_size, range(world_size))
+    others = apart_from(whole, owner)
+    columns = ("position", "count", "bits", "slot", "element", "memory_at", "wire_at")
+    start = sum(whole.message_bytes[:owner])
+    inside = (start <= whole.wire_at) & (whole.wire_at < start + whole.message_bytes[owner])
+    for column in columns:
+        assert getattr(others, column).tolist() == getattr(whole, column)[~inside].tolist()
+    assert others.message_bytes == whole.message_bytes
+    assert others.values == others.count.sum()

@@ -142,9 +142,9 @@ def test_a_chunk_is_encoded_while_the_one_before_is_on_its_way(monkeypatch: pyte
             self._note(f"exchange {chunk}")
             return self._noted(f"exchanged {chunk}", super().begin_exchange(messages, sizes, chunk))
 
-        def begin_gather(self, message: torch.Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+        def begin_gather(self, messages: torch.Tensor, sizes: Sequence[int], chunk: int) -> Pending:
             self._note(f"gather {chunk}")
-            return self._noted(f"gathered {chunk}", super().begin_gather(message, sizes, chunk))
+            return self._noted(f"gathered {chunk}", super().begin_gather(messages, sizes, chunk))
 
         def _noted(self, words: str, pending: Pending) -> Pending:
             def wait() -> torch.Tensor:

@@ -314,6 +314,7 @@ def recode(
             family, first, last, places, count, bits, wire_at, slot, element, memory_at,
             sums, keys, wire, residual, pending, feedback,
         )  # fmt: skip
+        decode(family, first, last, position, count, bits, wire_at, wire, values, _ONE, False)  # still in the cache
         first = last
 
 

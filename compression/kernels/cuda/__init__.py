@@ -88,11 +88,12 @@ def recode(
     residual: Tensor | None = None,
     pending: Tensor | None = None,
 ) -> None:
-    """As `reference.recode`, however many ranks there are in one launch that adds up, and those of `encode`."""
+    """As `reference.recode`: a launch that adds up, however many ranks there are, those of `encode`, one to decode."""
     own, ranks = (-1, len(received)) if rank is None else (rank, len(received) + 1)
     pieces = to_decode(plan, wire.device)
     _launch(buckets.decode, pieces, received, values, factor, ranks, own, received.stride(0), family, False)
     encode(family, plan, values, keys, wire, residual, pending)
+    decode(family, plan, wire, values)
 
 
 def _launch(kernel: Any, pieces: Pieces, *arguments: object) -> None:
