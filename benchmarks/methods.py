@@ -123,7 +123,7 @@ def ours(name: str, **options: Any) -> Method:
     def bind(work: Workload) -> Exchange:
         compressor = compression.build(name, **options)
         layers = layers_of(work.shapes.items(), compressor.bucket_size)
-        network = Metered(TorchDistributed())
+        network = Metered(TorchDistributed(dist.new_group(), dist.new_group()))
         averager = compressor.averager(layers, network, seed=0)
         steps, engine, averaged = itertools.count(), Engine(work.flat.device, bool), threading.Semaphore(0)
 

@@ -21,8 +21,8 @@ def attach(
 ) -> Exchange:
     """Average the model's gradients through a compressor, from the next backward on.
 
-    A DDP model gets its communication hook (one per model) and, unless `collectives` are given, a process group of
-    its own over the same ranks; the group's backend follows the model's device. Any other model gets hooks on its
+    A DDP model gets its communication hook (one per model) and, unless `collectives` are given, process groups of
+    its own over the same ranks; their backend follows the model's device. Any other model gets hooks on its
     parameters, and is a world of one rank unless `collectives` are given. Close the exchange when done.
     `seed` must be equal on all ranks: it names the streams of random numbers, which differ by rank by themselves.
 
@@ -30,8 +30,15 @@ def attach(
     later. Raises ValueError where the compressor cannot be late.
     """
     if isinstance(model, DistributedDataParallel) and collectives is None:
-        collectives = TorchDistributed(dist.new_group(dist.get_process_group_ranks(model.process_group)))
+        collectives = TorchDistributed(*_groups(model))
     collectives = collectives or Solo()
     if barrier_share == 1.0:
         return Exchange(model, compressor, collectives, seed)
     return BrokenBarrier(model, compressor, collectives, seed, barrier_share, late_steps)
+
+
+def _groups(model: DistributedDataParallel) -> list[dist.ProcessGroup]:
+    """New groups over the model's ranks: for gloo, one for each direction of messages."""
+    ranks = dist.get_process_group_ranks(model.process_group)
+    on_gpus = next(model.parameters()).device.type == "cuda"
+    return [dist.new_group(ranks) for _ in range(1 if on_gpus else 2)]

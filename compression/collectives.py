@@ -7,6 +7,7 @@ W ranks. Bytes sent per rank follow from the algorithms: a ring all-reduce sends
 exchange all messages but the rank's own, a gather the rank's message W - 1 times.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -104,10 +105,14 @@ class TorchDistributed:
 
     Exchange and gather are sends and receives between all pairs at once. In torch's all-to-all over gloo the two
     directions of a link take turns; gloo's all-gather wants equal sizes, and shares differ by a bucket.
+
+    `upward`, another group over the same ranks, carries messages to ranks of higher numbers. It is there for gloo,
+    which has one lock for each connection: who sends something on it keeps what arrives there waiting, and the thread
+    that would receive it spins meanwhile.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup | None = None, upward: dist.ProcessGroup | None = None) -> None:
+        self.group, self._upward = group, upward or group
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
 
@@ -142,7 +147,8 @@ class TorchDistributed:
         peers = [(self.rank + turn) % self.world_size for turn in range(1, self.world_size)]
         transfers = [self._transfer(dist.irecv, incoming, peer, tag) for peer in peers[::-1] if len(incoming[peer])]
         transfers += [self._transfer(dist.isend, outgoing, peer, tag) for peer in peers if len(outgoing[peer])]
-        works = dist.batch_isend_irecv(transfers) if transfers else []
+        runs = itertools.groupby(transfers, key=lambda transfer: transfer.group)  # NCCL starts what it gets together
+        works = [work for _, together in runs for work in dist.batch_isend_irecv(list(together))]
 
         def wait() -> Tensor:
             for work in works:
@@ -152,7 +158,9 @@ class TorchDistributed:
         return wait
 
     def _transfer(self, way: Callable[..., Any], messages: Sequence[Tensor], peer: int, tag: int) -> dist.P2POp:
-        return dist.P2POp(way, messages[peer], group=self.group, tag=tag, group_peer=peer)
+        goes_up = (peer > self.rank) == (way is dist.isend)
+        group = self._upward if goes_up else self.group
+        return dist.P2POp(way, messages[peer], group=group, tag=tag, group_peer=peer)
 
     def broadcast(self, value: Any) -> Any:
         box = [value]

@@ -52,13 +52,13 @@ def several_at_once(network: TorchDistributed) -> dict[str, list[Tensor]]:
     }  # fmt: skip
 
 
-def order_of_posting(network: TorchDistributed) -> list[str]:
-    """What one exchange asks torch for, in order."""
+def posted(network: TorchDistributed, group: dist.ProcessGroup | None = None) -> list[tuple[str, int, bool]]:
+    """What one exchange asks torch for, in order: which way, with whom, whether in this group."""
     asked = []
     ask = dist.batch_isend_irecv
 
     def ask_and_note(transfers: list[dist.P2POp]) -> list[dist.Work]:
-        asked.extend(transfer.op.__name__ for transfer in transfers)
+        asked.extend((transfer.op.__name__, transfer.group_peer, transfer.group is group) for transfer in transfers)
         return ask(transfers)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -67,13 +67,18 @@ def order_of_posting(network: TorchDistributed) -> list[str]:
     return asked
 
 
+def trial(network: TorchDistributed) -> dict[str, Any]:
+    return {"swaps": [swap(network, sizes) for sizes in SIZES], "at once": several_at_once(network)}
+
+
 def rank_main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
-    results: dict[str, Any] = {"swaps": [swap(TorchDistributed(), sizes) for sizes in SIZES]}
-    results["at once"] = several_at_once(TorchDistributed())
-    results["order"] = order_of_posting(TorchDistributed())
+    down, up = dist.new_group(), dist.new_group()
+    results: dict[str, Any] = {"one": trial(TorchDistributed()), "two": trial(TorchDistributed(down, up))}
+    results["posted"] = posted(TorchDistributed())
+    results["posted to two"] = posted(TorchDistributed(down, up), up)
     few = dist.new_group([1, 2])
     results["of a group"] = swap(TorchDistributed(few), [3, 2]) if rank else None
     alone = [dist.new_group([other]) for other in range(RANKS)][rank]
@@ -111,30 +116,34 @@ def gathered(members: Sequence[int], sizes: Sequence[int]) -> Tensor:
     return torch.cat([message(other, nbytes) for other, nbytes in zip(members, sizes, strict=True)])
 
 
+@pytest.mark.parametrize("groups", ["one", "two"])
 @pytest.mark.parametrize("case", range(len(SIZES)), ids=map(str, SIZES))
-def test_an_exchange_brings_every_rank_what_each_one_addressed_to_it(case: int, results: list[Any]) -> None:
+def test_an_exchange_brings_every_rank_what_each_addressed_to_it(case: int, groups: str, results: list[Any]) -> None:
     for rank, result in enumerate(results):
-        assert torch.equal(result["swaps"][case]["exchanged"], exchanged(rank, range(RANKS), SIZES[case]))
+        assert torch.equal(result[groups]["swaps"][case]["exchanged"], exchanged(rank, range(RANKS), SIZES[case]))
 
 
+@pytest.mark.parametrize("groups", ["one", "two"])
 @pytest.mark.parametrize("case", range(len(SIZES)), ids=map(str, SIZES))
-def test_a_gather_brings_everyone_all_messages_in_rank_order(case: int, results: list[Any]) -> None:
+def test_a_gather_brings_everyone_all_messages_in_rank_order(case: int, groups: str, results: list[Any]) -> None:
     for result in results:
-        assert torch.equal(result["swaps"][case]["gathered"], gathered(range(RANKS), SIZES[case]))
+        assert torch.equal(result[groups]["swaps"][case]["gathered"], gathered(range(RANKS), SIZES[case]))
 
 
+@pytest.mark.parametrize("groups", ["one", "two"])
 @pytest.mark.parametrize("case", range(len(SIZES)), ids=map(str, SIZES))
-def test_messages_that_are_under_way_at_once_do_not_meet(case: int, results: list[Any]) -> None:
+def test_messages_that_are_under_way_at_once_do_not_meet(case: int, groups: str, results: list[Any]) -> None:
     for rank, result in enumerate(results):
-        assert torch.equal(result["at once"]["exchanged"][case], exchanged(rank, range(RANKS), SIZES[case]))
-        assert torch.equal(result["at once"]["gathered"][case], gathered(range(RANKS), SIZES[case]))
+        assert torch.equal(result[groups]["at once"]["exchanged"][case], exchanged(rank, range(RANKS), SIZES[case]))
+        assert torch.equal(result[groups]["at once"]["gathered"][case], gathered(range(RANKS), SIZES[case]))
 
 
+@pytest.mark.parametrize("groups", ["one", "two"])
 @pytest.mark.parametrize("case", range(len(SIZES)), ids=map(str, SIZES))
-def test_a_rank_counts_what_it_sends_to_others_and_not_what_it_keeps(case: int, results: list[Any]) -> None:
+def test_a_rank_counts_what_it_sends_and_not_what_it_keeps(case: int, groups: str, results: list[Any]) -> None:
     sizes = SIZES[case]
     for rank, result in enumerate(results):
-        assert result["swaps"][case]["sent"] == (sum(sizes) - sizes[rank], (RANKS - 1) * sizes[rank])
+        assert result[groups]["swaps"][case]["sent"] == (sum(sizes) - sizes[rank], (RANKS - 1) * sizes[rank])
 
 
 def test_a_group_of_some_ranks_counts_them_from_zero(results: list[Any]) -> None:
@@ -153,7 +162,14 @@ def test_a_rank_alone_sends_and_gets_nothing_but_its_own(results: list[Any]) -> 
 def test_every_rank_is_ready_to_receive_before_it_sends(results: list[Any]) -> None:
     """Else the two directions of a link take turns, where a message is longer than what a connection holds."""
     for result in results:
-        assert result["order"] == ["irecv"] * (RANKS - 1) + ["isend"] * (RANKS - 1)
+        for groups in ("posted", "posted to two"):
+            assert [way for way, _, _ in result[groups]] == ["irecv"] * (RANKS - 1) + ["isend"] * (RANKS - 1)
+
+
+def test_of_two_groups_each_carries_one_direction(results: list[Any]) -> None:
+    for rank, result in enumerate(results):
+        for way, peer, goes_up in result["posted to two"]:
+            assert goes_up == ((peer > rank) == (way == "isend"))
 
 
 if __name__ == "__main__":
