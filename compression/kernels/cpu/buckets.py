@@ -96,12 +96,14 @@ def _round_evenly(
 
 
 @inlined
-def _put_codes(family: int, codes: np.ndarray, count: int, bits: int, tile: int, wire: np.ndarray, at: int) -> None:
+def _put_codes(
+    family: int, codes: np.ndarray, count: int, bits: int, tile: int, words: np.ndarray, wire: np.ndarray, at: int
+) -> None:
     """Pack a tile of a record whose codes begin at byte `at`."""
     if family == TERNGRAD:
         pack_ternary(codes, count, wire, at + tile // 5)
     else:
-        pack(codes, count, bits, wire, at + tile * bits // 8)
+        pack(codes, count, bits, words, wire, at + tile * bits // 8)
 
 
 @inlined
@@ -175,8 +177,8 @@ def _encode(
                 _round(family, places, length, top, first, high, words)
             for i in range(0, length, NARROWED):  # by and by: a tile's lines at once would wait for one another
                 _read_ahead(source, at + tile + i, NARROWED)
-                narrow(words, codes, i)
-            _put_codes(family, codes, length, b, tile, wire, head)
+                narrow(words, i, codes, i)
+            _put_codes(family, codes, length, b, tile, words, wire, head)
             if projects:
                 levels(family, codes, length, b, scales, places, START)
                 add_products(source, at + tile, inverse, places, inverse, length, width, terms, sums, tile // TREE)

@@ -73,21 +73,21 @@ def counted(context: Any, first: Any, at: Any) -> Any:
 
 
 @_intrinsic
-def narrow(context: Any, words: Any, codes: Any, at: Any) -> Any:
-    """codes[at + i] = words[at + i], uint32 below 256 to uint8, for i < NARROWED.
+def narrow(context: Any, words: Any, at: Any, codes: Any, to: Any) -> Any:
+    """codes[to + i] = the low byte of word i from words[at] on, for i < NARROWED. Both may be one array.
 
     In a loop of its own LLVM does this for eight at a time, with as many shuffles as it takes for 32.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         wide, small = ir.VectorType(ir.IntType(32), NARROWED), ir.VectorType(ir.IntType(8), NARROWED)
-        source = _pointer(context, builder, words, arguments[0], arguments[2])
-        target = _pointer(context, builder, codes, arguments[1], arguments[2])
-        narrowed = builder.trunc(builder.load(builder.bitcast(source, wide.as_pointer()), align=4), small)
+        source = _pointer(context, builder, words, arguments[0], arguments[1])
+        target = _pointer(context, builder, codes, arguments[2], arguments[3])
+        narrowed = builder.trunc(builder.load(builder.bitcast(source, wide.as_pointer()), align=1), small)
         builder.store(narrowed, builder.bitcast(target, small.as_pointer()), align=1)
         return context.get_dummy_value()
 
-    return types.none(words, codes, types.intp), generate
+    return types.none(words, types.intp, codes, types.intp), generate
 
 
 @_intrinsic
@@ -112,4 +112,5 @@ def _pointer(context: Any, builder: Any, memory: Any, array: Any, at: Any, inbou
 
 
 load_word, store_word = _as(types.uint64, ir.IntType(64))
+load_four, store_four = _as(types.uint32, ir.IntType(32))
 load_float, store_float = _as(types.float32, ir.FloatType())

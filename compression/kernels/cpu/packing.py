@@ -3,15 +3,21 @@
 import numpy as np
 
 from compression.kernels.compiling import inlined
-from compression.kernels.cpu.memory import load, load_word, store, store_word
+from compression.kernels.cpu.memory import NARROWED, load, load_four, load_word, narrow, store, store_four, store_word
 
 
 @inlined
-def pack(codes: np.ndarray, count: int, bits: int, wire: np.ndarray, at: int) -> None:
-    """Codes as one little-endian bit stream of ceil(count bits / 8) bytes; may overwrite up to 7 codes behind them."""
+def pack(codes: np.ndarray, count: int, bits: int, words: np.ndarray, wire: np.ndarray, at: int) -> None:
+    """Codes as one little-endian bit stream of ceil(count bits / 8) bytes; may overwrite up to 7 codes behind them.
+
+    `words` is scratch, uint32, for as many words as there may be codes.
+    """
     groups, nbytes = (count + 7) // 8, (count * bits + 7) // 8
     for i in range(count, 8 * groups):
         store(codes, i, 0)
+    if bits <= 2:
+        _pack_few(codes, groups, bits, words, nbytes, wire, at)
+        return
     if bits == 8:
         for i in range(nbytes):
             store(wire, at + i, load(codes, i))
@@ -32,6 +38,26 @@ def pack(codes: np.ndarray, count: int, bits: int, wire: np.ndarray, at: int) ->
 
 
 @inlined
+def _pack_few(codes: np.ndarray, groups: int, bits: int, words: np.ndarray, nbytes: int, wire: np.ndarray, at: int) -> None:
+    """Groups of eight codes of one or two bits: a byte's codes are moved into the lowest byte of a word, side by side."""
+    if bits == 2:
+        for i in range(2 * groups):
+            quad = load_four(codes, 4 * i)
+            store(words, i, (quad | (quad >> np.uint32(6))) | ((quad >> np.uint32(12)) | (quad >> np.uint32(18))))
+    else:
+        for i in range(groups):
+            octet = load_word(codes, 8 * i)
+            octet |= octet >> np.uint64(7)
+            octet |= octet >> np.uint64(14)
+            store(words, i, octet | (octet >> np.uint64(28)))
+    whole = nbytes - nbytes % NARROWED
+    for i in range(0, whole, NARROWED):
+        narrow(words, i, wire, at + i)
+    for i in range(whole, nbytes):
+        store(wire, at + i, load(words, i))
+
+
+@inlined
 def unpack(wire: np.ndarray, at: int, count: int, bits: int, codes: np.ndarray) -> None:
     """The inverse of `pack`; may write up to 7 codes more than `count`."""
     groups, nbytes = (count + 7) // 8, (count * bits + 7) // 8
@@ -44,6 +70,19 @@ def unpack(wire: np.ndarray, at: int, count: int, bits: int, codes: np.ndarray) 
             both = load(wire, at + i)
             store(codes, 2 * i, both & np.uint8(15))
             store(codes, 2 * i + 1, both >> np.uint8(4))
+        return
+    if bits == 2:
+        for i in range(nbytes):
+            quad = np.uint32(load(wire, at + i))
+            quad |= (quad << np.uint32(6)) | (quad << np.uint32(12)) | (quad << np.uint32(18))
+            store_four(codes, 4 * i, quad & np.uint32(0x03030303))
+        return
+    if bits == 1:
+        for i in range(nbytes):
+            octet = np.uint64(load(wire, at + i))
+            octet = (octet | (octet << np.uint64(28))) & np.uint64(0x0000000F0000000F)
+            octet = (octet | (octet << np.uint64(14))) & np.uint64(0x0003000300030003)
+            store_word(codes, 8 * i, (octet | (octet << np.uint64(7))) & np.uint64(0x0101010101010101))
         return
     whole = _whole_groups(nbytes, bits)
     for g in range(whole):
