@@ -20,7 +20,7 @@ _ORIGIN, _SHIFT = BINS, BINS + 1  # where a histogram says how keys become bins
 _LIMIT, _TINY = np.float32(LIMIT), np.float32(TINY)
 _NAN, _ZERO, _HALF, _ONE = np.float32(np.nan), np.float32(0.0), np.float32(0.5), np.float32(1.0)
 _MAGNITUDE, _SIGN = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
-_INFINITY, _MINUS_INFINITY = np.int32(0x7F800000), np.int32(-0x7F800001)  # as `_ordered` has them
+_INFINITY, _MINUS_INFINITY = np.int32(0x7F800000), np.uint32(0xFF800000)  # the bits of what is not finite begin here
 _STEP = np.float32(2.0**-23)
 
 
@@ -68,16 +68,20 @@ def fit(
 
     `terms` and `sums` are scratch; `bins` is filled with what `positions` needs of a quantile's histogram.
     """
-    smallest, largest = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+    smallest, largest, farthest = np.int32(0x7FFFFFFF), np.int32(-0x80000000), np.uint32(0)
     for i in range(at, at + count):
-        key = _ordered(np.float32(load(values, i)).view(np.int32))
-        smallest = key if key < smallest else smallest
-        largest = key if key > largest else largest
-    if largest >= _INFINITY or smallest <= _MINUS_INFINITY:
+        pattern = np.float32(load(values, i)).view(np.int32)
+        smallest = pattern if pattern < smallest else smallest
+        largest = pattern if pattern > largest else largest
+        unsigned = np.uint32(pattern)
+        farthest = unsigned if unsigned > farthest else farthest
+    if largest >= _INFINITY or farthest >= _MINUS_INFINITY:
         for k in range(scale_count(family, bits)):
             scales[k] = _NAN
         return False
-    low, high = _float(_ordered(smallest)) + _ZERO, _float(_ordered(largest)) + _ZERO  # + 0: no negative zero
+    # Of two floats the bits of the larger one are larger, but of two below zero, and those have the sign in front.
+    low, high = _float(np.int32(farthest) if smallest < 0 else smallest), _float(largest if largest >= 0 else smallest)
+    low, high = low + _ZERO, high + _ZERO  # no negative zero
     norm = -low if -low > high else high
     if family == MAXMIN:
         low, high = clamp(low, -_LIMIT, _LIMIT), clamp(high, -_LIMIT, _LIMIT)
