@@ -38,8 +38,10 @@ def pack(codes: np.ndarray, count: int, bits: int, words: np.ndarray, wire: np.n
 
 
 @inlined
-def _pack_few(codes: np.ndarray, groups: int, bits: int, words: np.ndarray, nbytes: int, wire: np.ndarray, at: int) -> None:
-    """Groups of eight codes of one or two bits: a byte's codes are moved into the lowest byte of a word, side by side."""
+def _pack_few(
+    codes: np.ndarray, groups: int, bits: int, words: np.ndarray, nbytes: int, wire: np.ndarray, at: int
+) -> None:
+    """Groups of eight codes of one or two bits: a byte's codes go into the lowest byte of a word, side by side."""
     if bits == 2:
         for i in range(2 * groups):
             quad = load_four(codes, 4 * i)
