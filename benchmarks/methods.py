@@ -1,8 +1,10 @@
 """What one rank of a benchmark does: exchanges of one gradient by several methods, timed, counted and weighed.
 
-Each method begins with float32 gradients in buckets, as DDP makes them, and ends with their averages there; `bfloat16`
-is gloo's all-reduce alone, of gradients that are bfloat16 already. Torch's hooks are called as DDP calls them, without
-DDP's own copies; its PowerSGD hook gets all gradients in one bucket, since with several it waits forever over gloo.
+Each method begins with float32 gradients in buckets, as DDP makes them, and ends with their averages there; but
+`bfloat16` is gloo's all-reduce alone, of gradients that are bfloat16 already. `bfloat16-hook` rounds float32 gradients
+first and brings the sums back, as torch's hook does on GPUs; over gloo that one refuses. Torch's other hooks are
+called as DDP calls them, without DDP's own copies; its PowerSGD hook gets all gradients in one bucket, since with
+several it waits forever over gloo.
 
 Run as a program it is a rank, and is told in its argument what to do. It imports little: many ranks start at once.
 """
@@ -117,6 +119,22 @@ def all_reduce(kind: torch.dtype) -> Method:
     return bind
 
 
+def bfloat16_hook(work: Workload) -> Exchange:
+    """What a user of float32 gradients has of bfloat16: each bucket rounded, summed up, and copied back."""
+
+    def run() -> float:
+        flats, sums = [bucket.flat for bucket in work.buckets], []
+        for flat in flats:
+            rounded = flat.to(torch.bfloat16).div_(dist.get_world_size())
+            sums.append((rounded, dist.all_reduce(rounded, async_op=True)))
+        for flat, (rounded, pending) in zip(flats, sums, strict=True):
+            pending.wait()
+            flat.copy_(rounded)
+        return ring_bytes(flats) / 2
+
+    return run
+
+
 def ours(name: str, **options: Any) -> Method:
     """One of this program's compressors, bucket by bucket."""
 
@@ -202,6 +220,7 @@ def ring_bytes(tensors: Sequence[Tensor]) -> float:
 METHODS: dict[str, Method] = {
     "float32": all_reduce(torch.float32),
     "bfloat16": all_reduce(torch.bfloat16),
+    "bfloat16-hook": bfloat16_hook,
     "torch-fp16": torch_fp16,
     "torch-powersgd-4": torch_powersgd,
     "none": ours("none"),
