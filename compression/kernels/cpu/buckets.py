@@ -33,6 +33,7 @@ _BLOCK = 1 << 15  # values of several buckets that stay in the second-level cach
 _LINE = 16  # values of a cache line
 _AHEAD = 1024  # values
 _LEAST_UNIT = np.float32(2.0**-100)  # in fixed point it is no denormal number yet
+_ANEW = np.bool_(False)  # a numpy bool, as `sums.START` is a numpy integer
 _HUGE, _ZERO, _ONE = np.float32(HUGE), np.float32(0.0), np.float32(1.0)
 _FIXED, _FRACTION, _UNUSED = np.float32(2.0**FRACTION_BITS), np.uint32(FRACTION_BITS), np.uint32(32 - FRACTION_BITS)
 
@@ -316,7 +317,7 @@ def recode(
             family, first, last, places, count, bits, wire_at, slot, element, memory_at,
             sums, keys, wire, residual, pending, feedback,
         )  # fmt: skip
-        decode(family, first, last, position, count, bits, wire_at, wire, values, _ONE, False)  # still in the cache
+        decode(family, first, last, position, count, bits, wire_at, wire, values, _ONE, _ANEW)  # still in the cache
         first = last
 
 
