@@ -74,7 +74,7 @@ def counted(context: Any, first: Any, at: Any) -> Any:
 
 @_intrinsic
 def narrow(context: Any, words: Any, at: Any, codes: Any, to: Any) -> Any:
-    """codes[to + i] = the low byte of word i from words[at] on, for i < NARROWED. Both may be one array.
+    """codes[to + i] = the low byte of word i from words[at] on, for i < NARROWED.
 
     In a loop of its own LLVM does this for eight at a time, with as many shuffles as it takes for 32.
     """
