@@ -110,6 +110,7 @@ def test_sums_over_ranks_are_encoded_with_the_same_bits(
     feedback=st.booleans(),
 )
 @example(pattern=[MOST], shift=0, feedback=False)
+@example(pattern=[0.0, 3e38, 0.0, 0.0, 0.0, MOST, 0.0], shift=0, feedback=True)
 @settings(deadline=None, max_examples=25)
 def test_whatever_the_values_the_bits_are_the_same(
     name: str, pattern: list[float], shift: int, feedback: bool

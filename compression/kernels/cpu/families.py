@@ -46,10 +46,15 @@ def clamp(value: np.float32, low: np.float32, high: np.float32) -> np.float32:
 def reach(family: int, bits: int, scales: np.ndarray) -> np.float32:
     """The largest magnitude of any scale and any level, but no denormal number."""
     first, last = scales[0], scales[scale_count(family, bits) - 1]
-    farthest = clamp(abs(first), abs(last), _LIMIT)
+    farthest = _larger(abs(first), abs(last))
     if family == MAXMIN:
-        farthest = clamp(abs(first + last * np.float32(top_code(family, bits))), farthest, _LIMIT)
-    return clamp(farthest, _TINY, _LIMIT)
+        farthest = _larger(farthest, abs(first + last * np.float32(top_code(family, bits))))
+    return _larger(farthest, _TINY)
+
+
+@inlined
+def _larger(one: np.float32, other: np.float32) -> np.float32:
+    return other if other > one else one
 
 
 @inlined
