@@ -6,6 +6,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 out=${1:-runs/demo}
 rm -rf "$out"
+TMPDIR=$(mktemp -d)  # torch's launcher leaves its logs in it
+export TMPDIR
+trap 'rm -rf "$TMPDIR"' EXIT
 model="digits -a resnet18 --num-classes 10 --image-size 32 --crop-scale 0.6 --hflip 0 --data-backend pytorch -j 0 --seed 1"
 ranks="python -m torch.distributed.launch --standalone --nproc_per_node 2 main.py"
 recipe="-b 32 --print-freq 11 --compression-type maxmin --error-feedback"

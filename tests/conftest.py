@@ -1,5 +1,8 @@
 """What tests of several folders share."""
 
+import atexit
+import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,14 @@ from PIL import Image
 profile = settings.get_current_profile_name()
 settings.register_profile("unhurried", settings.get_profile(profile), deadline=None)
 settings.load_profile("unhurried")
+
+
+def pytest_configure() -> None:
+    """Remove what programs leave in the temporary folder: torch's launcher its logs, who was killed its sockets."""
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # where pytest keeps its last few runs
+    folder = tempfile.TemporaryDirectory(prefix="tests-")
+    atexit.register(folder.cleanup)  # after multiprocessing, which is imported later, has removed what is its own
+    tempfile.tempdir = os.environ["TMPDIR"] = folder.name
 
 
 @pytest.fixture(scope="session")
