@@ -45,9 +45,9 @@ class Collectives(Protocol):
         """An exchange that goes on meanwhile. Those under way at one time have numbers of their own."""
 
     def begin_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
-        """A gather that goes on meanwhile, likewise, of `messages` as they will be: this rank's is there already.
+        """A gather that goes on meanwhile, likewise. In `messages`, uint8 [sum(sizes)], this rank's is in its place.
 
-        What it returns may be another tensor.
+        The others arrive there, or all in another tensor that is returned.
         """
 
     def broadcast(self, value: Any) -> Any:
@@ -140,9 +140,9 @@ class TorchDistributed:
     def _swap(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], tag: int, received: Tensor) -> Pending:
         """Send `outgoing[r]` to every other rank r, fill `incoming[r]`, part of `received`, with what r sends.
 
-        Gloo begins to send when its peer says that it is ready to receive, and says so on the connection that carries
-        its own messages. Said after a long message it arrives after it, and one rank waits while the other sends: so
-        every rank says it first.
+        Gloo begins to send when its peer says that it is ready to receive. In one group it says so on the connection
+        that carries its own messages. Said after a long message it arrives after it, and one rank waits while the
+        other sends: so every rank says it first.
         """
         peers = [(self.rank + turn) % self.world_size for turn in range(1, self.world_size)]
         transfers = [self._transfer(dist.irecv, incoming, peer, tag) for peer in peers[::-1] if len(incoming[peer])]

@@ -165,9 +165,6 @@ def plan(
     )
 
 
-_COLUMNS = ("position", "count", "bits", "slot", "element", "memory_at")  # what a bucket has wherever its record lies
-
-
 def chunks(whole: Plan, count: int) -> list[Plan]:
     """A plan cut into at most `count` plans, each with about as many bytes of every message, cut between records.
 
@@ -188,12 +185,14 @@ def without(whole: Plan, owner: int) -> Plan:
 def apart_from(whole: Plan, owner: int) -> Plan:
     """The buckets of a plan that are not one owner's, where they lie: the wire is that of all owners."""
     first, last = _edges(whole, 1)[owner]
-    chosen = np.r_[:first, last : len(whole.count)]
-    return replace(
-        whole,
-        **{name: getattr(whole, name)[chosen] for name in (*_COLUMNS, "wire_at")},
-        values=int(whole.count[chosen].sum()),
-    )
+    return some_of(whole, np.r_[:first, last : len(whole.count)])
+
+
+def some_of(whole: Plan, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> Plan:
+    """The chosen buckets of a plan, by index or mask [M], where they lie: the wire stays that of all."""
+    columns = ("position", "count", "bits", "wire_at", "slot", "element", "memory_at")
+    kept = {name: getattr(whole, name)[chosen] for name in columns}
+    return replace(whole, **kept, values=int(kept["count"].sum()))
 
 
 def _edges(whole: Plan, count: int) -> Ints:
@@ -210,11 +209,9 @@ def _part(whole: Plan, edges: Ints) -> Plan:
     rows = [np.arange(first, last) for first, last in edges]
     nbytes = np.diff(at, axis=1)[:, 0]
     shifts = at[:, 0] - (np.cumsum(nbytes) - nbytes)
-    chosen = np.concatenate(rows)
+    kept = some_of(whole, np.concatenate(rows))
     return replace(
-        whole,
-        **{name: getattr(whole, name)[chosen] for name in _COLUMNS},
-        wire_at=whole.wire_at[chosen] - np.repeat(shifts, [len(each) for each in rows]),
+        kept,
+        wire_at=kept.wire_at - np.repeat(shifts, [len(each) for each in rows]),
         message_bytes=tuple(nbytes.tolist()),
-        values=int(whole.count[chosen].sum()),
     )

@@ -1,15 +1,14 @@
 """Tables that tell the kernels of a plan: made once per plan and device, kept there as long as the plan lives."""
 
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import triton.language as tl
-from numpy.typing import NDArray
 from torch import Tensor
 
-from compression.layers import DENSE, Plan
+from compression.layers import DENSE, Plan, some_of
 
 # Columns of a table, as in a plan. BUCKET: the piece's bucket, WHOLE: that one's size, FIRST: the index in it of the
 # piece's first value.
@@ -95,13 +94,7 @@ def _make(plan: Plan, device: torch.device, whole: bool) -> Pieces:
     )
     table = np.stack(rows, axis=1)
     aligned = not (table[:, [POSITION.value, COUNT.value, MEMORY_AT.value]] % 4).any()
-    return Pieces(torch.from_numpy(table).to(device), width, aligned, None if kept.all() else _part(plan, ~kept))
-
-
-def _part(plan: Plan, chosen: NDArray[np.bool_]) -> Plan:
-    """The plan of some of the buckets."""
-    columns = ("position", "count", "bits", "wire_at", "slot", "element", "memory_at")
-    return replace(plan, **{name: getattr(plan, name)[chosen] for name in columns})
+    return Pieces(torch.from_numpy(table).to(device), width, aligned, None if kept.all() else some_of(plan, ~kept))
 
 
 def _power_of_two(count: int) -> int:
