@@ -60,7 +60,7 @@ def decode(
 ) -> None:
     """As `reference.decode`."""
     columns = (plan.position, plan.count, plan.bits, plan.wire_at)
-    tensors = (wire.numpy(), out.numpy(), np.float32(factor), accumulate)
+    tensors = (wire.numpy(), out.numpy(), np.float32(factor), accumulate, not accumulate)
     split(plan.count, lambda start, stop: buckets.decode(FAMILIES[family], start, stop, *columns, *tensors))
 
 

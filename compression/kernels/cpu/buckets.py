@@ -21,7 +21,20 @@ from compression.kernels.cpu.families import (
     scale_count,
     top_code,
 )
-from compression.kernels.cpu.memory import NARROWED, counted, load, load_float, narrow, prefetch, store, store_float
+from compression.kernels.cpu.memory import (
+    NARROWED,
+    STREAMED,
+    counted,
+    fence,
+    load,
+    load_float,
+    narrow,
+    prefetch,
+    store,
+    store_float,
+    stream,
+    unaligned,
+)
 from compression.kernels.cpu.packing import pack, pack_ternary, unpack, unpack_ternary
 from compression.kernels.cpu.sums import START, add_products, blocks_of, total, tree_width
 from compression.kernels.families import FRACTION_BITS, HUGE, TERNARY_TILE, TREE
@@ -29,11 +42,11 @@ from compression.layers import DENSE
 
 TILE = TERNARY_TILE  # values worked on at a time: a multiple of TREE, of NARROWED, of 8 and of 5
 _SCALES = 256
-_BLOCK = 1 << 15  # values of several buckets that stay in the second-level cache
+_BLOCK = 1 << 14  # values of several buckets that stay in the second-level cache
 _LINE = 16  # values of a cache line
-_AHEAD = 1024  # values
+_AHEAD = np.int64(1024)  # values; a numpy integer, as `sums.START` is
 _LEAST_UNIT = np.float32(2.0**-100)  # in fixed point it is no denormal number yet
-_ANEW = np.bool_(False)  # a numpy bool, as `sums.START` is a numpy integer
+_NO = np.bool_(False)  # a numpy bool, likewise
 _HUGE, _ZERO, _ONE = np.float32(HUGE), np.float32(0.0), np.float32(1.0)
 _FIXED, _FRACTION, _UNUSED = np.float32(2.0**FRACTION_BITS), np.uint32(FRACTION_BITS), np.uint32(32 - FRACTION_BITS)
 
@@ -42,7 +55,20 @@ _FIXED, _FRACTION, _UNUSED = np.float32(2.0**FRACTION_BITS), np.uint32(FRACTION_
 def _read_ahead(values: np.ndarray, at: int, count: int) -> None:
     """Have values read into the cache before their turn. Else memory idles while a bucket is worked on."""
     for line in range(0, count, _LINE):
-        prefetch(values, at + line + _AHEAD)
+        prefetch(values, at + line)
+
+
+@inlined
+def _stream(values: np.ndarray, count: int, memory: np.ndarray, to: int) -> None:
+    """Write the first of some values to memory that nobody reads soon."""
+    first = min(count, unaligned(memory, to))
+    last = count - (count - first) % STREAMED
+    for i in range(first):
+        store(memory, to + i, load(values, i))
+    for i in range(first, last, STREAMED):
+        stream(values, i, memory, to + i)
+    for i in range(last, count):
+        store(memory, to + i, load(values, i))
 
 
 @inlined
@@ -144,7 +170,11 @@ def _encode(
     residual: np.ndarray,
     pending: np.ndarray,
     feedback: bool,
+    next_values: np.ndarray,
+    next_at: np.ndarray,
+    distance: int,
 ) -> None:
+    """Meanwhile what lies `distance` behind next_at[m] in `next_values` is read into the cache."""
     room = TREE
     for m in range(start, stop):
         room = max(room, blocks_of(blocks_of(count[m])) * TREE)
@@ -177,7 +207,7 @@ def _encode(
                 positions(family, source, at + tile, length, b, scales, finite, bins, places)
                 _round(family, places, length, top, first, high, words)
             for i in range(0, length, NARROWED):  # by and by: a tile's lines at once would wait for one another
-                _read_ahead(source, at + tile + i, NARROWED)
+                _read_ahead(next_values, next_at[m] + tile + i + distance, NARROWED)
                 narrow(words, i, codes, i)
             _put_codes(family, codes, length, b, tile, words, wire, head)
             if projects:
@@ -210,7 +240,9 @@ def decode(
     out: np.ndarray,
     factor: np.float32,
     accumulate: bool,
+    streams: bool,
 ) -> None:
+    """With `streams` past the caches, where nothing is accumulated."""
     codes, decoded = np.empty(TILE + 8, np.uint8), np.empty(TILE, np.float32)
     scales = np.empty(_SCALES, np.float32)
     for m in range(start, stop):
@@ -221,22 +253,29 @@ def decode(
                 scales[k] = load_float(wire, wire_at[m] + 4 * k)
         for tile in range(0, n, TILE):
             length, at = min(TILE, n - tile), position[m] + tile
-            _read_ahead(out, at, length)
+            if accumulate:
+                _read_ahead(out, at + _AHEAD, length)
             if b == DENSE:
                 for i in range(length):
                     store(decoded, i, load_float(wire, head + 4 * (tile + i)))
             else:
                 _get_codes(family, wire, head, tile, length, b, codes)
-                if not accumulate and factor == _ONE:
+                if not (accumulate or streams) and factor == _ONE:
                     levels(family, codes, length, b, scales, out, at)
                     continue
                 levels(family, codes, length, b, scales, decoded, START)
             if accumulate:
                 for i in range(length):
                     store(out, at + i, load(out, at + i) + factor * load(decoded, i))
+            elif streams:
+                for i in range(length):
+                    store(decoded, i, factor * load(decoded, i))
+                _stream(decoded, length, out, at)
             else:
                 for i in range(length):
                     store(out, at + i, factor * load(decoded, i))
+    if streams:
+        fence()
 
 
 @inlined
@@ -292,7 +331,7 @@ def recode(
     if len(received) == 0 and own < 0:
         _encode(
             family, start, stop, position, count, bits, wire_at, slot, element, memory_at,
-            values, keys, wire, residual, pending, feedback,
+            values, keys, wire, residual, pending, feedback, values, position, _AHEAD,
         )  # fmt: skip
         return
     room = _BLOCK
@@ -311,13 +350,17 @@ def recode(
             if turn == own:
                 _add(values, first, last, position, count, factor, turn > 0, sums)
             else:
-                decode(family, first, last, places, count, bits, wire_at, received[message], sums, factor, turn > 0)
+                decode(
+                    family, first, last, places, count, bits, wire_at,
+                    received[message], sums, factor, turn > 0, _NO,
+                )  # fmt: skip
                 message += 1
         _encode(
             family, first, last, places, count, bits, wire_at, slot, element, memory_at,
-            sums, keys, wire, residual, pending, feedback,
+            sums, keys, wire, residual, pending, feedback, values, position, np.int64(filled),
         )  # fmt: skip
-        decode(family, first, last, position, count, bits, wire_at, wire, values, _ONE, _ANEW)  # still in the cache
+        # What is overwritten is still in the cache.
+        decode(family, first, last, position, count, bits, wire_at, wire, values, _ONE, _NO, _NO)
         first = last
 
 

@@ -12,6 +12,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 NARROWED = 32  # codes at a time
+STREAMED = 8  # values at a time
 
 _intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
 
@@ -104,6 +105,48 @@ def prefetch(context: Any, memory: Any, at: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(memory, types.intp), generate
+
+
+@_intrinsic
+def stream(context: Any, values: Any, at: Any, memory: Any, to: Any) -> Any:
+    """memory[to + i] = values[at + i], float32, for i < STREAMED, past the caches; `unaligned(memory, to)` is 0.
+
+    A plain store has memory read what it overwrites. Others see what was streamed after a `fence`.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vector = ir.VectorType(ir.FloatType(), STREAMED).as_pointer()
+        source = _pointer(context, builder, values, arguments[0], arguments[1])
+        target = _pointer(context, builder, memory, arguments[2], arguments[3])
+        moved = builder.load(builder.bitcast(source, vector), align=4)
+        stored = builder.store(moved, builder.bitcast(target, vector), align=4 * STREAMED)
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    return types.none(values, types.intp, memory, types.intp), generate
+
+
+@_intrinsic
+def unaligned(context: Any, memory: Any, at: Any) -> Any:
+    """How many float32 values from memory[at] on lie before the next place that `stream` may begin to write to."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        whole = ir.IntType(64)
+        address = builder.ptrtoint(_pointer(context, builder, memory, arguments[0], arguments[1]), whole)
+        return builder.lshr(builder.and_(builder.neg(address), whole(4 * STREAMED - 1)), whole(2))
+
+    return types.intp(memory, types.intp), generate
+
+
+@_intrinsic
+def fence(context: Any) -> Any:
+    """Whatever was stored before is there for all threads before anything that is stored after."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.none(), generate
 
 
 def _pointer(context: Any, builder: Any, memory: Any, array: Any, at: Any, inbounds: bool = True) -> Any:
