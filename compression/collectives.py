@@ -7,7 +7,6 @@ W ranks. Bytes sent per rank follow from the algorithms: a ring all-reduce sends
 exchange all messages but the rank's own, a gather the rank's message W - 1 times.
 """
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -112,9 +111,10 @@ class TorchDistributed:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, upward: dist.ProcessGroup | None = None) -> None:
-        self.group, self._upward = group, upward or group
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
+        self.group: dist.ProcessGroup = group or dist.group.WORLD  # type: ignore[assignment]  # it exists by now
+        self._upward = upward or self.group
 
     def sum_(self, values: Tensor) -> None:
         dist.all_reduce(values, group=self.group)
@@ -145,10 +145,15 @@ class TorchDistributed:
         other sends: so every rank says it first.
         """
         peers = [(self.rank + turn) % self.world_size for turn in range(1, self.world_size)]
-        transfers = [self._transfer(dist.irecv, incoming, peer, tag) for peer in peers[::-1] if len(incoming[peer])]
-        transfers += [self._transfer(dist.isend, outgoing, peer, tag) for peer in peers if len(outgoing[peer])]
-        runs = itertools.groupby(transfers, key=lambda transfer: transfer.group)  # NCCL starts what it gets together
-        works = [work for _, together in runs for work in dist.batch_isend_irecv(list(together))]
+        senders = [peer for peer in peers[::-1] if len(incoming[peer])]
+        receivers = [peer for peer in peers if len(outgoing[peer])]
+        if received.device.type == "cuda":  # NCCL has to start them together
+            asked = [dist.P2POp(dist.irecv, incoming[peer], None, self.group, tag, peer) for peer in senders]
+            asked += [dist.P2POp(dist.isend, outgoing[peer], None, self.group, tag, peer) for peer in receivers]
+            works = dist.batch_isend_irecv(asked) if asked else []
+        else:  # by the groups' own methods: checking in Python takes longer than gloo does
+            works = [self._carries(peer, self.rank).recv([incoming[peer]], peer, tag) for peer in senders]
+            works += [self._carries(self.rank, peer).send([outgoing[peer]], peer, tag) for peer in receivers]
 
         def wait() -> Tensor:
             for work in works:
@@ -157,10 +162,8 @@ class TorchDistributed:
 
         return wait
 
-    def _transfer(self, way: Callable[..., Any], messages: Sequence[Tensor], peer: int, tag: int) -> dist.P2POp:
-        goes_up = (peer > self.rank) == (way is dist.isend)
-        group = self._upward if goes_up else self.group
-        return dist.P2POp(way, messages[peer], group=group, tag=tag, group_peer=peer)
+    def _carries(self, sender: int, receiver: int) -> dist.ProcessGroup:
+        return self._upward if sender < receiver else self.group
 
     def broadcast(self, value: Any) -> Any:
         box = [value]

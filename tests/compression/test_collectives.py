@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -52,18 +53,29 @@ def several_at_once(network: TorchDistributed) -> dict[str, list[Tensor]]:
     }  # fmt: skip
 
 
-def posted(network: TorchDistributed, group: dist.ProcessGroup | None = None) -> list[tuple[str, int, bool]]:
-    """What one exchange asks torch for, in order: which way, with whom, whether in this group."""
-    asked = []
-    ask = dist.batch_isend_irecv
+@dataclass
+class Noting:
+    """A group that notes what is asked of it: which way, with whom, and its own name."""
 
-    def ask_and_note(transfers: list[dist.P2POp]) -> list[dist.Work]:
-        asked.extend((transfer.op.__name__, transfer.group_peer, transfer.group is group) for transfer in transfers)
-        return ask(transfers)
+    group: Any
+    name: str
+    asked: list[tuple[str, int, str]]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "batch_isend_irecv", ask_and_note)
-        network.exchange(message(network.rank, 2), [1, 1, 1])
+    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> dist.Work:
+        self.asked.append(("recv", peer, self.name))
+        return self.group.recv(tensors, peer, tag)
+
+    def send(self, tensors: list[Tensor], peer: int, tag: int) -> dist.Work:
+        self.asked.append(("send", peer, self.name))
+        return self.group.send(tensors, peer, tag)
+
+
+def posted(down: dist.ProcessGroup | None, up: dist.ProcessGroup | None) -> list[tuple[str, int, str]]:
+    """What one exchange asks of these groups, in order."""
+    asked: list[tuple[str, int, str]] = []
+    network = TorchDistributed(down, up)
+    network.group, network._upward = Noting(network.group, "down", asked), Noting(network._upward, "up", asked)
+    network.exchange(message(network.rank, 2), [1, 1, 1])
     return asked
 
 
@@ -77,8 +89,8 @@ def rank_main(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
     down, up = dist.new_group(), dist.new_group()
     results: dict[str, Any] = {"one": trial(TorchDistributed()), "two": trial(TorchDistributed(down, up))}
-    results["posted"] = posted(TorchDistributed())
-    results["posted to two"] = posted(TorchDistributed(down, up), up)
+    results["posted"] = posted(None, None)
+    results["posted to two"] = posted(down, up)
     few = dist.new_group([1, 2])
     results["of a group"] = swap(TorchDistributed(few), [3, 2]) if rank else None
     alone = [dist.new_group([other]) for other in range(RANKS)][rank]
@@ -163,13 +175,13 @@ def test_every_rank_is_ready_to_receive_before_it_sends(results: list[Any]) -> N
     """Else the two directions of a link take turns, where a message is longer than what a connection holds."""
     for result in results:
         for groups in ("posted", "posted to two"):
-            assert [way for way, _, _ in result[groups]] == ["irecv"] * (RANKS - 1) + ["isend"] * (RANKS - 1)
+            assert [way for way, _, _ in result[groups]] == ["recv"] * (RANKS - 1) + ["send"] * (RANKS - 1)
 
 
 def test_of_two_groups_each_carries_one_direction(results: list[Any]) -> None:
     for rank, result in enumerate(results):
-        for way, peer, goes_up in result["posted to two"]:
-            assert goes_up == ((peer > rank) == (way == "isend"))
+        for way, peer, group in result["posted to two"]:
+            assert group == ("up" if (peer > rank) == (way == "send") else "down")
 
 
 if __name__ == "__main__":
