@@ -129,12 +129,13 @@ class TorchDistributed:
 
     def begin_exchange(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
         received = messages.new_empty(self.world_size - 1, sizes[self.rank])
-        incoming = [*received[: self.rank], messages[:0], *received[self.rank :]]
-        outgoing = messages.split([*sizes[: self.rank], 0, *sizes[self.rank + 1 :]])
+        rows = received.unbind()
+        incoming = [*rows[: self.rank], messages[:0], *rows[self.rank :]]
+        outgoing = messages.split_with_sizes([*sizes[: self.rank], 0, *sizes[self.rank + 1 :]])
         return self._swap(outgoing, incoming, 2 * chunk, received)
 
     def begin_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
-        parts = messages.split(list(sizes))
+        parts = messages.split_with_sizes(list(sizes))
         return self._swap([parts[self.rank]] * self.world_size, parts, 2 * chunk + 1, messages)
 
     def _swap(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], tag: int, received: Tensor) -> Pending:
@@ -145,8 +146,8 @@ class TorchDistributed:
         other sends: so every rank says it first.
         """
         peers = [(self.rank + turn) % self.world_size for turn in range(1, self.world_size)]
-        senders = [peer for peer in peers[::-1] if len(incoming[peer])]
-        receivers = [peer for peer in peers if len(outgoing[peer])]
+        senders = [peer for peer in peers[::-1] if incoming[peer].numel()]
+        receivers = [peer for peer in peers if outgoing[peer].numel()]
         if received.device.type == "cuda":  # NCCL has to start them together
             asked = [dist.P2POp(dist.irecv, incoming[peer], None, self.group, tag, peer) for peer in senders]
             asked += [dist.P2POp(dist.isend, outgoing[peer], None, self.group, tag, peer) for peer in receivers]
