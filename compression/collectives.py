@@ -107,7 +107,7 @@ class TorchDistributed:
 
     `upward`, another group over the same ranks, carries messages to ranks of higher numbers. It is there for gloo,
     which has one lock for each connection: who sends something on it keeps what arrives there waiting, and the thread
-    that would receive it spins meanwhile.
+    that would receive it spins meanwhile. What lies on GPUs travels in `group` alone.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, upward: dist.ProcessGroup | None = None) -> None:
@@ -153,8 +153,8 @@ class TorchDistributed:
             asked += [dist.P2POp(dist.isend, outgoing[peer], None, self.group, tag, peer) for peer in receivers]
             works = dist.batch_isend_irecv(asked) if asked else []
         else:  # by the groups' own methods: checking in Python takes longer than gloo does
-            works = [self._carries(peer, self.rank).recv([incoming[peer]], peer, tag) for peer in senders]
-            works += [self._carries(self.rank, peer).send([outgoing[peer]], peer, tag) for peer in receivers]
+            works = [self._group_from(peer, self.rank).recv([incoming[peer]], peer, tag) for peer in senders]
+            works += [self._group_from(self.rank, peer).send([outgoing[peer]], peer, tag) for peer in receivers]
 
         def wait() -> Tensor:
             for work in works:
@@ -163,7 +163,7 @@ class TorchDistributed:
 
         return wait
 
-    def _carries(self, sender: int, receiver: int) -> dist.ProcessGroup:
+    def _group_from(self, sender: int, receiver: int) -> dist.ProcessGroup:
         return self._upward if sender < receiver else self.group
 
     def broadcast(self, value: Any) -> Any:

@@ -174,7 +174,10 @@ def _encode(
     next_at: np.ndarray,
     distance: int,
 ) -> None:
-    """Meanwhile what lies `distance` behind next_at[m] in `next_values` is read into the cache."""
+    """As `reference.encode`, for buckets from `start` to below `stop`.
+
+    While bucket m is encoded, as many values of `next_values`, from next_at[m] + distance on, are read into the cache.
+    """
     room = TREE
     for m in range(start, stop):
         room = max(room, blocks_of(blocks_of(count[m])) * TREE)
@@ -242,7 +245,10 @@ def decode(
     accumulate: bool,
     streams: bool,
 ) -> None:
-    """With `streams` past the caches, where nothing is accumulated."""
+    """As `reference.decode`, for buckets from `start` to below `stop`.
+
+    With `streams`, what does not accumulate is written past the caches: for an `out` that is not read soon.
+    """
     codes, decoded = np.empty(TILE + 8, np.uint8), np.empty(TILE, np.float32)
     scales = np.empty(_SCALES, np.float32)
     for m in range(start, stop):
