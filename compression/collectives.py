@@ -12,11 +12,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Pending = Callable[[], Tensor]
 """What is under way: to be called once, it waits and returns what has arrived."""
+
+ExpectedExchange = Callable[[Tensor], Pending]
+"""An exchange whose messages may arrive: to be called once, with this rank's own, which it begins to send."""
+
+ExpectedGather = Callable[[], Pending]
+"""A gather likewise. This rank's message has to be in its place by then."""
 
 
 class Collectives(Protocol):
@@ -40,13 +47,16 @@ class Collectives(Protocol):
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
         """Everyone gets everyone's message. uint8 [sizes[rank]] -> uint8 [sum(sizes)], in rank order."""
 
-    def begin_exchange(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
-        """An exchange that goes on meanwhile. Those under way at one time have numbers of their own."""
+    def expect_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> ExpectedExchange:
+        """An exchange in parts, of messages on `device`: say that those of the others may come, send, and wait.
 
-    def begin_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
-        """A gather that goes on meanwhile, likewise. In `messages`, uint8 [sum(sizes)], this rank's is in its place.
+        Those under way at one time have numbers of their own. Said early, it is known when the others send.
+        """
 
-        The others arrive there, or all in another tensor that is returned.
+    def expect_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> ExpectedGather:
+        """A gather likewise. In `messages`, uint8 [sum(sizes)], every rank has its place.
+
+        The others' arrive there, or all in another tensor that is returned.
         """
 
     def broadcast(self, value: Any) -> Any:
@@ -59,13 +69,19 @@ class Collectives(Protocol):
 class AtOnce:
     """For networks that are through with a message before they return."""
 
-    def begin_exchange(self: Collectives, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
-        received = self.exchange(messages, sizes)
-        return lambda: received
+    def expect_exchange(self: Collectives, sizes: Sequence[int], chunk: int, device: torch.device) -> ExpectedExchange:
+        def send(messages: Tensor) -> Pending:
+            received = self.exchange(messages, sizes)
+            return lambda: received
 
-    def begin_gather(self: Collectives, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
-        received = self.gather(part_of(messages, sizes, self.rank), sizes)
-        return lambda: received
+        return send
+
+    def expect_gather(self: Collectives, messages: Tensor, sizes: Sequence[int], chunk: int) -> ExpectedGather:
+        def send() -> Pending:
+            received = self.gather(part_of(messages, sizes, self.rank), sizes)
+            return lambda: received
+
+        return send
 
 
 def part_of(messages: Tensor, sizes: Sequence[int], rank: int) -> Tensor:
@@ -120,48 +136,56 @@ class TorchDistributed:
         dist.all_reduce(values, group=self.group)
 
     def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
-        return self.begin_exchange(messages, sizes, 0)()
+        return self.expect_exchange(sizes, 0, messages.device)(messages)()
 
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
         messages = message.new_empty(sum(sizes))
         part_of(messages, sizes, self.rank).copy_(message)
-        return self.begin_gather(messages, sizes, 0)()
+        return self.expect_gather(messages, sizes, 0)()()
 
-    def begin_exchange(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
-        received = messages.new_empty(self.world_size - 1, sizes[self.rank])
+    def expect_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> ExpectedExchange:
+        received = torch.empty(self.world_size - 1, sizes[self.rank], dtype=torch.uint8, device=device)
         rows = received.unbind()
-        incoming = [*rows[: self.rank], messages[:0], *rows[self.rank :]]
-        outgoing = messages.split_with_sizes([*sizes[: self.rank], 0, *sizes[self.rank + 1 :]])
-        return self._swap(outgoing, incoming, 2 * chunk, received)
+        send = self._expect([*rows[: self.rank], received[:0], *rows[self.rank :]], 2 * chunk, received)
+        outgoing = [*sizes[: self.rank], 0, *sizes[self.rank + 1 :]]
+        return lambda messages: send(messages.split_with_sizes(outgoing))
 
-    def begin_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+    def expect_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> ExpectedGather:
         parts = messages.split_with_sizes(list(sizes))
-        return self._swap([parts[self.rank]] * self.world_size, parts, 2 * chunk + 1, messages)
+        send = self._expect(parts, 2 * chunk + 1, messages)
+        return lambda: send([parts[self.rank]] * self.world_size)
 
-    def _swap(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], tag: int, received: Tensor) -> Pending:
-        """Send `outgoing[r]` to every other rank r, fill `incoming[r]`, part of `received`, with what r sends.
+    def _expect(self, incoming: Sequence[Tensor], tag: int, received: Tensor) -> Callable[[Sequence[Tensor]], Pending]:
+        """Fill `incoming[r]`, part of `received`, with what every other rank r sends. Returns what sends them theirs.
 
         Gloo begins to send when its peer says that it is ready to receive. In one group it says so on the connection
         that carries its own messages. Said after a long message it arrives after it, and one rank waits while the
-        other sends: so every rank says it first.
+        other sends: so every rank says it first. Said while the peer sends on that connection, it makes the peer's
+        thread spin: the sooner, the better.
         """
         peers = [(self.rank + turn) % self.world_size for turn in range(1, self.world_size)]
         senders = [peer for peer in peers[::-1] if incoming[peer].numel()]
-        receivers = [peer for peer in peers if outgoing[peer].numel()]
-        if received.device.type == "cuda":  # NCCL has to start them together
-            asked = [dist.P2POp(dist.irecv, incoming[peer], None, self.group, tag, peer) for peer in senders]
-            asked += [dist.P2POp(dist.isend, outgoing[peer], None, self.group, tag, peer) for peer in receivers]
-            works = dist.batch_isend_irecv(asked) if asked else []
-        else:  # by the groups' own methods: checking in Python takes longer than gloo does
+        on_gpus = received.device.type == "cuda"
+        works: list[dist.Work] = []
+        if not on_gpus:  # by the groups' own methods: checking in Python takes longer than gloo does
             works = [self._group_from(peer, self.rank).recv([incoming[peer]], peer, tag) for peer in senders]
-            works += [self._group_from(self.rank, peer).send([outgoing[peer]], peer, tag) for peer in receivers]
+
+        def send(outgoing: Sequence[Tensor]) -> Pending:
+            receivers = [peer for peer in peers if outgoing[peer].numel()]
+            if on_gpus:  # NCCL has to start them together
+                asked = [dist.P2POp(dist.irecv, incoming[peer], None, self.group, tag, peer) for peer in senders]
+                asked += [dist.P2POp(dist.isend, outgoing[peer], None, self.group, tag, peer) for peer in receivers]
+                works.extend(dist.batch_isend_irecv(asked) if asked else [])
+            else:
+                works.extend(self._group_from(self.rank, peer).send([outgoing[peer]], peer, tag) for peer in receivers)
+            return wait
 
         def wait() -> Tensor:
             for work in works:
                 work.wait()
             return received
 
-        return wait
+        return send
 
     def _group_from(self, sender: int, receiver: int) -> dist.ProcessGroup:
         return self._upward if sender < receiver else self.group
@@ -206,7 +230,10 @@ class Metered:
         self._count(2 * values.nbytes * (self.world_size - 1) / self.world_size, start)
 
     def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
-        return self.begin_exchange(messages, sizes, 0)()
+        start = time.perf_counter()
+        received = self.inner.exchange(messages, sizes)
+        self._count(messages.nbytes, start)
+        return received
 
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
         start = time.perf_counter()
@@ -214,17 +241,31 @@ class Metered:
         self._count(message.nbytes * (self.world_size - 1), start)
         return received
 
-    def begin_exchange(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+    def expect_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> ExpectedExchange:
         start = time.perf_counter()
-        pending = self.inner.begin_exchange(messages, sizes, chunk)
-        self._count(messages.nbytes, start)
-        return self._timed(pending)
+        inner = self.inner.expect_exchange(sizes, chunk, device)
+        self._count(0, start)
 
-    def begin_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+        def send(messages: Tensor) -> Pending:
+            start = time.perf_counter()
+            pending = inner(messages)
+            self._count(messages.nbytes, start)
+            return self._timed(pending)
+
+        return send
+
+    def expect_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> ExpectedGather:
         start = time.perf_counter()
-        pending = self.inner.begin_gather(messages, sizes, chunk)
-        self._count(sizes[self.rank] * (self.world_size - 1), start)
-        return self._timed(pending)
+        inner = self.inner.expect_gather(messages, sizes, chunk)
+        self._count(0, start)
+
+        def send() -> Pending:
+            start = time.perf_counter()
+            pending = inner()
+            self._count(sizes[self.rank] * (self.world_size - 1), start)
+            return self._timed(pending)
+
+        return send
 
     def _timed(self, pending: Pending) -> Pending:
         def wait() -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compression.collectives import Pending, part_of
+from compression.collectives import ExpectedExchange, ExpectedGather, Pending, part_of
 
 
 def join() -> Any:
@@ -50,26 +50,29 @@ class Horovod:
             self._wait(self._hvd.allreduce_async_(values, op=self._hvd.Sum, name=name))
 
     def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
-        return self.begin_exchange(messages, sizes, 0)()
+        return self.expect_exchange(sizes, 0, messages.device)(messages)()
 
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
         return self._begin_gather(message, sizes, 0)()
 
-    def begin_exchange(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
-        splits = torch.tensor(sizes, dtype=torch.int32)
-        splits[self.rank] = 0
-        name = f"{self._prefix}.exchange.{chunk}.{sum(sizes)}"
-        handle = self._hvd.alltoall_async(messages, splits=splits, name=name)
+    def expect_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> ExpectedExchange:
+        def send(messages: Tensor) -> Pending:
+            splits = torch.tensor(sizes, dtype=torch.int32)
+            splits[self.rank] = 0
+            name = f"{self._prefix}.exchange.{chunk}.{sum(sizes)}"
+            handle = self._hvd.alltoall_async(messages, splits=splits, name=name)
 
-        def wait() -> Tensor:
-            received, _ = self._wait(handle)
-            rows: Tensor = received.view(self.world_size - 1, sizes[self.rank])
-            return rows
+            def wait() -> Tensor:
+                received, _ = self._wait(handle)
+                rows: Tensor = received.view(self.world_size - 1, sizes[self.rank])
+                return rows
 
-        return wait
+            return wait
 
-    def begin_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
-        return self._begin_gather(part_of(messages, sizes, self.rank), sizes, chunk)
+        return send
+
+    def expect_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> ExpectedGather:
+        return lambda: self._begin_gather(part_of(messages, sizes, self.rank), sizes, chunk)
 
     def _begin_gather(self, message: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
         handle = self._hvd.allgather_async(message, name=f"{self._prefix}.gather.{chunk}.{sum(sizes)}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from compression import kernels
 from compression.averagers.base import Gradients, Memory, Plain
 from compression.codecs.quantizers import Quantizer
-from compression.collectives import Collectives, Pending, part_of
+from compression.collectives import Collectives, ExpectedExchange, ExpectedGather, Pending, part_of
 from compression.engine import Phases, run_all
 from compression.layers import DENSE, Ints, Layer, Plan, Segment, apart_from, chunks, cut, plan, without
 from compression.randomness import stream_keys
@@ -39,6 +39,19 @@ class _Route:
     layers: Ints
 
 
+class _Messages(NamedTuple):
+    """A chunk whose messages of both hops may arrive: the average that this rank owns goes into `own`."""
+
+    send_shares: ExpectedExchange
+    own: Tensor
+    send_own: ExpectedGather
+
+
+def _keep_all(wire: Tensor) -> Pending:
+    """The exchange of a rank that is alone: what it encoded is what there is to add up."""
+    return lambda: wire.view(1, -1)
+
+
 class TwoHop(Plain):
     """Quantized averaging in two hops, at 2 (W - 1) / W x encoded bytes of N a rank.
 
@@ -47,7 +60,7 @@ class TwoHop(Plain):
     each rank encodes the average of its share, sends it to all, and decodes it for itself. All decode the same bytes,
     so that all end with the same bits. A rank that is alone encodes everything in both hops. Layers that are not
     compressed travel as float32 in the same messages. Large messages travel in chunks: while one is on its way, the
-    next is encoded.
+    next is encoded. All are expected from the start.
 
     With error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847) what the first encoding
     lost is added to the next gradient, and what the second lost to the owner's next average (DoubleSqueeze, Tang
@@ -107,24 +120,22 @@ class TwoHop(Plain):
         first, second = (stream_keys(self.seed, step, route.layers, hop, network.rank) for hop in (1, 2))
 
         rank = None if self._alone else network.rank
-        numbered = [(2 * k + self._parity, chunk) for k, chunk in enumerate(route.chunks)]
+        expected = [self._expect(chunk, 2 * k + self._parity, flat.device) for k, chunk in enumerate(route.chunks)]
         self._parity = 1 - self._parity  # the next gradients may be under way at the same time
-        arriving, returning = [], []
-        for number, chunk in numbered:
+        shares, averages = [], []
+        for chunk, messages in zip(route.chunks, expected, strict=True):
             wire = torch.empty(chunk.sent.wire_bytes, dtype=torch.uint8, device=flat.device)
             fast.encode(family, chunk.sent, flat, first, wire, *self._memory(0, flat))
             self.encoded_bytes += wire.nbytes
-            arriving.append(self._exchange(wire, chunk.whole.message_bytes, number))
+            shares.append(messages.send_shares(wire))
         yield
-        for received, (number, chunk) in zip(arriving, numbered, strict=True):
-            messages = torch.empty(chunk.whole.wire_bytes, dtype=torch.uint8, device=flat.device)
-            own = part_of(messages, chunk.whole.message_bytes, network.rank)
+        for chunk, messages, received in zip(route.chunks, expected, shares, strict=True):
             summands = (received(), flat, rank, share_of_mean)
-            fast.recode(family, chunk.owned, *summands, second, own, *self._memory(1, flat))
-            returning.append(network.begin_gather(messages, chunk.whole.message_bytes, number))
+            fast.recode(family, chunk.owned, *summands, second, messages.own, *self._memory(1, flat))
+            averages.append(messages.send_own())
         yield
-        for averages, (_, chunk) in zip(returning, numbered, strict=True):
-            fast.decode(family, chunk.others, averages(), flat)
+        for chunk, received in zip(route.chunks, averages, strict=True):
+            fast.decode(family, chunk.others, received(), flat)
 
     def settle(self, applied: Tensor | bool) -> None:
         for memory in self._memories or ():
@@ -152,8 +163,14 @@ class TwoHop(Plain):
     def _alone(self) -> bool:
         return self.collectives.world_size == 1
 
-    def _exchange(self, wire: Tensor, sizes: Sequence[int], number: int) -> Pending:
-        return (lambda: wire.view(1, -1)) if self._alone else self.collectives.begin_exchange(wire, sizes, number)
+    def _expect(self, chunk: _Chunk, number: int, device: torch.device) -> _Messages:
+        sizes, network = chunk.whole.message_bytes, self.collectives
+        messages = torch.empty(chunk.whole.wire_bytes, dtype=torch.uint8, device=device)
+        return _Messages(
+            _keep_all if self._alone else network.expect_exchange(sizes, number, device),
+            part_of(messages, sizes, network.rank),
+            network.expect_gather(messages, sizes, number),
+        )
 
     def _memory(self, hop: int, flat: Tensor) -> tuple[Tensor, ...]:
         return self._memories[hop].allocate(flat.device) if self._memories is not None else ()

@@ -40,14 +40,17 @@ def swap(network: TorchDistributed, sizes: Sequence[int]) -> dict[str, Any]:
 
 
 def several_at_once(network: TorchDistributed) -> dict[str, list[Tensor]]:
-    """Exchanges and gathers of all sizes; none is waited for before all are begun, and then the last one first."""
-    exchanges, gathers = [], []
+    """Exchanges and gathers of all sizes: all are expected before one is sent, and waited for the last one first."""
+    expected = []
     for chunk, sizes in enumerate(SIZES):
-        others = message(network.rank, sum(sizes) - sizes[network.rank])
-        exchanges.append(network.begin_exchange(others, sizes, chunk))
         messages = torch.zeros(sum(sizes), dtype=torch.uint8)
         part_of(messages, sizes, network.rank).copy_(message(network.rank, sizes[network.rank]))
-        gathers.append(network.begin_gather(messages, sizes, chunk))
+        exchange = network.expect_exchange(sizes, chunk, messages.device)
+        expected.append((sizes, exchange, network.expect_gather(messages, sizes, chunk)))
+    exchanges, gathers = [], []
+    for sizes, exchange, gather in expected:
+        exchanges.append(exchange(message(network.rank, sum(sizes) - sizes[network.rank])))
+        gathers.append(gather())
     return {
         "exchanged": [wait() for wait in exchanges[::-1]][::-1], "gathered": [wait() for wait in gathers[::-1]][::-1]
     }  # fmt: skip

@@ -97,7 +97,7 @@ def test_ranks_hold_equal_bits_whatever_the_buckets_of_ddp() -> None:
 
 def failing_network(rank: int) -> str:
     class Broken(compression.TorchDistributed):
-        def begin_exchange(self, messages: Tensor, sizes: Any, chunk: int) -> Any:
+        def expect_exchange(self, sizes: Any, chunk: int, device: torch.device) -> Any:
             raise ConnectionError("the cable is out")
 
     with ddp() as wrapped:

@@ -9,7 +9,7 @@ from threads import ThreadCollectives, run_ranks
 
 from compression import DENSE, Collectives, Solo, averagers, build, codec
 from compression.averagers import Gradients, TwoHop
-from compression.collectives import Pending
+from compression.collectives import ExpectedExchange, ExpectedGather, Pending
 from compression.engine import Engine
 from compression.layers import layers_of
 
@@ -131,20 +131,31 @@ def test_averages_and_residuals_do_not_depend_on_the_chunks(world_size: int, mon
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_chunk_is_encoded_while_the_one_before_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_chunks_are_expected_and_one_is_encoded_while_another_travels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(averagers.two_hop, "CHUNK_BYTES", 500)
     told: list[str] = []
 
     class Noted(ThreadCollectives):
-        """Notes what rank 0 begins and what it waits for."""
+        """Notes what rank 0 expects, sends and waits for."""
 
-        def begin_exchange(self, messages: torch.Tensor, sizes: Sequence[int], chunk: int) -> Pending:
-            self._note(f"exchange {chunk}")
-            return self._noted(f"exchanged {chunk}", super().begin_exchange(messages, sizes, chunk))
+        def expect_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> ExpectedExchange:
+            self._note(f"expect {chunk}")
+            send = super().expect_exchange(sizes, chunk, device)
 
-        def begin_gather(self, messages: torch.Tensor, sizes: Sequence[int], chunk: int) -> Pending:
-            self._note(f"gather {chunk}")
-            return self._noted(f"gathered {chunk}", super().begin_gather(messages, sizes, chunk))
+            def note_and_send(messages: torch.Tensor) -> Pending:
+                self._note(f"exchange {chunk}")
+                return self._noted(f"exchanged {chunk}", send(messages))
+
+            return note_and_send
+
+        def expect_gather(self, messages: torch.Tensor, sizes: Sequence[int], chunk: int) -> ExpectedGather:
+            send = super().expect_gather(messages, sizes, chunk)
+
+            def note_and_send() -> Pending:
+                self._note(f"gather {chunk}")
+                return self._noted(f"gathered {chunk}", send())
+
+            return note_and_send
 
         def _noted(self, words: str, pending: Pending) -> Pending:
             def wait() -> torch.Tensor:
@@ -162,7 +173,8 @@ def test_a_chunk_is_encoded_while_the_one_before_is_on_its_way(monkeypatch: pyte
 
     run_ranks(2, work)
     assert told == [
-        "exchange 0", "exchange 2", "exchanged 0", "gather 0", "exchanged 2", "gather 2", "gathered 0", "gathered 2"
+        "expect 0", "expect 2", "exchange 0", "exchange 2",
+        "exchanged 0", "gather 0", "exchanged 2", "gather 2", "gathered 0", "gathered 2",
     ]  # fmt: skip
 
 
