@@ -15,7 +15,7 @@ from compression.engine import Phases, run_all
 from compression.layers import DENSE, Ints, Layer, Plan, Segment, apart_from, chunks, cut, plan, without
 from compression.randomness import stream_keys
 
-CHUNK_BYTES = 2**20  # of what one rank encodes at a time, so that the network is busy meanwhile
+CHUNK_BYTES = 3 * 2**19  # of what one rank encodes at a time, so that the network is busy meanwhile
 
 
 @dataclass(frozen=True)

@@ -42,13 +42,15 @@ from compression.layers import DENSE
 
 TILE = TERNARY_TILE  # values worked on at a time: a multiple of TREE, of NARROWED, of 8 and of 5
 _SCALES = 256
-_BLOCK = 1 << 14  # values of several buckets that stay in the second-level cache
+_BLOCK = 1 << 13  # values of several buckets that stay in the second-level cache
 _LINE = 16  # values of a cache line
 _AHEAD = np.int64(1024)  # values; a numpy integer, as `sums.START` is
 _LEAST_UNIT = np.float32(2.0**-100)  # in fixed point it is no denormal number yet
-_NO = np.bool_(False)  # a numpy bool, likewise
+_NO, _YES = np.bool_(False), np.bool_(True)  # numpy bools, likewise
 _HUGE, _ZERO, _ONE = np.float32(HUGE), np.float32(0.0), np.float32(1.0)
 _FIXED, _FRACTION, _UNUSED = np.float32(2.0**FRACTION_BITS), np.uint32(FRACTION_BITS), np.uint32(32 - FRACTION_BITS)
+
+_Scratch = tuple[np.ndarray, ...]  # (codes, words, places, scales, bins, terms, sums)
 
 
 @inlined
@@ -153,6 +155,19 @@ def _project(family: int, bits: int, dot: np.float32, square: np.float32, scales
 
 
 @inlined_with_arrays
+def _scratch(family: int, start: int, stop: int, count: np.ndarray) -> _Scratch:
+    """What encoding and decoding the buckets from `start` to below `stop` is done in."""
+    room = TREE
+    for m in range(start, stop):
+        room = max(room, blocks_of(blocks_of(count[m])) * TREE)
+    return (
+        np.empty(TILE + 8, np.uint8), np.empty(TILE, np.uint32), np.empty(TILE, np.float32),
+        np.empty(_SCALES, np.float32), np.empty(BINS + 2 if family == QUANTILE else 0, np.int32),
+        np.empty(2 * TREE, np.float32), np.empty(2 * room, np.float32),
+    )  # fmt: skip
+
+
+@inlined
 def _encode(
     family: int,
     start: int,
@@ -170,26 +185,28 @@ def _encode(
     residual: np.ndarray,
     pending: np.ndarray,
     feedback: bool,
-    next_values: np.ndarray,
-    next_at: np.ndarray,
+    target: np.ndarray,
+    target_at: np.ndarray,
+    decodes: bool,
     distance: int,
+    scratch: _Scratch,
 ) -> None:
     """As `reference.encode`, for buckets from `start` to below `stop`.
 
-    While bucket m is encoded, as many values of `next_values`, from next_at[m] + distance on, are read into the cache.
+    What bucket m decodes to goes to target[target_at[m]] and behind, if `decodes`. Meanwhile as many values `distance`
+    behind are read into the cache.
     """
-    room = TREE
-    for m in range(start, stop):
-        room = max(room, blocks_of(blocks_of(count[m])) * TREE)
-    codes, words, places = np.empty(TILE + 8, np.uint8), np.empty(TILE, np.uint32), np.empty(TILE, np.float32)
-    scales, bins = np.empty(_SCALES, np.float32), np.empty(BINS + 2 if family == QUANTILE else 0, np.int32)
-    terms, sums = np.empty(2 * TREE, np.float32), np.empty(2 * room, np.float32)
+    codes, words, places, scales, bins, terms, sums = scratch
+    room = len(sums) // 2
     for m in range(start, stop):
         n, b, record = count[m], bits[m], wire_at[m]
         source, at = values, position[m]
         if b == DENSE:
             for i in range(n):
                 store_float(wire, record + 4 * i, load(values, at + i))
+            if decodes:
+                for i in range(n):
+                    store(target, target_at[m] + i, load(values, at + i))
             continue
         if feedback:
             source, at = pending, memory_at[m]
@@ -210,8 +227,10 @@ def _encode(
                 positions(family, source, at + tile, length, b, scales, finite, bins, places)
                 _round(family, places, length, top, first, high, words)
             for i in range(0, length, NARROWED):  # by and by: a tile's lines at once would wait for one another
-                _read_ahead(next_values, next_at[m] + tile + i + distance, NARROWED)
+                _read_ahead(target, target_at[m] + tile + i + distance, NARROWED)
                 narrow(words, i, codes, i)
+            if decodes and not feedback:
+                levels(family, codes, length, b, scales, target, target_at[m] + tile)
             _put_codes(family, codes, length, b, tile, words, wire, head)
             if projects:
                 levels(family, codes, length, b, scales, places, START)
@@ -228,10 +247,13 @@ def _encode(
                 levels(family, codes, length, b, scales, places, START)
                 for i in range(length):
                     store(pending, at + tile + i, load(pending, at + tile + i) - load(places, i))
+                if decodes:
+                    for i in range(length):
+                        store(target, target_at[m] + tile + i, load(places, i))
 
 
-@jit
-def decode(
+@inlined
+def _decode(
     family: int,
     start: int,
     stop: int,
@@ -244,13 +266,14 @@ def decode(
     factor: np.float32,
     accumulate: bool,
     streams: bool,
+    codes: np.ndarray,
+    decoded: np.ndarray,
+    scales: np.ndarray,
 ) -> None:
     """As `reference.decode`, for buckets from `start` to below `stop`.
 
     With `streams`, what does not accumulate is written past the caches: for an `out` that is not read soon.
     """
-    codes, decoded = np.empty(TILE + 8, np.uint8), np.empty(TILE, np.float32)
-    scales = np.empty(_SCALES, np.float32)
     for m in range(start, stop):
         n, b, head = count[m], bits[m], wire_at[m]
         if b != DENSE:
@@ -282,6 +305,30 @@ def decode(
                     store(out, at + i, factor * load(decoded, i))
     if streams:
         fence()
+
+
+@jit
+def decode(
+    family: int,
+    start: int,
+    stop: int,
+    position: np.ndarray,
+    count: np.ndarray,
+    bits: np.ndarray,
+    wire_at: np.ndarray,
+    wire: np.ndarray,
+    out: np.ndarray,
+    factor: np.float32,
+    accumulate: bool,
+    streams: bool,
+) -> None:
+    """As `_decode`, which needs scratch."""
+    codes, decoded = np.empty(TILE + 8, np.uint8), np.empty(TILE, np.float32)
+    scales = np.empty(_SCALES, np.float32)
+    _decode(
+        family, start, stop, position, count, bits, wire_at, wire, out, factor, accumulate, streams,
+        codes, decoded, scales,
+    )  # fmt: skip
 
 
 @inlined
@@ -334,10 +381,11 @@ def recode(
 
     One kernel for both, since it takes seconds to compile.
     """
+    scratch = _scratch(family, start, stop, count)
     if len(received) == 0 and own < 0:
         _encode(
             family, start, stop, position, count, bits, wire_at, slot, element, memory_at,
-            values, keys, wire, residual, pending, feedback, values, position, _AHEAD,
+            values, keys, wire, residual, pending, feedback, values, position, _NO, _AHEAD, scratch,
         )  # fmt: skip
         return
     room = _BLOCK
@@ -356,17 +404,15 @@ def recode(
             if turn == own:
                 _add(values, first, last, position, count, factor, turn > 0, sums)
             else:
-                decode(
+                _decode(
                     family, first, last, places, count, bits, wire_at,
-                    received[message], sums, factor, turn > 0, _NO,
+                    received[message], sums, factor, turn > 0, _NO, scratch[0], scratch[2], scratch[3],
                 )  # fmt: skip
                 message += 1
         _encode(
             family, first, last, places, count, bits, wire_at, slot, element, memory_at,
-            sums, keys, wire, residual, pending, feedback, values, position, np.int64(filled),
+            sums, keys, wire, residual, pending, feedback, values, position, _YES, np.int64(filled), scratch,
         )  # fmt: skip
-        # What is overwritten is still in the cache.
-        decode(family, first, last, position, count, bits, wire_at, wire, values, _ONE, _NO, _NO)
         first = last
 
 
