@@ -28,34 +28,25 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
     return kernel
 
 
-def inlined(function: Callable[..., Any], makes_arrays: bool = False) -> Callable[..., Any]:
+def inlined(function: Callable[..., Any], makes_arrays: bool = False, once: bool = False) -> Callable[..., Any]:
     """Compile a part of kernels, with each of them and callable from nowhere else.
 
     A part that makes no array counts no references to those that it gets: that took up to a fifth of a bucket's time.
+    One that is there `once` is not copied to where it is called: calls for a tile cost nothing, and copies an eighth of
+    the time to compile.
     """
     part: Callable[..., Any] = _njit(
-        error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=makes_arrays, pipeline_class=_Parts
+        error_model="numpy",
+        no_cpython_wrapper=True,
+        no_cfunc_wrapper=True,
+        _nrt=makes_arrays,
+        pipeline_class=_PartsOnce if once else _Parts,
     )(function)
     return part
 
 
 inlined_with_arrays = functools.partial(inlined, makes_arrays=True)
-
-
-class _Parts(Compiler):
-    """Numba's compiler, but what it makes is only there to be linked into kernels.
-
-    Numba would optimize every part and make machine code of it, and do so again with what calls it. Without this the
-    kernels take a third longer to compile.
-    """
-
-    def compile_extra(self, func: Callable[..., Any]) -> Any:
-        self.state.flags.no_compile = True
-        self.state.library = _Part(self.state.targetctx.codegen(), func.__qualname__)
-        made = super().compile_extra(func)
-        handle: Any = [].append  # nobody calls it: numba tells what it compiled by builtin functions, each its own
-        self.state.targetctx.insert_user_function(handle, made.fndesc, [made.library])
-        return made._replace(entry_point=handle)
+compiled_once = functools.partial(inlined, once=True)
 
 
 class _Part(JITCodeLibrary):
@@ -66,6 +57,38 @@ class _Part(JITCodeLibrary):
 
     def _finalize_final_module(self) -> None:
         self._finalized = True
+
+
+class _PartOnce(_Part):
+    """Likewise, and never copied to where it is called."""
+
+    def add_ir_module(self, ir_module: Any) -> None:
+        for function in ir_module.functions:
+            if not function.is_declaration:
+                function.attributes.add("noinline")
+        super().add_ir_module(ir_module)
+
+
+class _Parts(Compiler):
+    """Numba's compiler, but what it makes is only there to be linked into kernels.
+
+    Numba would optimize every part and make machine code of it, and do so again with what calls it. Without this the
+    kernels take a third longer to compile.
+    """
+
+    _library: type[_Part] = _Part
+
+    def compile_extra(self, func: Callable[..., Any]) -> Any:
+        self.state.flags.no_compile = True
+        self.state.library = self._library(self.state.targetctx.codegen(), func.__qualname__)
+        made = super().compile_extra(func)
+        handle: Any = [].append  # nobody calls it: numba tells what it compiled by builtin functions, each its own
+        self.state.targetctx.insert_user_function(handle, made.fndesc, [made.library])
+        return made._replace(entry_point=handle)
+
+
+class _PartsOnce(_Parts):
+    _library = _PartOnce
 
 
 class _Cache(FunctionCache):

@@ -73,13 +73,15 @@ class Noting:
         return self.group.send(tensors, peer, tag)
 
 
-def posted(down: dist.ProcessGroup | None, up: dist.ProcessGroup | None) -> list[tuple[str, int, str]]:
-    """What one exchange asks of these groups, in order."""
+def posted(down: dist.ProcessGroup | None, up: dist.ProcessGroup | None) -> list[list[tuple[str, int, str]]]:
+    """What one exchange asks of these groups, in order: until it is expected, and until it has arrived."""
     asked: list[tuple[str, int, str]] = []
     network = TorchDistributed(down, up)
     network.group, network._upward = Noting(network.group, "down", asked), Noting(network._upward, "up", asked)
-    network.exchange(message(network.rank, 2), [1, 1, 1])
-    return asked
+    send = network.expect_exchange([1, 1, 1], 0, torch.device("cpu"))
+    expected = list(asked)
+    send(message(network.rank, 2))()
+    return [expected, asked]
 
 
 def trial(network: TorchDistributed) -> dict[str, Any]:
@@ -178,12 +180,14 @@ def test_every_rank_is_ready_to_receive_before_it_sends(results: list[Any]) -> N
     """Else the two directions of a link take turns, where a message is longer than what a connection holds."""
     for result in results:
         for groups in ("posted", "posted to two"):
-            assert [way for way, _, _ in result[groups]] == ["recv"] * (RANKS - 1) + ["send"] * (RANKS - 1)
+            expected, all_asked = ([way for way, _, _ in asked] for asked in result[groups])
+            assert expected == ["recv"] * (RANKS - 1)
+            assert all_asked == expected + ["send"] * (RANKS - 1)
 
 
 def test_of_two_groups_each_carries_one_direction(results: list[Any]) -> None:
     for rank, result in enumerate(results):
-        for way, peer, group in result["posted to two"]:
+        for way, peer, group in result["posted to two"][1]:
             assert group == ("up" if (peer > rank) == (way == "send") else "down")
 
 

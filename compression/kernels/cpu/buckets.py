@@ -92,16 +92,19 @@ def _code(place: np.float32, top: np.float32, word: np.uint32) -> np.uint32:
 
 @inlined
 def _round(
-    family: int, places: np.ndarray, count: int, top: np.float32, first: np.uint32, high: np.uint32, words: np.ndarray
+    places: np.ndarray, count: int, top: np.float32, first: np.uint32, high: np.uint32, words: np.ndarray
 ) -> None:
     """The codes of positions, a word each. `first` and `high` are what `_word` takes for the first of them."""
-    if family == ONEBIT:  # no position lies between two codes
-        for i in range(count):
-            store(words, i, np.int32(load(places, i)))
-    else:
-        for i in range(count):
-            place = load(places, i) * _FIXED
-            store(words, i, _code(place, top * _FIXED, _word(counted(first, i), high)))
+    for i in range(count):
+        place = load(places, i) * _FIXED
+        store(words, i, _code(place, top * _FIXED, _word(counted(first, i), high)))
+
+
+@inlined
+def _signs(values: np.ndarray, at: int, count: int, words: np.ndarray) -> None:
+    """The codes of one bit, a word each: no value lies between two of them."""
+    for i in range(count):
+        store(words, i, np.uint32(1) if load(values, at + i) < 0 else np.uint32(0))
 
 
 @inlined
@@ -223,9 +226,11 @@ def _encode(
             first, high = counted(keys[slot[m], 0], element[m] + tile), keys[slot[m], 1]
             if even:
                 _round_evenly(source, at + tile, length, low, unit, middle, top, first, high, words)
+            elif family == ONEBIT:
+                _signs(source, at + tile, length, words)
             else:
                 positions(family, source, at + tile, length, b, scales, finite, bins, places)
-                _round(family, places, length, top, first, high, words)
+                _round(places, length, top, first, high, words)
             for i in range(0, length, NARROWED):  # by and by: a tile's lines at once would wait for one another
                 _read_ahead(target, target_at[m] + tile + i + distance, NARROWED)
                 narrow(words, i, codes, i)

@@ -6,7 +6,7 @@ compiled once. Values are given as an array, the place of the first one, and the
 
 import numpy as np
 
-from compression.kernels.compiling import inlined
+from compression.kernels.compiling import compiled_once, inlined
 from compression.kernels.cpu.memory import load, store
 from compression.kernels.cpu.sums import START, add_sides, add_squares, blocks_of, total
 from compression.kernels.families import HISTOGRAM_BITS, LIMIT, TINY
@@ -152,7 +152,7 @@ def positions(
             store(out, i, (load(values, at + i) - low) / unit + middle)
 
 
-@inlined
+@compiled_once
 def levels(
     family: int, codes: np.ndarray, count: int, bits: int, scales: np.ndarray, out: np.ndarray, place: int
 ) -> None:

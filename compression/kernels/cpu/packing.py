@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from compression.kernels.compiling import inlined
+from compression.kernels.compiling import compiled_once, inlined
 from compression.kernels.cpu.memory import NARROWED, load, load_four, load_word, narrow, store, store_four, store_word
 
 
-@inlined
+@compiled_once
 def pack(codes: np.ndarray, count: int, bits: int, words: np.ndarray, wire: np.ndarray, at: int) -> None:
     """Codes as one little-endian bit stream of ceil(count bits / 8) bytes; may overwrite up to 7 codes behind them.
 
@@ -59,7 +59,7 @@ def _pack_few(
         store(wire, at + i, load(words, i))
 
 
-@inlined
+@compiled_once
 def unpack(wire: np.ndarray, at: int, count: int, bits: int, codes: np.ndarray) -> None:
     """The inverse of `pack`; may write up to 7 codes more than `count`."""
     groups, nbytes = (count + 7) // 8, (count * bits + 7) // 8

@@ -7,6 +7,7 @@ from compression.kernels.cpu.memory import load, store
 from compression.kernels.families import TREE
 
 _QUARTER = TREE // 4
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 START = np.int64(0)  # a numpy integer: numba compiles a function once more for every plain number it is called with
 
 
@@ -102,16 +103,34 @@ def add_sides(
     """
     half, width, negatives = len(sums) // 2, tree_width(count), np.int32(0)
     for first in range(0, count, TREE):
-        length = min(TREE, count - first)
-        for i in range(length):
-            value = load(values, at + first + i)
-            below = np.float32(1.0) if value < 0 else np.float32(0.0)
-            negatives += np.int32(1) if value < 0 else np.int32(0)
-            store(terms, i, (value * unit) * (np.float32(1.0) - below))
-            store(terms, TREE + i, (value * unit) * below)
+        start, length, padded = at + first, min(TREE, count - first), width
+        if length == TREE:  # the first two halvings, before anything is stored
+            length = padded = _QUARTER
+            for i in range(_QUARTER):
+                v0, v1 = load(values, start + i), load(values, start + _QUARTER + i)
+                v2, v3 = load(values, start + 2 * _QUARTER + i), load(values, start + 3 * _QUARTER + i)
+                b0, b1, b2, b3 = _below(v0), _below(v1), _below(v2), _below(v3)
+                negatives += np.int32((b0 + b1) + (b2 + b3))
+                v0, v1, v2, v3 = v0 * unit, v1 * unit, v2 * unit, v3 * unit
+                store(terms, TREE + i, (v0 * b0 + v2 * b2) + (v1 * b1 + v3 * b3))
+                b0, b1, b2, b3 = _ONE - b0, _ONE - b1, _ONE - b2, _ONE - b3
+                store(terms, i, (v0 * b0 + v2 * b2) + (v1 * b1 + v3 * b3))
+        else:
+            for i in range(length):
+                value = load(values, start + i)
+                below = _below(value)
+                negatives += np.int32(below)
+                store(terms, i, (value * unit) * (_ONE - below))
+                store(terms, TREE + i, (value * unit) * below)
         for part in range(2):
-            store(sums, part * half + first // TREE, _fold(terms, part * TREE, length, width))
+            store(sums, part * half + first // TREE, _fold(terms, part * TREE, length, padded))
     return negatives
+
+
+@inlined
+def _below(value: np.float32) -> np.float32:
+    """1 if the value is below zero, else 0."""
+    return _ONE if value < 0 else _ZERO
 
 
 @inlined
@@ -121,8 +140,15 @@ def add_squares(
     """The sums of v v, values in their unit, over all blocks."""
     width = tree_width(count)
     for first in range(0, count, TREE):
-        length = min(TREE, count - first)
-        for i in range(length):
-            value = load(values, at + first + i) * unit
-            store(terms, i, value * value)
-        store(sums, first // TREE, _fold(terms, START, length, width))
+        start, length, padded = at + first, min(TREE, count - first), width
+        if length == TREE:
+            length = padded = _QUARTER
+            for i in range(_QUARTER):
+                v0, v1 = load(values, start + i) * unit, load(values, start + _QUARTER + i) * unit
+                v2, v3 = load(values, start + 2 * _QUARTER + i) * unit, load(values, start + 3 * _QUARTER + i) * unit
+                store(terms, i, (v0 * v0 + v2 * v2) + (v1 * v1 + v3 * v3))
+        else:
+            for i in range(length):
+                value = load(values, start + i) * unit
+                store(terms, i, value * value)
+        store(sums, first // TREE, _fold(terms, START, length, padded))
