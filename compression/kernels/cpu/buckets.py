@@ -396,6 +396,7 @@ def recode(
     room = _BLOCK
     for m in range(start, stop):
         room = max(room, count[m])
+    codes, _, decoded, scales, _, _, _ = scratch
     sums, places = np.empty(room, np.float32), np.empty(len(position), np.int64)
     first = start
     while first < stop:
@@ -411,7 +412,7 @@ def recode(
             else:
                 _decode(
                     family, first, last, places, count, bits, wire_at,
-                    received[message], sums, factor, turn > 0, _NO, scratch[0], scratch[2], scratch[3],
+                    received[message], sums, factor, turn > 0, _NO, codes, decoded, scales,
                 )  # fmt: skip
                 message += 1
         _encode(
@@ -425,13 +426,9 @@ def recode(
 def squared_error(
     family: int, start: int, stop: int, position: np.ndarray, count: np.ndarray, bits: np.ndarray, values: np.ndarray
 ) -> float:
-    room = TREE
-    for m in range(start, stop):
-        room = max(room, blocks_of(blocks_of(count[m])) * TREE)
-    terms, sums = np.empty(2 * TREE, np.float32), np.empty(2 * room, np.float32)
+    _, _, _, scales, bins, terms, sums = _scratch(family, start, stop, count)
     places, low, high = np.empty(TREE, np.float32), np.empty(TREE, np.float32), np.empty(TREE, np.float32)
     lower, upper = np.empty(TREE, np.uint8), np.empty(TREE, np.uint8)
-    scales, bins = np.empty(_SCALES, np.float32), np.empty(BINS + 2 if family == QUANTILE else 0, np.int32)
     error = 0.0
     for m in range(start, stop):
         n, b, at = count[m], bits[m], position[m]

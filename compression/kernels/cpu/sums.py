@@ -50,7 +50,7 @@ def total(sums: np.ndarray, at: int, count: int) -> np.float32:
             first = block * TREE
             store(sums, at + block, _fold(sums, at + first, min(width, count - first), width))
         count = blocks
-    return load(sums, at) + np.float32(0.0)
+    return load(sums, at) + _ZERO
 
 
 @inlined
