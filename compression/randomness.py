@@ -38,7 +38,7 @@ def stream_key(*parts: int) -> int:
 def stream_keys(seed: int, step: int, layers: NDArray[np.int64], hop: int, rank: int) -> NDArray[np.uint32]:
     """Keys of the streams of many layers. uint32 [L, 2]: the low and the high half of each layer's key."""
     keys = _splitmix64(layers.astype(np.uint64) ^ np.uint64(stream_key(seed, step, hop, rank)))
-    return keys.view(np.uint32).reshape(-1, 2)
+    return keys.view(np.uint32).reshape(-1, 2)  # little-endian, as the wire is
 
 
 def words(elements: torch.Tensor, key_low: torch.Tensor, key_high: torch.Tensor) -> torch.Tensor:

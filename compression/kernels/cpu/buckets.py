@@ -157,12 +157,19 @@ def _project(family: int, bits: int, dot: np.float32, square: np.float32, scales
             scales[k] *= share
 
 
+@inlined
+def _longest(start: int, stop: int, count: np.ndarray) -> np.int64:
+    """The most values of one bucket, at least those of a tree."""
+    longest = np.int64(TREE)
+    for m in range(start, stop):
+        longest = max(longest, count[m])
+    return longest
+
+
 @inlined_with_arrays
 def _scratch(family: int, start: int, stop: int, count: np.ndarray) -> _Scratch:
     """What encoding and decoding the buckets from `start` to below `stop` is done in."""
-    room = TREE
-    for m in range(start, stop):
-        room = max(room, blocks_of(blocks_of(count[m])) * TREE)
+    room = blocks_of(blocks_of(_longest(start, stop, count))) * TREE
     return (
         np.empty(TILE + 8, np.uint8), np.empty(TILE, np.uint32), np.empty(TILE, np.float32),
         np.empty(_SCALES, np.float32), np.empty(BINS + 2 if family == QUANTILE else 0, np.int32),
@@ -271,14 +278,13 @@ def _decode(
     factor: np.float32,
     accumulate: bool,
     streams: bool,
-    codes: np.ndarray,
-    decoded: np.ndarray,
-    scales: np.ndarray,
+    scratch: _Scratch,
 ) -> None:
     """As `reference.decode`, for buckets from `start` to below `stop`.
 
     With `streams`, what does not accumulate is written past the caches: for an `out` that is not read soon.
     """
+    codes, _, decoded, scales, _, _, _ = scratch
     for m in range(start, stop):
         n, b, head = count[m], bits[m], wire_at[m]
         if b != DENSE:
@@ -294,9 +300,6 @@ def _decode(
                     store(decoded, i, load_float(wire, head + 4 * (tile + i)))
             else:
                 _get_codes(family, wire, head, tile, length, b, codes)
-                if not (accumulate or streams) and factor == _ONE:
-                    levels(family, codes, length, b, scales, out, at)
-                    continue
                 levels(family, codes, length, b, scales, decoded, START)
             if accumulate:
                 for i in range(length):
@@ -328,12 +331,8 @@ def decode(
     streams: bool,
 ) -> None:
     """As `_decode`, which needs scratch."""
-    codes, decoded = np.empty(TILE + 8, np.uint8), np.empty(TILE, np.float32)
-    scales = np.empty(_SCALES, np.float32)
-    _decode(
-        family, start, stop, position, count, bits, wire_at, wire, out, factor, accumulate, streams,
-        codes, decoded, scales,
-    )  # fmt: skip
+    scratch = _scratch(family, start, stop, count)
+    _decode(family, start, stop, position, count, bits, wire_at, wire, out, factor, accumulate, streams, scratch)
 
 
 @inlined
@@ -393,10 +392,7 @@ def recode(
             values, keys, wire, residual, pending, feedback, values, position, _NO, _AHEAD, scratch,
         )  # fmt: skip
         return
-    room = _BLOCK
-    for m in range(start, stop):
-        room = max(room, count[m])
-    codes, _, decoded, scales, _, _, _ = scratch
+    room = max(_BLOCK, _longest(start, stop, count))
     sums, places = np.empty(room, np.float32), np.empty(len(position), np.int64)
     first = start
     while first < stop:
@@ -412,7 +408,7 @@ def recode(
             else:
                 _decode(
                     family, first, last, places, count, bits, wire_at,
-                    received[message], sums, factor, turn > 0, _NO, codes, decoded, scales,
+                    received[message], sums, factor, turn > 0, _NO, scratch,
                 )  # fmt: skip
                 message += 1
         _encode(

@@ -26,6 +26,12 @@ def blocks_of(count: int) -> int:
 
 
 @inlined
+def _halved_twice(a: np.float32, b: np.float32, c: np.float32, d: np.float32) -> np.float32:
+    """Two steps of the tree: the sum of four terms, one from each quarter of a block."""
+    return (a + c) + (b + d)
+
+
+@inlined
 def _fold(terms: np.ndarray, at: int, count: int, width: int) -> np.float32:
     """Sum of `count` terms from `at` on by halves, padded with zeros to `width`; overwrites them."""
     for i in range(at + count, at + width):
@@ -33,8 +39,8 @@ def _fold(terms: np.ndarray, at: int, count: int, width: int) -> np.float32:
     while width >= 4:  # two halvings in one pass
         width //= 4
         for i in range(at, at + width):
-            left = load(terms, i) + load(terms, i + 2 * width)
-            store(terms, i, left + (load(terms, i + width) + load(terms, i + 3 * width)))
+            first, second = load(terms, i), load(terms, i + width)
+            store(terms, i, _halved_twice(first, second, load(terms, i + 2 * width), load(terms, i + 3 * width)))
     return load(terms, at) + load(terms, at + 1) if width == 2 else load(terms, at)
 
 
@@ -81,8 +87,8 @@ def add_products(
                 b1, a1 = load(b, first + _QUARTER + i) * unit_b, load(a, a_at + first + _QUARTER + i) * unit_a
                 b2, a2 = load(b, first + 2 * _QUARTER + i) * unit_b, load(a, a_at + first + 2 * _QUARTER + i) * unit_a
                 b3, a3 = load(b, first + 3 * _QUARTER + i) * unit_b, load(a, a_at + first + 3 * _QUARTER + i) * unit_a
-                store(terms, i, (a0 * b0 + a2 * b2) + (a1 * b1 + a3 * b3))
-                store(terms, TREE + i, (b0 * b0 + b2 * b2) + (b1 * b1 + b3 * b3))
+                store(terms, i, _halved_twice(a0 * b0, a1 * b1, a2 * b2, a3 * b3))
+                store(terms, TREE + i, _halved_twice(b0 * b0, b1 * b1, b2 * b2, b3 * b3))
         else:
             for i in range(length):
                 factor = load(b, first + i) * unit_b
@@ -112,9 +118,9 @@ def add_sides(
                 b0, b1, b2, b3 = _below(v0), _below(v1), _below(v2), _below(v3)
                 negatives += np.int32((b0 + b1) + (b2 + b3))
                 v0, v1, v2, v3 = v0 * unit, v1 * unit, v2 * unit, v3 * unit
-                store(terms, TREE + i, (v0 * b0 + v2 * b2) + (v1 * b1 + v3 * b3))
+                store(terms, TREE + i, _halved_twice(v0 * b0, v1 * b1, v2 * b2, v3 * b3))
                 b0, b1, b2, b3 = _ONE - b0, _ONE - b1, _ONE - b2, _ONE - b3
-                store(terms, i, (v0 * b0 + v2 * b2) + (v1 * b1 + v3 * b3))
+                store(terms, i, _halved_twice(v0 * b0, v1 * b1, v2 * b2, v3 * b3))
         else:
             for i in range(length):
                 value = load(values, start + i)
@@ -146,7 +152,7 @@ def add_squares(
             for i in range(_QUARTER):
                 v0, v1 = load(values, start + i) * unit, load(values, start + _QUARTER + i) * unit
                 v2, v3 = load(values, start + 2 * _QUARTER + i) * unit, load(values, start + 3 * _QUARTER + i) * unit
-                store(terms, i, (v0 * v0 + v2 * v2) + (v1 * v1 + v3 * v3))
+                store(terms, i, _halved_twice(v0 * v0, v1 * v1, v2 * v2, v3 * v3))
         else:
             for i in range(length):
                 value = load(values, start + i) * unit
