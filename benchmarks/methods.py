@@ -31,7 +31,7 @@ from torch import Tensor
 import compression
 from benchmarks.ranks import kernel_bytes
 from compression import Metered, TorchDistributed
-from compression.averagers import Gradients
+from compression.averagers import Begin, Gradients
 from compression.engine import Engine, Phases
 from compression.layers import layers_of
 from image_classification.memory import keep_freed_memory
@@ -145,14 +145,14 @@ def ours(name: str, **options: Any) -> Method:
         averager = compressor.averager(layers, network, seed=0)
         steps, engine, averaged = itertools.count(), Engine(work.flat.device, bool), threading.Semaphore(0)
 
-        def average(bucket: Gradients, step: int) -> Phases:
-            yield from averager.phases(bucket, step)
+        def average(bucket: Gradients, begin: Begin) -> Phases:
+            yield from begin(bucket)
             averaged.release()
 
         def run() -> float:
             before, step = network.traffic.bytes_sent, next(steps)
             for bucket in work.buckets:
-                engine.submit(partial(average, bucket, step))
+                engine.submit(partial(average, bucket, averager.expect(bucket, step)))
             for _ in work.buckets:
                 averaged.acquire()
             averager.settle(True)

@@ -217,7 +217,7 @@ class BrokenBarrier(Exchange):
         self.averager.commit(finite)
         if self.recorder is not None:
             self.recorder.memory.commit(finite)
-        yield
+        yield False
 
     def _look_at(self, part: _Part) -> None:
         views = self._views(part.gradients)

@@ -50,7 +50,8 @@ class Collectives(Protocol):
     def expect_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> ExpectedExchange:
         """An exchange in parts, of messages on `device`: say that those of the others may come, send, and wait.
 
-        Those under way at one time have numbers of their own. Said early, it is known when the others send.
+        Those under way at one time have numbers of their own. Said early, it is known when the others send: before
+        anything is sent, if there is time.
         """
 
     def expect_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> ExpectedGather:
@@ -58,6 +59,9 @@ class Collectives(Protocol):
 
         The others' arrive there, or all in another tensor that is returned.
         """
+
+    def any_order(self, device: torch.device) -> bool:
+        """Whether ranks may begin in different orders to send what they expect on `device`, none of it at once."""
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -82,6 +86,9 @@ class AtOnce:
             return lambda: received
 
         return send
+
+    def any_order(self, device: torch.device) -> bool:
+        return False
 
 
 def part_of(messages: Tensor, sizes: Sequence[int], rank: int) -> Tensor:
@@ -116,7 +123,8 @@ class Solo(AtOnce):
 class TorchDistributed:
     """Collectives over a torch process group (gloo on CPUs, NCCL on GPUs).
 
-    `group` should be used by one thread only: gloo matches collectives by the order in which they are issued.
+    `group` should be used by one thread only: gloo matches collectives by the order in which they are issued. Exchanges
+    and gathers it matches by their numbers, and other threads may expect them.
 
     Exchange and gather are sends and receives between all pairs at once. In torch's all-to-all over gloo the two
     directions of a link take turns; gloo's all-gather wants equal sizes, and shares differ by a bucket.
@@ -154,6 +162,9 @@ class TorchDistributed:
         parts = messages.split_with_sizes(list(sizes))
         send = self._expect(parts, 2 * chunk + 1, messages)
         return lambda: send([parts[self.rank]] * self.world_size)
+
+    def any_order(self, device: torch.device) -> bool:
+        return device.type == "cpu"  # gloo goes by numbers, NCCL by order
 
     def _expect(self, incoming: Sequence[Tensor], tag: int, received: Tensor) -> Callable[[Sequence[Tensor]], Pending]:
         """Fill `incoming[r]`, part of `received`, with what every other rank r sends. Returns what sends them theirs.
@@ -262,6 +273,9 @@ class Metered:
             return self._timed(pending)
 
         return send
+
+    def any_order(self, device: torch.device) -> bool:
+        return self.inner.any_order(device)
 
     def _timed(self, pending: Pending) -> Pending:
         def wait() -> Tensor:

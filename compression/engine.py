@@ -4,8 +4,8 @@ Collectives of several phases would deadlock inside the callbacks of torch's fut
 when two threads issue them. One thread with a queue has neither problem: as long as every rank submits the same
 jobs in the same order, every collective of every job meets its peers. Meanwhile backward goes on.
 
-A job may have phases. Of two jobs in a row the second one's first phase runs before the first one's last, so that the
-network carries the messages of one while the other computes. The order of collectives stays as it is.
+A job may have phases, and says between them whether another job may begin first, so that the network carries the
+messages of one while the other computes. A job says no while it has collectives to issue that must keep their order.
 
 On a GPU the thread has a stream of its own, or backward's kernels would queue behind what a collective waits for. A job
 begins behind what the submitter's stream holds when it submits. Whoever takes a job's results waits for them with a
@@ -13,18 +13,19 @@ future that the job completes (`future_of`), which orders the two streams; the h
 """
 
 import contextlib
-import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-Phases = Iterator[None]
+Phases = Iterator[bool]
+"""Of a job. Each but the last ends with whether another job may begin before the next one: what was sent travels
+meanwhile. If not, only jobs that have said so go on in between."""
+
 Job = Callable[[], Phases | None]
-"""It must not raise: what goes wrong in it is its own to report. What it returns are phases that are still to run: what
-one sends travels while other jobs' phases run. From the third on they issue no collectives."""
+"""It must not raise: what goes wrong in it is its own to report. What it returns are phases that are still to run."""
 
 
 class Engine:
@@ -88,12 +89,13 @@ class Engine:
 
     def _run(self) -> None:
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-            before: Phases | None = None
-            while (job := self._next(wait=before is None)) is not None or before is not None:
+            under_way: list[Phases] = []  # the latest first: what it sends, others wait for
+            while (job := self._next(wait=not under_way)) is not None or under_way:
                 phases = iter((job() if job is not None else None) or ())
-                _run_one(phases)
-                run_all(before or ())
-                before = phases if _run_one(phases) else None
+                others_may_begin = next(phases, None)
+                under_way = [each for each in under_way if any(each)]
+                if others_may_begin or (others_may_begin is not None and any(phases)):
+                    under_way.insert(0, phases)
 
     def _next(self, wait: bool) -> Job | None:
         """The next job; None where there is none now, or, if it shall wait, where there will be none anymore."""
@@ -115,15 +117,10 @@ class Engine:
             return queue.popleft()
 
 
-def run_all(phases: Iterable[None]) -> None:
+def run_all(phases: Phases) -> None:
     """Run phases to their end."""
     for _ in phases:
         pass
-
-
-def _run_one(phases: Phases) -> bool:
-    """Run one phase; whether there may be more."""
-    return any(True for _ in itertools.islice(phases, 1))
 
 
 def future_of(device: torch.device) -> "torch.futures.Future[Any]":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from compression.averagers import Averager, Gradients
+from compression.averagers import Averager, Begin, Gradients
 from compression.collectives import Collectives, Metered
 from compression.engine import Engine, Phases, used_here
 from compression.hooks import hook
@@ -223,10 +223,13 @@ class Exchange:
         if self._whole is not None and sum(len(part.names) for part, _ in self._waiting) < len(self.layers):
             return
         waiting, self._waiting = self._waiting, []
+        phases: Phases = iter(())
+        with self._noting_failure():
+            phases = self._expect([part for part, _ in waiting])
 
         def job() -> Phases:
             with self._noting_failure():
-                yield from self._timed(self._average_parts([part for part, _ in waiting]))
+                yield from self._timed(phases)
             for _, done in waiting:
                 done()
 
@@ -234,7 +237,7 @@ class Exchange:
 
     @contextlib.contextmanager
     def _noting_failure(self) -> Iterator[None]:
-        """On the communication thread: what goes wrong inside is for `finish` to raise."""
+        """On threads that are not the loop's: what goes wrong inside is for `finish` to raise."""
         try:
             yield
         except BaseException as error:
@@ -245,28 +248,30 @@ class Exchange:
         while self._failure is None:
             start = time.perf_counter()
             try:
-                next(phases)
+                others_may_begin = next(phases)
             except StopIteration:
                 return
             finally:
                 self._job_seconds += time.perf_counter() - start
-            yield
+            yield others_may_begin
 
-    def _average_parts(self, parts: Sequence[Gradients]) -> Phases:
-        """Average one flat buffer, or all of them as one."""
-        if self._whole is None:
-            (part,) = parts
-            yield from self._average(part)
-        else:
-            joined = self._whole.join(parts)
-            yield from self._average(joined)
-            self._whole.part(joined, parts)
+    def _expect(self, parts: Sequence[Gradients]) -> Phases:
+        """What averages one flat buffer, expected by then, or all of them as one."""
+        if self._whole is not None:
+            return self._average_whole(self._whole, parts)
+        (part,) = parts
+        return self._average(part, self.averager.expect(part, self.step))
 
-    def _average(self, gradients: Gradients) -> Phases:
+    def _average_whole(self, whole: Whole, parts: Sequence[Gradients]) -> Phases:
+        joined = whole.join(parts)
+        yield from self._average(joined, self.averager.expect(joined, self.step))
+        whole.part(joined, parts)
+
+    def _average(self, gradients: Gradients, begin: Begin) -> Phases:
         """Average one flat buffer, in place, whatever its type and scale."""
         flat, scale = gradients.flat, self._loss_scale
         prepared = self._prepared(replace(gradients, loss_scale=scale))
-        yield from self.averager.phases(prepared, self.step)
+        yield from begin(prepared)
         if prepared.flat is not flat:
             flat.copy_(prepared.flat if is_one(scale) else prepared.flat.mul_(scale))
         self._measure(gradients)

@@ -19,7 +19,7 @@ One file per way of agreeing:
 W ranks, N values, rank R.
 """
 
-from compression.averagers.base import Averager, Gradients, Memory, Stateless
+from compression.averagers.base import Averager, Begin, Gradients, Memory, Stateless
 from compression.averagers.dense import Dense, Sanity
 from compression.averagers.dgc import DeepGradientCompression
 from compression.averagers.gathered import Gathered, Residual, RmsScore
@@ -32,6 +32,7 @@ from compression.averagers.warm_up import WarmUp
 
 __all__ = [
     "Averager",
+    "Begin",
     "DeepGradientCompression",
     "Dense",
     "Gathered",

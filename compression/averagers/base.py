@@ -1,7 +1,7 @@
 """What averagers have in common: the gradients they get, the protocol they keep, what they remember."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -24,6 +24,10 @@ class Gradients:
     names: tuple[str, ...]
     offsets: tuple[int, ...]
     loss_scale: float | Tensor = 1.0
+
+
+Begin = Callable[[Gradients], Phases]
+"""What `Averager.average_` does, phase by phase, as a `compression.engine.Job` has them."""
 
 
 class Averager(Protocol):
@@ -51,8 +55,11 @@ class Averager(Protocol):
     def average_(self, gradients: Gradients, step: int) -> None:
         """Replace this rank's gradients by the average over ranks. `step` counts optimizer steps."""
 
-    def phases(self, gradients: Gradients, step: int) -> Phases:
-        """What `average_` does, phase by phase, as a `compression.engine.Job` has them."""
+    def expect(self, gradients: Gradients, step: int) -> Begin:
+        """Say that gradients will be averaged that lie like these; what begins to do it is to be called once.
+
+        Every rank expects them in the same order, on whatever thread: the sooner, the better.
+        """
 
     def settle(self, applied: Tensor | bool) -> None:
         """Keep what the step computed to remember, or forget it where the step was not applied.
@@ -81,9 +88,12 @@ class Plain(ABC):
     def average_(self, gradients: Gradients, step: int) -> None:
         """As `Averager.average_`."""
 
-    def phases(self, gradients: Gradients, step: int) -> Phases:
-        self.average_(gradients, step)
-        yield
+    def expect(self, gradients: Gradients, step: int) -> Begin:
+        def begin(gradients: Gradients) -> Phases:
+            self.average_(gradients, step)
+            yield False
+
+        return begin
 
     def set_widths(self, widths: Mapping[str, int]) -> None:
         raise ValueError("this compressor has no bit widths to set")

@@ -4,18 +4,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from compression import kernels
-from compression.averagers.base import Gradients, Memory, Plain
+from compression.averagers.base import Begin, Gradients, Memory, Plain
 from compression.codecs.quantizers import Quantizer
 from compression.collectives import Collectives, ExpectedExchange, ExpectedGather, Pending, part_of
 from compression.engine import Phases, run_all
 from compression.layers import DENSE, Ints, Layer, Plan, Segment, apart_from, chunks, cut, plan, without
 from compression.randomness import stream_keys
 
-CHUNK_BYTES = 3 * 2**19  # of what one rank encodes at a time, so that the network is busy meanwhile
+CHUNK_BYTES = 3 * 2**19  # of what all ranks own, where nothing follows that could be encoded meanwhile
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class TwoHop(Plain):
     and adds them up in rank order. What a rank has of its own share does not travel, and is added as it is. Hop two:
     each rank encodes the average of its share, sends it to all, and decodes it for itself. All decode the same bytes,
     so that all end with the same bits. A rank that is alone encodes everything in both hops. Layers that are not
-    compressed travel as float32 in the same messages. Large messages travel in chunks: while one is on its way, the
-    next is encoded. All are expected from the start.
+    compressed travel as float32 in the same messages. While some gradients are on their way, the next are encoded; the
+    last of a step, which end with the first layer, travel in chunks instead. All messages are expected early.
 
     With error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847) what the first encoding
     lost is added to the next gradient, and what the second lost to the owner's next average (DoubleSqueeze, Tang
@@ -81,7 +83,7 @@ class TwoHop(Plain):
         error_feedback: bool = False,
     ) -> None:
         self.codec, self.collectives, self.seed = codec, collectives, seed
-        self.encoded_bytes = self._parity = 0
+        self.encoded_bytes = 0
         self.layers = {layer.name: layer for layer in layers}
         self.shares = {
             layer.name: cut(layer.numel, codec.bucket_size, collectives.world_size, layer.index)
@@ -89,6 +91,9 @@ class TwoHop(Plain):
         }
         self.widths: dict[str, int] = {layer.name: codec.bits if layer.compressed else DENSE for layer in layers}
         self._routes: dict[tuple[tuple[str, ...], tuple[int, ...]], _Route] = {}
+        self._step: int | None = None  # whose keys and chunks, so far, these are
+        self._keys = np.empty((2, 0, 2), np.uint32)
+        self._chunks_of_step = 0
         self._memories: tuple[Memory, Memory] | None = None
         if error_feedback:
             mine = {name: shares[collectives.rank] for name, shares in self.shares.items()}
@@ -109,31 +114,41 @@ class TwoHop(Plain):
         self._routes.clear()
 
     def average_(self, gradients: Gradients, step: int) -> None:
-        run_all(self.phases(gradients, step))
+        run_all(self.expect(gradients, step)(gradients))
 
-    def phases(self, gradients: Gradients, step: int) -> Phases:
+    def expect(self, gradients: Gradients, step: int) -> Begin:
+        route, device = self._route(gradients), gradients.flat.device
+        if self._step != step:
+            self._step, self._keys, self._chunks_of_step = step, self._stream_keys(step), 0
+        keys, first_number = self._keys[:, route.layers], self._chunks_of_step
+        self._chunks_of_step += len(route.chunks)
+
+        def expect_all() -> list[_Messages]:
+            return [self._expect(chunk, first_number + k, device) for k, chunk in enumerate(route.chunks)]
+
+        if self.collectives.any_order(device):
+            expected = expect_all()
+            return lambda gradients: self._phases(gradients.flat, route, keys, expected)
+        return lambda gradients: self._phases(gradients.flat, route, keys, expect_all())
+
+    def _phases(
+        self, flat: Tensor, route: _Route, keys: NDArray[np.uint32], expected: Sequence[_Messages]
+    ) -> Phases:
         """Three: encode and send all shares, add up and send the own one, decode the averages."""
-        route = self._route(gradients)
-        flat, network = gradients.flat, self.collectives
-        fast = kernels.for_device(flat.device)
-        family, share_of_mean = self.codec.family, 1.0 / network.world_size
-        first, second = (stream_keys(self.seed, step, route.layers, hop, network.rank) for hop in (1, 2))
-
-        rank = None if self._alone else network.rank
-        expected = [self._expect(chunk, 2 * k + self._parity, flat.device) for k, chunk in enumerate(route.chunks)]
-        self._parity = 1 - self._parity  # the next gradients may be under way at the same time
+        network, fast = self.collectives, kernels.for_device(flat.device)
+        family, rank = self.codec.family, None if self._alone else network.rank
         shares, averages = [], []
         for chunk, messages in zip(route.chunks, expected, strict=True):
             wire = torch.empty(chunk.sent.wire_bytes, dtype=torch.uint8, device=flat.device)
-            fast.encode(family, chunk.sent, flat, first, wire, *self._memory(0, flat))
+            fast.encode(family, chunk.sent, flat, keys[0], wire, *self._memory(0, flat))
             self.encoded_bytes += wire.nbytes
             shares.append(messages.send_shares(wire))
-        yield
+        yield network.any_order(flat.device)
         for chunk, messages, received in zip(route.chunks, expected, shares, strict=True):
-            summands = (received(), flat, rank, share_of_mean)
-            fast.recode(family, chunk.owned, *summands, second, messages.own, *self._memory(1, flat))
+            summands = (received(), flat, rank, 1.0 / network.world_size)
+            fast.recode(family, chunk.owned, *summands, keys[1], messages.own, *self._memory(1, flat))
             averages.append(messages.send_own())
-        yield
+        yield True
         for chunk, received in zip(route.chunks, averages, strict=True):
             fast.decode(family, chunk.others, received(), flat)
 
@@ -172,6 +187,11 @@ class TwoHop(Plain):
             network.expect_gather(messages, sizes, number),
         )
 
+    def _stream_keys(self, step: int) -> NDArray[np.uint32]:
+        """Of both hops and all layers: [2, layers, 2]."""
+        rank, layers = self.collectives.rank, np.arange(1 + max(layer.index for layer in self.layers.values()))
+        return np.stack([stream_keys(self.seed, step, layers, hop, rank) for hop in (1, 2)])
+
     def _memory(self, hop: int, flat: Tensor) -> tuple[Tensor, ...]:
         return self._memories[hop].allocate(flat.device) if self._memories is not None else ()
 
@@ -194,7 +214,8 @@ class TwoHop(Plain):
         all_shares = plan(segments, range(self.collectives.world_size), *rules)
         my_share = plan(owned_segments, [rank], *rules)
         # A GPU encodes faster than it launches, and gets one launch a hop.
-        count = 1 if gradients.flat.device.type == "cuda" else max(1, all_shares.wire_bytes // CHUNK_BYTES)
+        in_chunks = gradients.flat.device.type == "cpu" and 0 in all_shares.layers
+        count = max(1, all_shares.wire_bytes // CHUNK_BYTES) if in_chunks else 1
         parts = [
             _Chunk(whole if self._alone else without(whole, rank), owned, whole, apart_from(whole, rank))
             for whole, owned in zip(chunks(all_shares, count), chunks(my_share, count), strict=True)

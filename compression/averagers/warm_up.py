@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from compression.averagers.base import Averager, Gradients
+from compression.averagers.base import Averager, Begin, Gradients
 from compression.averagers.dense import Dense
-from compression.engine import Phases, run_all
+from compression.engine import run_all
 
 
 class WarmUp:
@@ -34,11 +34,11 @@ class WarmUp:
         return self.inner.without_momentum
 
     def average_(self, gradients: Gradients, step: int) -> None:
-        run_all(self.phases(gradients, step))
+        run_all(self.expect(gradients, step)(gradients))
 
-    def phases(self, gradients: Gradients, step: int) -> Phases:
+    def expect(self, gradients: Gradients, step: int) -> Begin:
         self._compressed = step >= self.steps
-        return (self.inner if self._compressed else self.dense).phases(gradients, step)
+        return (self.inner if self._compressed else self.dense).expect(gradients, step)
 
     def settle(self, applied: Tensor | bool) -> None:
         if self._compressed:

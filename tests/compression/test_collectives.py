@@ -40,20 +40,23 @@ def swap(network: TorchDistributed, sizes: Sequence[int]) -> dict[str, Any]:
 
 
 def several_at_once(network: TorchDistributed) -> dict[str, list[Tensor]]:
-    """Exchanges and gathers of all sizes: all are expected before one is sent, and waited for the last one first."""
+    """Exchanges and gathers of all sizes: all are expected before one is sent, in an order of this rank's own, and
+    waited for the last one first."""
+    assert network.any_order(torch.device("cpu"))
     expected = []
     for chunk, sizes in enumerate(SIZES):
         messages = torch.zeros(sum(sizes), dtype=torch.uint8)
         part_of(messages, sizes, network.rank).copy_(message(network.rank, sizes[network.rank]))
         exchange = network.expect_exchange(sizes, chunk, messages.device)
         expected.append((sizes, exchange, network.expect_gather(messages, sizes, chunk)))
-    exchanges, gathers = [], []
-    for sizes, exchange, gather in expected:
-        exchanges.append(exchange(message(network.rank, sum(sizes) - sizes[network.rank])))
-        gathers.append(gather())
-    return {
-        "exchanged": [wait() for wait in exchanges[::-1]][::-1], "gathered": [wait() for wait in gathers[::-1]][::-1]
-    }  # fmt: skip
+    exchanges, gathers = {}, {}
+    for turn in range(len(SIZES)):
+        chunk = (turn + network.rank) % len(SIZES)
+        sizes, exchange, gather = expected[chunk]
+        exchanges[chunk] = exchange(message(network.rank, sum(sizes) - sizes[network.rank]))
+        gathers[chunk] = gather()
+    received = [(exchanges[chunk](), gathers[chunk]()) for chunk in reversed(range(len(SIZES)))][::-1]
+    return {"exchanged": [pair[0] for pair in received], "gathered": [pair[1] for pair in received]}
 
 
 @dataclass

@@ -61,14 +61,18 @@ def test_an_engine_ends_though_another_ranks_job_never_comes() -> None:
     engine.close()
 
 
-def test_a_job_begins_before_the_one_before_it_ends() -> None:
+@pytest.mark.parametrize(
+    ("others_may_begin_after", "expected"),
+    [(1, "a1 b1 a2 c1 b2 a3 c2 b3 c3"), (2, "a1 a2 b1 a3 b2 c1 b3 c2 c3"), (3, "a1 a2 a3 b1 b2 b3 c1 c2 c3")],
+)
+def test_a_job_begins_while_others_are_under_way_once_they_say_so(others_may_begin_after: int, expected: str) -> None:
     engine = Engine(CPU, bool)
     ran: list[str] = []
 
     def job(name: str) -> Phases:
         for phase in range(1, 4):
             ran.append(f"{name}{phase}")
-            yield
+            yield phase >= others_may_begin_after
 
     go = threading.Event()
     engine.submit(lambda: [go.wait(), None][1])
@@ -76,7 +80,7 @@ def test_a_job_begins_before_the_one_before_it_ends() -> None:
         engine.submit(partial(job, name))
     go.set()
     engine.close()
-    assert " ".join(ran) == "a1 a2 b1 a3 b2 c1 b3 c2 c3"
+    assert " ".join(ran) == expected
 
 
 def test_the_last_phase_waits_for_no_other_job() -> None:
@@ -84,8 +88,8 @@ def test_the_last_phase_waits_for_no_other_job() -> None:
     done = threading.Event()
 
     def job() -> Phases:
-        yield
-        yield
+        yield True
+        yield True
         done.set()
 
     engine.submit(job)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import compression
+from compression.averagers import Begin, Gradients
 from compression.engine import Phases
+from compression.layers import layers_of
 
 
 def model() -> nn.Module:
@@ -93,6 +95,30 @@ def test_ranks_hold_equal_bits_whatever_the_buckets_of_ddp() -> None:
     assert torch.equal(many, others_many)
     assert torch.equal(one, others_one)
     assert torch.equal(many, one)
+
+
+ORDERS = ([0, 1, 2, 0, 1, 2, 0, 1, 2], [0, 0, 1, 0, 2, 1, 1, 2, 2])
+"""Which of three averages goes on by a phase, on each rank."""
+
+
+def quantized_in_an_order_of_its_own(rank: int) -> bool:
+    """Three averages under way at one time, on one rank all at the same phase, on the other one after the other."""
+    found = []
+    for together in (False, True):
+        network = compression.TorchDistributed(dist.new_group(), dist.new_group())
+        layers = layers_of([(name, (64, 64)) for name in "abc"], 64)
+        averager = compression.build("maxmin", bucket_size=64).averager(layers, network, 0)
+        flats = torch.randn(3, 64 * 64, generator=torch.Generator().manual_seed(rank)).unbind()
+        parts = [Gradients(flat, (name,), (0,)) for flat, name in zip(flats, "abc", strict=True)]
+        averages = [begin(part) for begin, part in [(averager.expect(part, 0), part) for part in parts]]
+        for k in ORDERS[rank] if together else [0, 0, 0, 1, 1, 1, 2, 2, 2]:
+            next(averages[k], None)
+        found.append(torch.stack(flats))
+    return torch.equal(*found)
+
+
+def test_over_gloo_ranks_may_go_on_in_different_orders() -> None:
+    assert on_gloo(2, quantized_in_an_order_of_its_own) == [True] * 2
 
 
 def failing_network(rank: int) -> str:
@@ -284,13 +310,18 @@ def trained_on_gpu(barrier_share: float) -> Tensor:
     network = model().cuda()
     compressor = compression.build("maxmin", error_feedback=True)
     exchange = compression.attach(network, compressor, barrier_share=barrier_share, late_steps=2)
-    phases = exchange.averager.phases
+    expect = exchange.averager.expect
 
-    def slow(*arguments: Any) -> Phases:
-        torch.cuda._sleep(20_000_000)  # cycles: a stream that does not wait for this one is far ahead
-        yield from phases(*arguments)
+    def slow(gradients: Gradients, step: int) -> Begin:
+        begin = expect(gradients, step)
 
-    exchange.averager.phases = slow  # type: ignore[method-assign]
+        def sleep_and_begin(gradients: Gradients) -> Phases:
+            torch.cuda._sleep(20_000_000)  # cycles: a stream that does not wait for this one is far ahead
+            yield from begin(gradients)
+
+        return sleep_and_begin
+
+    exchange.averager.expect = slow  # type: ignore[method-assign]
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     for step in range(6):
         images, labels = (each.cuda() for each in batch(0, step))

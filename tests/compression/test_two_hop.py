@@ -173,8 +173,8 @@ def test_all_chunks_are_expected_and_one_is_encoded_while_another_travels(monkey
 
     run_ranks(2, work)
     assert told == [
-        "expect 0", "expect 2", "exchange 0", "exchange 2",
-        "exchanged 0", "gather 0", "exchanged 2", "gather 2", "gathered 0", "gathered 2",
+        "expect 0", "expect 1", "exchange 0", "exchange 1",
+        "exchanged 0", "gather 0", "exchanged 1", "gather 1", "gathered 0", "gathered 1",
     ]  # fmt: skip
 
 
@@ -195,6 +195,17 @@ def test_what_a_rank_keeps_is_not_encoded() -> None:
     assert all_of_rank_1 == 0
 
 
+def test_only_what_ends_with_the_first_layer_travels_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(averagers.two_hop, "CHUNK_BYTES", 100)
+    bound = two_hop(Solo(), bits=4)
+    chunks = [
+        len(bound._route(Gradients(GRADIENTS[0], names, offsets)).chunks)
+        for names, offsets in [(("bias", "weight"), (0, 40)), (("weight",), (0,)), (("bias",), (0,))]
+    ]
+    weight, bias = 2000 // 2 + 8 * 32, 4 * 40  # bytes
+    assert chunks == [(weight + bias) // 100, weight // 100, 1]
+
+
 @pytest.mark.parametrize("feedback", [False, True])
 def test_averages_may_be_under_way_at_one_time(feedback: bool) -> None:
     def work(ranks: ThreadCollectives) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,7 +215,7 @@ def test_averages_may_be_under_way_at_one_time(feedback: bool) -> None:
             parts = [Gradients(flat, (name,), (0,)) for flat, name in zip(flats, ("weight", "bias"), strict=True)]
             engine = Engine(torch.device("cpu"), bool)
             for part in parts:
-                engine.submit(partial(bound.phases if together else bound.average_, part, 0))
+                engine.submit(partial(bound.expect(part, 0), part) if together else partial(bound.average_, part, 0))
             engine.close()
             found.append(torch.cat(flats))
         return found[0], found[1]
