@@ -61,7 +61,7 @@ class Collectives(Protocol):
         """
 
     def any_order(self, device: torch.device) -> bool:
-        """Whether ranks may begin in different orders to send what they expect on `device`, none of it at once."""
+        """Whether ranks may send what they expect on `device` in different orders. No send waits then."""
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
