@@ -58,7 +58,8 @@ class Averager(Protocol):
     def expect(self, gradients: Gradients, step: int) -> Begin:
         """Say that gradients will be averaged that lie like these; what begins to do it is to be called once.
 
-        Every rank expects them in the same order, on whatever thread: the sooner, the better.
+        Of these, names, offsets and the device count; the values may come later. Every rank expects its gradients in
+        the same order, on whatever thread: the sooner, the better.
         """
 
     def settle(self, applied: Tensor | bool) -> None:

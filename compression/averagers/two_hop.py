@@ -1,5 +1,6 @@
 """Averaging of codes that a network cannot add."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -123,13 +124,13 @@ class TwoHop(Plain):
         keys, first_number = self._keys[:, route.layers], self._chunks_of_step
         self._chunks_of_step += len(route.chunks)
 
-        def expect_all() -> list[_Messages]:
+        @functools.cache
+        def expected() -> list[_Messages]:
             return [self._expect(chunk, first_number + k, device) for k, chunk in enumerate(route.chunks)]
 
-        if self.collectives.any_order(device):
-            expected = expect_all()
-            return lambda gradients: self._phases(gradients.flat, route, keys, expected)
-        return lambda gradients: self._phases(gradients.flat, route, keys, expect_all())
+        if self.collectives.any_order(device):  # else in their turn, on the thread and the stream that send
+            expected()
+        return lambda gradients: self._phases(gradients.flat, route, keys, expected())
 
     def _phases(
         self, flat: Tensor, route: _Route, keys: NDArray[np.uint32], expected: Sequence[_Messages]
