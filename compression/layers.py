@@ -9,6 +9,7 @@ over all ranks. A *record* is what one bucket becomes on the wire, a *message* a
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,6 +95,11 @@ class Plan:
     @property
     def wire_bytes(self) -> int:
         return sum(self.message_bytes)
+
+    @cached_property
+    def longest(self) -> int:
+        """The most values of one bucket."""
+        return int(self.count.max(initial=0))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compression.kernels.compiling import jit
+from compression.kernels.compiling import jit_with_arrays
 from compression.kernels.sparse import SparsePlan
 from compression.kernels.sparse_reference import damage
 from compression.kernels.threads import split
@@ -23,7 +23,7 @@ _TILE = 1024
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
-@jit
+@jit_with_arrays
 def _count(
     parts: np.ndarray, keys: np.ndarray, known: np.ndarray, shift: int, counts: np.ndarray, begin: int, end: int
 ) -> None:
@@ -59,7 +59,7 @@ def _count(
             counts[p, d] = even[d] + odd[d]
 
 
-@jit
+@jit_with_arrays
 def _descend(
     parts: np.ndarray,
     counts: np.ndarray,
@@ -99,7 +99,7 @@ def _descend(
         first = last
 
 
-@jit
+@jit_with_arrays
 def _collect(
     parts: np.ndarray,
     keys: np.ndarray,
@@ -127,7 +127,7 @@ def _collect(
                 at += 1
 
 
-@jit
+@jit_with_arrays
 def _encode(
     count: np.ndarray,
     kept: np.ndarray,
@@ -174,7 +174,7 @@ def _encode(
             low[byte] = np.uint8(waiting)
 
 
-@jit
+@jit_with_arrays
 def _decode(
     count: np.ndarray,
     kept: np.ndarray,

@@ -4,11 +4,15 @@ A bucket is read once into the first-level cache and leaves as a record. Every l
 vectorizes: minima are taken over order-preserving integers, codes are packed eight at a time inside 64-bit words.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
 from compression.kernels.cpu import buckets
 from compression.kernels.cpu.families import FAMILIES
+from compression.kernels.cpu.scratch import scratch
 from compression.kernels.threads import split
 from compression.layers import Plan
 
@@ -41,7 +45,17 @@ def recode(
     """As `reference.recode`, in blocks that never leave the cache between decoding and encoding."""
     summands = (received.numpy(), values.numpy(), -1 if rank is None else rank, np.float32(factor))
     tensors = (*summands, keys, wire.numpy(), *_remembered(residual, pending))
-    split(plan.count, lambda start, stop: buckets.recode(FAMILIES[family], start, stop, *_columns(plan), *tensors))
+    _run(buckets.recode, family, plan, *_columns(plan), *tensors)
+
+
+def _run(kernel: Callable[..., Any], family: str, plan: Plan, *arguments: Any) -> list[Any]:
+    """What a kernel returns of each thread's buckets."""
+    number = FAMILIES[family]
+
+    def work(start: int, stop: int) -> Any:
+        return kernel(number, start, stop, *arguments, scratch(plan, family == "quantile"))
+
+    return split(plan.count, work)
 
 
 def _columns(plan: Plan) -> tuple[np.ndarray, ...]:
@@ -59,17 +73,10 @@ def decode(
     family: str, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False
 ) -> None:
     """As `reference.decode`."""
-    columns = (plan.position, plan.count, plan.bits, plan.wire_at)
     tensors = (wire.numpy(), out.numpy(), np.float32(factor), accumulate, not accumulate)
-    split(plan.count, lambda start, stop: buckets.decode(FAMILIES[family], start, stop, *columns, *tensors))
+    _run(buckets.decode, family, plan, plan.position, plan.count, plan.bits, plan.wire_at, *tensors)
 
 
 def expected_squared_error(family: str, plan: Plan, values: Tensor) -> float:
     """As `reference.expected_squared_error`; sums of 512 in float32, the rest in float64."""
-    columns = (plan.position, plan.count, plan.bits)
-    return sum(
-        split(
-            plan.count,
-            lambda start, stop: buckets.squared_error(FAMILIES[family], start, stop, *columns, values.numpy()),
-        )
-    )
+    return sum(_run(buckets.squared_error, family, plan, plan.position, plan.count, plan.bits, values.numpy()))

@@ -5,11 +5,9 @@ A bucket goes through in tiles that stay in the first-level cache. Every loop ov
 
 import numpy as np
 
-from compression.kernels.compiling import inlined, inlined_with_arrays, jit
+from compression.kernels.compiling import inlined, jit
 from compression.kernels.cpu.families import (
-    BINS,
     ONEBIT,
-    QUANTILE,
     TERNGRAD,
     axis,
     clamp,
@@ -36,21 +34,17 @@ from compression.kernels.cpu.memory import (
     unaligned,
 )
 from compression.kernels.cpu.packing import pack, pack_ternary, unpack, unpack_ternary
+from compression.kernels.cpu.scratch import TILE, Scratch
 from compression.kernels.cpu.sums import START, add_products, blocks_of, total, tree_width
-from compression.kernels.families import FRACTION_BITS, HUGE, TERNARY_TILE, TREE
+from compression.kernels.families import FRACTION_BITS, HUGE, TREE
 from compression.layers import DENSE
 
-TILE = TERNARY_TILE  # values worked on at a time: a multiple of TREE, of NARROWED, of 8 and of 5
-_SCALES = 256
-_BLOCK = 1 << 13  # values of several buckets that stay in the second-level cache
 _LINE = 16  # values of a cache line
-_AHEAD = np.int64(1024)  # values; a numpy integer, as `sums.START` is
+_AHEAD, _TREE = np.int64(1024), np.int64(TREE)  # values; numpy integers, as `sums.START` is
 _LEAST_UNIT = np.float32(2.0**-100)  # in fixed point it is no denormal number yet
 _NO, _YES = np.bool_(False), np.bool_(True)  # numpy bools, likewise
 _HUGE, _ZERO, _ONE = np.float32(HUGE), np.float32(0.0), np.float32(1.0)
 _FIXED, _FRACTION, _UNUSED = np.float32(2.0**FRACTION_BITS), np.uint32(FRACTION_BITS), np.uint32(32 - FRACTION_BITS)
-
-_Scratch = tuple[np.ndarray, ...]  # (codes, words, places, scales, bins, terms, sums)
 
 
 @inlined
@@ -158,26 +152,6 @@ def _project(family: int, bits: int, dot: np.float32, square: np.float32, scales
 
 
 @inlined
-def _longest(start: int, stop: int, count: np.ndarray) -> np.int64:
-    """The most values of one bucket, at least those of a tree."""
-    longest = np.int64(TREE)
-    for m in range(start, stop):
-        longest = max(longest, count[m])
-    return longest
-
-
-@inlined_with_arrays
-def _scratch(family: int, start: int, stop: int, count: np.ndarray) -> _Scratch:
-    """What encoding and decoding the buckets from `start` to below `stop` is done in."""
-    room = blocks_of(blocks_of(_longest(start, stop, count))) * TREE
-    return (
-        np.empty(TILE + 8, np.uint8), np.empty(TILE, np.uint32), np.empty(TILE, np.float32),
-        np.empty(_SCALES, np.float32), np.empty(BINS + 2 if family == QUANTILE else 0, np.int32),
-        np.empty(2 * TREE, np.float32), np.empty(2 * room, np.float32),
-    )  # fmt: skip
-
-
-@inlined
 def _encode(
     family: int,
     start: int,
@@ -199,14 +173,14 @@ def _encode(
     target_at: np.ndarray,
     decodes: bool,
     distance: int,
-    scratch: _Scratch,
+    scratch: Scratch,
 ) -> None:
     """As `reference.encode`, for buckets from `start` to below `stop`.
 
     What bucket m decodes to goes to target[target_at[m]] and behind, if `decodes`. Meanwhile as many values `distance`
     behind are read into the cache.
     """
-    codes, words, places, scales, bins, terms, sums = scratch
+    codes, words, places, scales, bins, terms, sums, _, _ = scratch
     room = len(sums) // 2
     for m in range(start, stop):
         n, b, record = count[m], bits[m], wire_at[m]
@@ -278,13 +252,13 @@ def _decode(
     factor: np.float32,
     accumulate: bool,
     streams: bool,
-    scratch: _Scratch,
+    scratch: Scratch,
 ) -> None:
     """As `reference.decode`, for buckets from `start` to below `stop`.
 
     With `streams`, what does not accumulate is written past the caches: for an `out` that is not read soon.
     """
-    codes, _, decoded, scales, _, _, _ = scratch
+    codes, decoded, scales = scratch.codes, scratch.places, scratch.scales
     for m in range(start, stop):
         n, b, head = count[m], bits[m], wire_at[m]
         if b != DENSE:
@@ -329,9 +303,9 @@ def decode(
     factor: np.float32,
     accumulate: bool,
     streams: bool,
+    scratch: Scratch,
 ) -> None:
-    """As `_decode`, which needs scratch."""
-    scratch = _scratch(family, start, stop, count)
+    """As `_decode`."""
     _decode(family, start, stop, position, count, bits, wire_at, wire, out, factor, accumulate, streams, scratch)
 
 
@@ -380,25 +354,24 @@ def recode(
     residual: np.ndarray,
     pending: np.ndarray,
     feedback: bool,
+    scratch: Scratch,
 ) -> None:
     """Encode the sums of what was received and of a rank's own values; if there is neither, encode the values.
 
     One kernel for both, since it takes seconds to compile.
     """
-    scratch = _scratch(family, start, stop, count)
     if len(received) == 0 and own < 0:
         _encode(
             family, start, stop, position, count, bits, wire_at, slot, element, memory_at,
             values, keys, wire, residual, pending, feedback, values, position, _NO, _AHEAD, scratch,
         )  # fmt: skip
         return
-    room = max(_BLOCK, _longest(start, stop, count))
-    sums, places = np.empty(room, np.float32), np.empty(len(position), np.int64)
+    sums, starts = scratch.block, scratch.starts
     first = start
     while first < stop:
         last, filled = first, 0
-        while last < stop and filled + count[last] <= room:
-            places[last] = filled
+        while last < stop and filled + count[last] <= len(sums):
+            starts[last] = filled
             filled += count[last]
             last += 1
         message = 0
@@ -407,12 +380,12 @@ def recode(
                 _add(values, first, last, position, count, factor, turn > 0, sums)
             else:
                 _decode(
-                    family, first, last, places, count, bits, wire_at,
+                    family, first, last, starts, count, bits, wire_at,
                     received[message], sums, factor, turn > 0, _NO, scratch,
                 )  # fmt: skip
                 message += 1
         _encode(
-            family, first, last, places, count, bits, wire_at, slot, element, memory_at,
+            family, first, last, starts, count, bits, wire_at, slot, element, memory_at,
             sums, keys, wire, residual, pending, feedback, values, position, _YES, np.int64(filled), scratch,
         )  # fmt: skip
         first = last
@@ -420,31 +393,37 @@ def recode(
 
 @jit
 def squared_error(
-    family: int, start: int, stop: int, position: np.ndarray, count: np.ndarray, bits: np.ndarray, values: np.ndarray
+    family: int,
+    start: int,
+    stop: int,
+    position: np.ndarray,
+    count: np.ndarray,
+    bits: np.ndarray,
+    values: np.ndarray,
+    scratch: Scratch,
 ) -> float:
-    _, _, _, scales, bins, terms, sums = _scratch(family, start, stop, count)
-    places, low, high = np.empty(TREE, np.float32), np.empty(TREE, np.float32), np.empty(TREE, np.float32)
-    lower, upper = np.empty(TREE, np.uint8), np.empty(TREE, np.uint8)
+    codes, _, places, scales, bins, terms, sums, around, _ = scratch
     error = 0.0
     for m in range(start, stop):
         n, b, at = count[m], bits[m], position[m]
         finite = fit(family, values, at, n, b, scales, terms, sums, bins)
-        top, unit = np.float32(top_code(family, b)), _ONE / reach(family, b, scales)
+        top, unit = top_code(family, b), _ONE / reach(family, b, scales)
         for tile in range(0, n, TREE):
             length = min(TREE, n - tile)
             positions(family, values, at + tile, length, b, scales, finite, bins, places)
             for i in range(length):
-                place = clamp(load(places, i), _ZERO, top)
+                place = clamp(load(places, i), _ZERO, np.float32(top))
                 floor = np.floor(place)
                 store(places, i, place - floor)
-                store(lower, i, np.int32(floor))
-                store(upper, i, np.int32(floor + (_ONE if floor < top else _ZERO)))
-            levels(family, lower, length, b, scales, low, START)
-            levels(family, upper, length, b, scales, high, START)
+                store(codes, i, np.int32(floor))
+            levels(family, codes, length, b, scales, around, _TREE)
             for i in range(length):
-                gap = (load(high, i) - load(low, i)) * unit
-                store(low, i, gap * load(places, i))
-                store(high, i, gap * (_ONE - load(places, i)))
-            add_products(low, START, _ONE, high, _ONE, length, np.int64(TREE), terms, sums, START)
+                store(codes, i, min(np.int32(load(codes, i)) + 1, top))
+            levels(family, codes, length, b, scales, around, START)
+            for i in range(length):
+                gap = (load(around, i) - load(around, TREE + i)) * unit
+                store(around, TREE + i, gap * load(places, i))
+                store(around, i, gap * (_ONE - load(places, i)))
+            add_products(around, _TREE, _ONE, around, _ONE, length, _TREE, terms, sums, START)
             error += float(sums[0]) / float(unit) ** 2
     return error
