@@ -817,9 +817,10 @@ class Run:
                 self.written.append(self.workspace / flags.checkpoint_filename)
 
     def _save_weights(self) -> None:
+        """Write what validation scores: the weights, and the batch-norm statistics averaged over the ranks."""
         if self.flags.save_weights:
             path = Path(self.flags.save_weights)
-            with self.ranks.together():
+            with averaged_batch_norm(self.module, self.ranks.sum), self.ranks.together():
                 if self.ranks.rank == 0:
                     checkpoints.save_weights(self.module, path)
                     self.written.append(path)
@@ -841,22 +842,26 @@ class Run:
             return checkpoints.load(path, expected) if path else None
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on where a checkpoint ends. What belongs to ranks is restored where their number is the same."""
+        """Go on where a checkpoint ends. What each rank had of its own is restored where their number is the same."""
         checkpoints.load_into(self.module, saved["state_dict"], "of the checkpoint")
         self.optimizer.load_state_dict(saved["optimizer"])
         self.epoch, self.iteration, self.best = saved["epoch"], saved["iteration"], saved["best_prec1"]
         if saved["widths"] and self.exchange.widths and not self.flags.compression_scheme:
             self.exchange.set_widths(saved["widths"])
-        if saved["world_size"] == self.ranks.size:
-            own = saved["ranks"][self.ranks.rank]
-            checkpoints.set_random_state(own["random"])
-            for name, buffer in self.module.named_buffers():
+        alike = saved["world_size"] == self.ranks.size
+        own = saved["ranks"][self.ranks.rank if alike else 0]
+        self.exchange.load_state_dict(own["exchange"], ranks_alike=alike)
+        for name, buffer in self.module.named_buffers():
+            if alike or not buffer.is_floating_point():
                 buffer.copy_(own["buffers"][name])
-            self.exchange.load_state_dict(own["exchange"])
+            else:
+                buffer.copy_(sum(rank["buffers"][name] for rank in saved["ranks"]) / saved["world_size"])
+        if alike:
+            checkpoints.set_random_state(own["random"])
         elif self.ranks.rank == 0:
             print(
-                f"the checkpoint is of {saved['world_size']} ranks, and these are {self.ranks.size}: residuals, random "
-                "states and the other ranks' batch-norm statistics are dropped",
+                f"the checkpoint is of {saved['world_size']} ranks, and these are {self.ranks.size}: residuals and "
+                "random states are dropped, and batch-norm statistics become their averages",
                 file=sys.stderr,
             )
 

@@ -149,8 +149,8 @@ class BrokenBarrier(Exchange):
         ]
         return super().state_dict() | {"late": late, "squares": dict(self._squares)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict({**state, "late": []})
+    def load_state_dict(self, state: Mapping[str, Any], ranks_alike: bool = True) -> None:
+        super().load_state_dict({**state, "late": []}, ranks_alike)
         self._squares.update(state.get("squares", {}))
         self._outstanding = [self._restored(**late) for late in state.get("late", [])]
 

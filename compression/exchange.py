@@ -139,16 +139,21 @@ class Exchange:
         recorded = self.recorder.memory.state_dict() if self.recorder is not None else {}
         return {"step": self.step, "averager": self.averager.state_dict(), "recorded": recorded}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`. ValueError where the state is not of such an exchange."""
+    def load_state_dict(self, state: Mapping[str, Any], ranks_alike: bool = True) -> None:
+        """The inverse of `state_dict`. ValueError where the state is not of such an exchange.
+
+        Where the ranks are others than when it was saved, only what all of them shared is taken of any rank's state:
+        the step counter, and averages that are still to be applied.
+        """
         if state.get("late"):
             raise ValueError(
                 "the checkpoint holds averages that a broken barrier is still to apply; resume with the --bb-ratio of "
                 "the run that was interrupted"
             )
-        self.averager.load_state_dict(state["averager"])
-        if self.recorder is not None:
-            self.recorder.memory.load_state_dict(state["recorded"])
+        if ranks_alike:
+            self.averager.load_state_dict(state["averager"])
+            if self.recorder is not None:
+                self.recorder.memory.load_state_dict(state["recorded"])
         self.step = int(state["step"])
 
     @property

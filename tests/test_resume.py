@@ -9,6 +9,7 @@ import pytest
 import torch
 from program import SMALL, every_compressor, run, run_well, signal_in_step
 
+from image_classification.checkpoints import load_weights
 from image_classification.logs import records
 
 SETTINGS = {
@@ -162,11 +163,48 @@ def test_a_finished_run_that_is_resumed_changes_nothing(pictures: Path, tmp_path
 
 
 def test_another_number_of_ranks_goes_on_with_what_is_not_the_ranks_own(pictures: Path, tmp_path: Path) -> None:
-    flags = argv(pictures, tmp_path, "--compression-type maxmin --error-feedback")
+    flags = argv(pictures, tmp_path, "--compression-type maxmin --error-feedback --compressor-warmup-steps 3")
     run_well(*flags, "--run-epochs", 1, ranks=2)
+    assert checkpoint(tmp_path / "checkpoint.pth.tar")["ranks"][0]["exchange"]["step"] == 3
     [rank] = run_well(*flags, "--resume", "auto")
     assert rank.err == (
-        "the checkpoint is of 2 ranks, and these are 1: residuals, random states and the other ranks' batch-norm "
-        "statistics are dropped\n"
+        "the checkpoint is of 2 ranks, and these are 1: residuals and random states are dropped, and batch-norm "
+        "statistics become their averages\n"
     )
-    assert checkpoint(tmp_path / "checkpoint.pth.tar")["epoch"] == 2
+    saved = checkpoint(tmp_path / "checkpoint.pth.tar")
+    assert (saved["epoch"], saved["ranks"][0]["exchange"]["step"]) == (2, 6)
+    ratios = [
+        record["data"]["comm.ratio"] for record in records(tmp_path / "experiment_raport.json") if record["step"] == [1]
+    ]
+    assert ratios[0] < 0.5  # the warm-up in float32 is over
+
+
+def test_gradient_statistics_outlive_another_number_of_ranks(pictures: Path, tmp_path: Path) -> None:
+    flags = argv(pictures, tmp_path, "--compression-type stats")
+    run_well(*flags, "--run-epochs", 1, ranks=2)
+    before = (tmp_path / "gradient_stats.jsonl").read_text()
+    run_well(*flags, "--resume", "auto")
+    assert before
+    assert (tmp_path / "gradient_stats.jsonl").read_text().startswith(before)
+
+
+def test_what_several_ranks_validated_is_what_one_rank_loads_and_what_is_exported(
+    pictures: Path, tmp_path: Path
+) -> None:
+    exported = tmp_path / "weights.safetensors"
+    all_images = ("--prof", -1)
+    run_well(*argv(pictures, tmp_path, epochs=1), *all_images, "--save-weights", exported, ranks=2)
+    evaluate = ("--evaluate", "--resume", tmp_path / "checkpoint.pth.tar")
+    [rank] = run_well(*argv(pictures, tmp_path / "other"), *all_images, *evaluate)
+    saved = checkpoint(tmp_path / "checkpoint.pth.tar")
+    own = [each["buffers"]["1.running_mean"] for each in saved["ranks"]]
+    assert not torch.equal(own[0], own[1])
+    assert torch.equal(rank.weights["1.running_mean"], (own[0] + own[1]) / 2)
+    torch.testing.assert_close(load_weights(exported), dict(rank.weights))
+    losses = [
+        record["data"]["val.loss"]
+        for folder in (tmp_path, tmp_path / "other")
+        for record in records(folder / "experiment_raport.json")
+        if record["type"] == "LOG" and "val.loss" in record["data"]
+    ]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
