@@ -576,13 +576,9 @@ class Run:
                 self.exchange.set_widths(search.load_scheme(flags.compression_scheme, compressed, names))
             if saved:
                 self._restore(saved)
-            if not flags.evaluate and self.epoch < flags.epochs:  # raises where no step fits into an epoch
-                last_iteration(
-                    len(self.train_loader),
-                    start=self.iteration,
-                    iterations=self.iterations,
-                    accumulation=self.accumulation,
-                )
+            self.trained = False  # the epoch's steps are all done, and what follows them is not
+            if not flags.evaluate and self.epoch < flags.epochs:
+                self._hold_position(saved.get("images_per_iteration") if saved else None)
         if flags.hvd:
             self.optimizer.load_state_dict(ranks.control.broadcast(self.optimizer.state_dict()))
         with ranks.together():
@@ -595,9 +591,10 @@ class Run:
             self.log = build_logger(flags, ranks, self.iterations or len(self.train_loader), start)
             self.log.parameters({name: value for name, value in vars(flags).items() if name != "given"})
             self._observe()
+        self.interruption: Interruption | None = None
         self.steps = 0
         self.totals = torch.zeros(7, dtype=torch.float64, device=ranks.device)
-        self.summary: dict[str, float] = {}
+        self.summary: dict[str, float] = dict(saved["metrics"]) if saved and self.trained else {}
 
     # The epochs
 
@@ -608,17 +605,21 @@ class Run:
             self._calibrate()
             self._search("calibration")
         if flags.evaluate:
-            self._log_epoch(self._validate())
+            self._log_epoch(self._validate() or {})
             self._save_weights()
             return self._finish()
         self.interruption = Interruption(self.ranks.store)
         last = flags.epochs if flags.run_epochs == -1 else min(flags.epochs, self.epoch + flags.run_epochs)
         for epoch in range(self.epoch, last):
-            if not self._train(epoch):
+            if not self.trained and not self._train(epoch):
                 return self.interruption.exit_status
+            self.trained = False
             if flags.search:
                 self._search(epoch)
             metrics = {} if flags.training_only else self._validate()
+            if metrics is None:
+                self.log.line(f"stopped by a signal in the validation of epoch {epoch}; {self._how_to_go_on()}")
+                return self.interruption.exit_status
             self._log_epoch(metrics)
             best = metrics.get("val.top1", 0.0) > self.best
             self.best = max(self.best, metrics.get("val.top1", 0.0))
@@ -657,15 +658,17 @@ class Run:
             raise Failure(str(error), status=1) from error
         self._traffic()
         self.summary = {**result.metrics, **self._per_step(self.totals)}
-        if not result.finished:
-            self.epoch, self.iteration = epoch, result.iteration
+        self.epoch, self.iteration = epoch, result.iteration
+        if not result.finished or flags.search or not flags.training_only:  # what follows may fail, or be stopped
             self._save(best=False)
+        if not result.finished:
             self._save_weights()
             where = f"after iteration {result.iteration} of epoch {epoch}"
             self.log.line(f"stopped by a signal {where}; {self._how_to_go_on()}")
         return result.finished
 
     def _should_stop(self) -> bool:
+        assert self.interruption is not None
         self.steps += 1
         return self.interruption.due(self.steps)
 
@@ -673,16 +676,16 @@ class Run:
         targets = nn.functional.one_hot(labels, self.flags.num_classes).to(images.dtype)
         return data.mixup(images, targets, self.flags.mixup, (self.seed, self.ranks.rank, epoch, iteration))
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self) -> dict[str, float] | None:
+        """None where a signal ended it early."""
         with averaged_batch_norm(self.module, self.ranks.sum):
-            return dict(
-                evaluate(
-                    self.module,
-                    self.val_loader,
-                    self.precision,
-                    iterations=self.iterations,
-                    sum_over_ranks=self.ranks.sum,
-                )
+            return evaluate(
+                self.module,
+                self.val_loader,
+                self.precision,
+                iterations=self.iterations,
+                should_stop=lambda: self.interruption is not None and self.interruption.asked(),
+                sum_over_ranks=self.ranks.sum,
             )
 
     # The search
@@ -786,7 +789,10 @@ class Run:
         return 0
 
     def _save(self, best: bool) -> None:
-        """Write a checkpoint of the state after `self.epoch` epochs and `self.iteration` iterations."""
+        """Write a checkpoint of the state after `self.epoch` epochs and `self.iteration` iterations.
+
+        After the last of them the epoch's search and validation are still to come, and its metrics go along.
+        """
         flags, ranks = self.flags, self.ranks
         if flags.no_checkpoints:
             return
@@ -801,6 +807,8 @@ class Run:
                 content = {
                     "epoch": self.epoch,
                     "iteration": self.iteration,
+                    "images_per_iteration": flags.batch_size * ranks.size,
+                    "metrics": self.summary if self.iteration else {},
                     "arch": flags.arch,
                     "num_classes": flags.num_classes,
                     "state_dict": self.module.state_dict(),
@@ -864,6 +872,25 @@ class Run:
                 "random states are dropped, and batch-norm statistics become their averages",
                 file=sys.stderr,
             )
+
+    def _hold_position(self, images_per_iteration: int | None) -> None:
+        """See that training can go on where the checkpoint ends, whose iterations had so many images on all ranks.
+
+        Raises ValueError where no step fits into an epoch, or none begins there.
+        """
+        whole = functools.partial(
+            last_iteration, len(self.train_loader), iterations=self.iterations, accumulation=self.accumulation
+        )
+        end, own = whole(), self.flags.batch_size * self.ranks.size
+        if images_per_iteration not in (None, own):
+            seen = self.iteration * images_per_iteration
+            self.iteration = min(seen // own // self.accumulation * self.accumulation, end)
+            again = seen - self.iteration * own
+            if again > 0 and self.ranks.rank == 0:
+                print(f"{again} images of epoch {self.epoch} are seen twice: the batches are others", file=sys.stderr)
+        self.trained = self.iteration == end
+        if not self.trained:
+            whole(start=self.iteration)
 
     def _how_to_go_on(self) -> str:
         if self.flags.no_checkpoints:

@@ -1,4 +1,4 @@
-"""Stopping in the middle of an epoch, at the same step on every rank, when a signal asks for it.
+"""Stopping in the middle of an epoch or of a validation, the same on every rank, when a signal asks for it.
 
 Knows signals and a key-value store that all ranks share; what is saved and how the program ends is its caller's
 business.
@@ -48,17 +48,25 @@ class Interruption:
 
     def due(self, step: int) -> bool:
         """Whether to stop now that step number `step` of this process is done. Every rank asks after every step."""
-        if self._store is None:
-            if self._signal is not None:
-                self._announced = (step, self._signal)
-        elif self._announced is None:
-            if self._store.check([_KEY]):
-                text = self._store.get(_KEY).decode().split()
-                self._announced = (int(text[0]), int(text[1]))
-            elif self._signal is not None:
-                self._announced = (step + 1, self._signal)
-                self._store.set(_KEY, f"{step + 1} {self._signal}")
+        self._look(step if self._store is None else step + 1)
         return self._announced is not None and step >= self._announced[0]
+
+    def asked(self) -> bool:
+        """Whether any rank has been asked to stop, where ranks are not in step: one may know before another does."""
+        self._look(0)
+        return self._announced is not None
+
+    def _look(self, last_step: int) -> None:
+        """Learn of an announced stop, or announce that all stop after `last_step` where a signal asks for it."""
+        if self._announced is not None:
+            return
+        if self._store is not None and self._store.check([_KEY]):
+            text = self._store.get(_KEY).decode().split()
+            self._announced = (int(text[0]), int(text[1]))
+        elif self._signal is not None:
+            self._announced = (last_step, self._signal)
+            if self._store is not None:
+                self._store.set(_KEY, f"{last_step} {self._signal}")
 
     @property
     def exit_status(self) -> int:

@@ -272,8 +272,9 @@ def evaluate(
     precision: Precision,
     *,
     iterations: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
     sum_over_ranks: SumOverRanks = lambda values: values,
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     """Score `model` on all ranks' batches, or on the first `iterations` of each rank.
 
     Ranks may differ in their number of batches: nothing travels before the end. The model is the converted
@@ -284,7 +285,7 @@ def evaluate(
         cross-entropy), all per image; val.compute_ips, val.total_ips (images per second of all ranks, without
         and with the wait for data); val.data_time (seconds per batch, mean over ranks); val.compute_latency,
         its mean in seconds per batch of this rank, and _at95, _at99, _at100: what that percentage of this
-        rank's batches did not exceed.
+        rank's batches did not exceed. None, on all ranks, where `should_stop` stopped any of them before a batch.
 
     Raises:
         ValueError: there is no image on any rank.
@@ -293,10 +294,13 @@ def evaluate(
     hits_and_loss = torch.zeros(3, dtype=torch.float64, device=precision.device)
     images_seen = 0
     data_time = 0.0
+    stopped = False
     stopwatch = _Stopwatch(precision.device)
     started = asked = time.perf_counter()
     for images, labels in islice(loader.epoch(0), iterations):
         data_time += time.perf_counter() - asked
+        if stopped := should_stop():
+            break
         with stopwatch.lap():
             logits = precision.logits(model, images)
             hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
@@ -308,9 +312,11 @@ def evaluate(
     compute_time = time.perf_counter() - started - data_time
     latency = torch.tensor(laps or [0.0], dtype=torch.float64)  # a rank without a batch takes part in the sum
 
-    own = torch.tensor([images_seen, data_time, compute_time, len(laps), 1.0], dtype=torch.float64)
+    own = torch.tensor([images_seen, data_time, compute_time, len(laps), stopped, 1.0], dtype=torch.float64)
     totals = sum_over_ranks(torch.cat([hits_and_loss, own.to(precision.device)]))
-    top1, top5, loss_sum, count, data_time, compute_time, batches, world_size = totals.tolist()
+    top1, top5, loss_sum, count, data_time, compute_time, batches, any_stopped, world_size = totals.tolist()
+    if any_stopped:
+        return None
     if count == 0:
         raise ValueError("there is no validation image to score")
     return {

@@ -218,6 +218,18 @@ def signal_in_step(step: int, number: int, rank: int | None = None) -> None:
     patch.object(main.Run, "_should_stop", ask_later).start()
 
 
+def signal_in_validation(number: int, rank: int) -> None:
+    """The signal reaches one rank as it begins a validation."""
+    validate = main.Run._validate
+
+    def validate_later(run: main.Run) -> dict[str, float] | None:
+        if rank == run.ranks.rank:
+            signal.raise_signal(number)
+        return validate(run)
+
+    patch.object(main.Run, "_validate", validate_later).start()
+
+
 def compiled_code_goes_to(folder: Path) -> None:
     """torch.compile leaves nothing outside the folder."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)

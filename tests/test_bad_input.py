@@ -191,7 +191,16 @@ def test_an_image_that_only_one_rank_cannot_read_ends_all(split: str, pictures: 
     assert f"{broken} is not a readable image" in error_of(reader)
     assert error_of(other).startswith("no way to the other ranks (")
     assert error_of(other).endswith("; one that has ended says why")
-    assert not (tmp_path / "work/checkpoint.pth.tar").exists()
+    if split == "train":
+        assert not (tmp_path / "work/checkpoint.pth.tar").exists()
+        return
+    shutil.copy(pictures / "val/class1/3.png", broken)  # the epoch that was trained is not lost
+    again = (*SMALL, "--epochs", "1", "--resume", "auto", "--workspace", tmp_path / "work")
+    [first, _] = run_well(folder, *again, ranks=2)
+    assert "epoch 0 iteration" not in first.out
+    assert "epoch 0 | train.loss" in first.out
+    straight = run_well(folder, *SMALL, "--workspace", tmp_path / "straight", "--epochs", "1", ranks=2)
+    assert all(torch.equal(straight[0].weights[name], value) for name, value in first.weights.items())
 
 
 # Gradients that are not finite

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from program import SMALL, every_compressor, run, run_well, signal_in_step
+from program import SMALL, every_compressor, run, run_well, signal_in_step, signal_in_validation
 
 from image_classification.checkpoints import load_weights
 from image_classification.logs import records
@@ -95,6 +95,36 @@ def test_a_run_that_a_signal_stops_within_an_epoch_goes_on_with_the_same_bits(
     run_well(*stopped, "--resume", "auto", ranks=case.ranks)
     one, other = (checkpoint(tmp_path / name / "checkpoint.pth.tar") for name in ("straight", "stopped"))
     assert differences(one, other) == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("flags", ["--compression-type maxmin", "--search --popsize 1 --search-iterations 0"])
+def test_a_run_that_a_signal_stops_in_a_validation_keeps_the_epoch(
+    flags: str, ranks: int, pictures: Path, tmp_path: Path
+) -> None:
+    """The last rank gets the signal. What goes on neither trains the epoch again nor loses its metrics."""
+    flags += " --error-feedback"
+    straight, stopped = (argv(pictures, tmp_path / name, flags) for name in ("straight", "stopped"))
+    run_well(*straight, ranks=ranks)
+    first, *_ = ended = run(*stopped, ranks=ranks, before=partial(signal_in_validation, signal.SIGTERM, ranks - 1))
+    assert [rank.status for rank in ended] == [143] * ranks, first.err
+    saved = checkpoint(tmp_path / "stopped/checkpoint.pth.tar")
+    assert (saved["epoch"], saved["iteration"]) == (0, 3)
+    assert "stopped by a signal in the validation of epoch 0; go on with --resume " in first.out
+    first, *_ = run_well(*stopped, "--resume", "auto", ranks=ranks)
+    assert "epoch 0 iteration" not in first.out
+    assert "epoch 0 | train.loss" in first.out
+    one, other = (checkpoint(tmp_path / name / "checkpoint.pth.tar") for name in ("straight", "stopped"))
+    assert differences(one, other) == []
+
+
+def test_other_batches_go_on_at_the_images_that_were_not_seen(pictures: Path, tmp_path: Path) -> None:
+    before = partial(signal_in_step, 3, signal.SIGTERM)
+    run(*argv(pictures, tmp_path), "--prof", -1, before=before)  # three batches of 4
+    [rank] = run_well(*argv(pictures, tmp_path, epochs=1), "--resume", "auto", "-b", 8, "--prof", -1)
+    assert "4 images of epoch 0 are seen twice: the batches are others" in rank.err
+    assert "epoch 0 iteration 2/9" in rank.out
+    assert "epoch 0 iteration 1/9" not in rank.out
 
 
 def test_ranks_go_on_after_an_epoch_with_the_same_bits(pictures: Path, tmp_path: Path) -> None:
