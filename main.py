@@ -66,6 +66,9 @@ OPTIONS = {
 CHOSEN_BY = {"powersgd": "--powersgd-rank", "dgc": "--dgc"}
 
 
+STATISTICS = "gradient_stats.jsonl"
+
+
 # Flags: types
 
 
@@ -373,8 +376,7 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
     refuse(Path(flags.checkpoint_filename).name != flags.checkpoint_filename,
            f"--checkpoint-filename {flags.checkpoint_filename} is a path, and a name is needed; "
            "choose the folder with --workspace")
-    refuse(flags.checkpoint_filename == checkpoints.BEST,
-           f"--checkpoint-filename {checkpoints.BEST} is where the best checkpoint goes; choose another name")
+    check_files(flags)
 
     # compression
     kind, row = flags.compression_type, compression.COMPRESSORS[flags.compression_type]
@@ -409,12 +411,39 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
     only_one("search compression_scheme")
     only_one("search big_grad")
     only_one("compression_scheme big_grad")
+    only_one("compression_scheme quantization_bits")
     refuse(flags.search_min_bits > flags.search_max_bits,
            f"--search-min-bits {flags.search_min_bits} is above --search-max-bits {flags.search_max_bits}")
     least = "search_min_bits" if flags.search else "quantization_bits"
     refuse(row.has_bits and getattr(flags, least) < row.min_bits,
            f"--compression-type {kind} needs at least {row.min_bits} bits, one of them the sign; "
            f"raise --{least.replace('_', '-')}")
+
+
+def check_files(flags: argparse.Namespace) -> None:
+    """See that no two files are one, nor one that is read and one that is written anew.
+
+    Raises:
+        ValueError: one line that names both, and the way out.
+    """
+    for name in ("checkpoint_filename", "raport_file"):
+        refuse(checkpoints.keeps_name(Path(getattr(flags, name)).name),
+               f"--{name.replace('_', '-')} {getattr(flags, name)} is a name that copies of checkpoints get; "
+               "choose another name")
+    workspace = Path(flags.workspace)
+    files = {
+        "--raport-file": workspace / flags.raport_file,
+        "--checkpoint-filename": workspace / flags.checkpoint_filename,
+        "the gradient statistics": workspace / STATISTICS,
+        "--save-weights": flags.save_weights,
+        "--resume": None if flags.resume == "auto" else flags.resume,
+        "--pretrained-weights": flags.pretrained_weights,
+        "--compression-scheme": flags.compression_scheme,
+    }
+    paths = {name: Path(path).resolve() for name, path in files.items() if path}
+    for (one, path), (other, same) in itertools.combinations(paths.items(), 2):
+        refuse(path == same and not {one, other} <= {"--checkpoint-filename", "--resume", "--pretrained-weights"},
+               f"{one} and {other} are one file, {path}; choose another name")
 
 
 def check_world(flags: argparse.Namespace, world_size: int) -> None:
@@ -446,6 +475,11 @@ def compressor_of(flags: argparse.Namespace) -> compression.Compressor:
     names = OPTIONS | {"momentum": "momentum", "nesterov": "nesterov"}
     options = {option: getattr(flags, flag) for flag, option in names.items() if option in takes}
     return compression.build(name, **{option: value for option, value in options.items() if value is not None})
+
+
+def search_widths(flags: argparse.Namespace) -> range:
+    """The bit widths that a search chooses from."""
+    return range(flags.search_min_bits, flags.search_max_bits + 1)
 
 
 def build_model(flags: argparse.Namespace, seed: int) -> nn.Module:
@@ -522,6 +556,8 @@ class Run:
         with ranks.together():
             self.train_loader, self.val_loader = build_data(flags, self.seed, ranks)
             self.module = build_model(flags, self.seed)
+            self.module.train(not flags.evaluate or flags.search)
+            models.try_input(self.module, flags.batch_size, flags.image_size)
             compressor = compressor_of(flags)
         self._seed_by_rank()
         self.precision = Precision.choose(
@@ -571,6 +607,13 @@ class Run:
                 f"--search chooses widths of compressed layers, and no layer has a bucket of {flags.bucket_size} "
                 "values; lower --bucket-size",
             )
+            takes = compression.COMPRESSORS[compressor_name(flags)].takes
+            if "bucket_size" in takes and not compressed and ranks.rank == 0:
+                print(f"nothing is compressed: no layer has a bucket of {flags.bucket_size} values", file=sys.stderr)
+            if flags.search_target_bits:
+                sizes = [layer.numel for layer in self.exchange.layers if layer.compressed]
+                codec = compression.codec(flags.compression_type, bucket_size=flags.bucket_size)
+                search.hold_budget(sizes, codec.with_bits, search_widths(flags), flags.search_target_bits)
             if flags.compression_scheme:
                 names = [layer.name for layer in self.exchange.layers]
                 self.exchange.set_widths(search.load_scheme(flags.compression_scheme, compressed, names))
@@ -587,7 +630,8 @@ class Run:
                 if flags.save_weights:
                     Path(flags.save_weights).parent.mkdir(parents=True, exist_ok=True)
             self.written: list[Path] = []
-            start = logs.END if flags.evaluate and saved else (self.epoch, self.iteration)
+            ended = saved and (flags.evaluate or self.epoch >= flags.epochs)
+            start = logs.END if ended else (self.epoch, self.iteration)
             self.log = build_logger(flags, ranks, self.iterations or len(self.train_loader), start)
             self.log.parameters({name: value for name, value in vars(flags).items() if name != "given"})
             self._observe()
@@ -609,6 +653,8 @@ class Run:
             self._save_weights()
             return self._finish()
         self.interruption = Interruption(self.ranks.store)
+        if self.epoch >= flags.epochs:
+            self.log.line(f"nothing is left to train: --epochs is {flags.epochs}, and the checkpoint has {self.epoch}")
         last = flags.epochs if flags.run_epochs == -1 else min(flags.epochs, self.epoch + flags.run_epochs)
         for epoch in range(self.epoch, last):
             if not self.trained and not self._train(epoch):
@@ -715,8 +761,8 @@ class Run:
         with self.ranks.together():
             if self.ranks.rank == 0:
                 codec = compression.codec(flags.compression_type, bucket_size=flags.bucket_size)
-                widths = range(flags.search_min_bits, flags.search_max_bits + 1)
-                tables = search.measure(gradients, codec.with_bits, widths, 4 * (values - compressed), values)
+                dense_bytes = 4 * (values - compressed)
+                tables = search.measure(gradients, codec.with_bits, search_widths(flags), dense_bytes, values)
                 result = search.search(
                     tables,
                     flags.search_alpha,
@@ -747,7 +793,7 @@ class Run:
         """Let gradient statistics, where they are asked for, go to a file and to TensorBoard."""
         averager = self.exchange.averager
         if isinstance(averager, Observing) and self.ranks.rank == 0 and not self.flags.evaluate:
-            path = self.workspace / "gradient_stats.jsonl"
+            path = self.workspace / STATISTICS
             boards = [sink.writer for sink in self.log.sinks if isinstance(sink, logs.TensorBoard)]
             averager.sink = to_all([JsonLines(path, self.exchange.step), *map(TensorBoard, boards)])
             self.written.append(path)
@@ -811,6 +857,7 @@ class Run:
                     "metrics": self.summary if self.iteration else {},
                     "arch": flags.arch,
                     "num_classes": flags.num_classes,
+                    "memory_format": flags.memory_format,
                     "state_dict": self.module.state_dict(),
                     "best_prec1": self.best,
                     "optimizer": self.optimizer.state_dict(),
@@ -854,10 +901,18 @@ class Run:
         checkpoints.load_into(self.module, saved["state_dict"], "of the checkpoint")
         self.optimizer.load_state_dict(saved["optimizer"])
         self.epoch, self.iteration, self.best = saved["epoch"], saved["iteration"], saved["best_prec1"]
-        if saved["widths"] and self.exchange.widths and not self.flags.compression_scheme:
+        chosen = self.flags.compression_scheme or ("quantization_bits" in self.flags.given and not self.flags.search)
+        if saved["widths"] and self.exchange.widths and not chosen:
             self.exchange.set_widths(saved["widths"])
         alike = saved["world_size"] == self.ranks.size
         own = saved["ranks"][self.ranks.rank if alike else 0]
+        exchange, layout = own["exchange"], saved.get("memory_format", self.flags.memory_format)
+        remembers = any(exchange["averager"].values()) or exchange["recorded"] or exchange.get("late")
+        refuse(
+            remembers and layout != self.flags.memory_format and not self.flags.evaluate,
+            f"the checkpoint holds values in {layout} order that compression or search remember, and --memory-format "
+            f"is {self.flags.memory_format}; resume with --memory-format {layout}",
+        )
         self.exchange.load_state_dict(own["exchange"], ranks_alike=alike)
         for name, buffer in self.module.named_buffers():
             if alike or not buffer.is_floating_point():

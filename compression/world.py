@@ -103,7 +103,7 @@ def join_ranks(device: str, local_rank: int, *, backend: str = "auto", hvd: bool
     cores divided by the ranks on it.
 
     Raises:
-        ValueError: there is no GPU for this rank, or no Horovod.
+        ValueError: there is no GPU for this rank, or no Horovod, or a backend that is not for its device.
     """
     horovod: Any = None
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -119,10 +119,14 @@ def join_ranks(device: str, local_rank: int, *, backend: str = "auto", hvd: bool
             stack.callback(horovod.shutdown)
             world = _over_horovod(horovod, local_rank, place)
         elif "RANK" in os.environ:
-            if backend == "auto":
-                backend = "nccl" if place.type == "cuda" else "gloo"
+            own = "nccl" if place.type == "cuda" else "gloo"
+            if backend not in ("auto", own):
+                raise ValueError(
+                    f"--dist-backend {backend} cannot send what lies on a {place.type} device; use {own}, or choose "
+                    "another --device"
+                )
             store, rank, size = next(iter(rendezvous("env://")))
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+            dist.init_process_group(own, store=store, rank=rank, world_size=size)
             stack.callback(dist.destroy_process_group)
             # A gloo thread that is letting go of its last work wants Python's lock once more. The end of the group
             # waits for that thread with the lock in hand, so it has to be through by then.

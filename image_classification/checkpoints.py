@@ -20,6 +20,7 @@ keys only, and knows neither models, optimizers nor ranks.
 
 import pickle
 import random
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
@@ -42,6 +43,11 @@ class Damaged(ValueError):
 
 class Misfit(ValueError):
     """A good file that belongs to another run or another model."""
+
+
+def keeps_name(name: str) -> bool:
+    """Whether a file of this name is one that checkpoints are copied to: the best one, or one of the gathered."""
+    return name == BEST or re.fullmatch(r"checkpoint-[0-9]+\.pth\.tar", name) is not None
 
 
 def save(content: Mapping[str, Any], folder: Path, filename: str, *, best: bool, gather: bool) -> None:
@@ -198,7 +204,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         for key in ("state_dict", "model"):
             if isinstance(content, dict) and isinstance(content.get(key), dict):
                 content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    by_name = isinstance(content, dict) and all(isinstance(name, str) for name in content)
+    if not by_name or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise Damaged(f"weights file {path} holds something else than tensors by name; choose another")
     if all(name.startswith("module.") for name in content):
         return {name.removeprefix("module."): value for name, value in content.items()}
@@ -210,6 +217,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        path.open("rb").close()  # whose errors name the file
         return load_file(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"weights file {path} does not exist") from error

@@ -6,7 +6,7 @@ The functions `evolve`, `optimum` and `plot` share their names with the modules 
 the package the names are the functions.
 """
 
-from search.budget import Budgeted, within_budget
+from search.budget import Budgeted, hold_budget, within_budget
 from search.evolve import Evolved, evolve
 from search.objective import Choice, Objective
 from search.optimum import optimum
@@ -27,6 +27,7 @@ __all__ = [
     "Tables",
     "as_text",
     "evolve",
+    "hold_budget",
     "load_scheme",
     "measure",
     "optimum",

@@ -5,14 +5,14 @@ all assignments, as the optimum of E^alpha C^beta does; but the hull bounds it, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from search.objective import gap
 from search.optimum import Edges, merge_edges
-from search.tables import Ints, Tables
+from search.tables import Ints, MeasuredCodec, Tables
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,27 @@ class _Rest:
 
 def _budget_nbytes(tables: Tables, bits_a_value: float) -> int:
     """The most bytes that are at most so many bits a value."""
-    if not 0 < bits_a_value < math.inf:
-        raise ValueError(f"a budget must be a finite number of bits a value above 0, got {bits_a_value}")
-    cheapest = tables.bits_a_value(tables.bits(tables.nbytes.argmin(axis=1)))
-    if bits_a_value < cheapest:
-        raise ValueError(
-            f"a budget must hold the cheapest assignment, {math.ceil(cheapest * 1e4) / 1e4:.4f} bits a value with "
-            f"its scales, got {bits_a_value:g}; raise it, or lower the least width"
-        )
+    _hold(bits_a_value, tables.bits_a_value(tables.bits(tables.nbytes.argmin(axis=1))))
     values = sum(tables.numel)
     nbytes = math.floor(bits_a_value * values / 8) + 1
     while 8 * nbytes / values > bits_a_value:
         nbytes -= 1
     return nbytes
+
+
+def hold_budget(
+    numel: Sequence[int], codec_at: Callable[[int], MeasuredCodec], widths: Sequence[int], bits_a_value: float
+) -> None:
+    """Raise ValueError where layers of so many values cannot keep within a budget, known before any gradient is."""
+    cheapest = sum(min(codec_at(width).wire_bytes(count) for width in widths) for count in numel)
+    _hold(bits_a_value, 8 * cheapest / sum(numel))
+
+
+def _hold(bits_a_value: float, cheapest: float) -> None:
+    if not 0 < bits_a_value < math.inf:
+        raise ValueError(f"a budget must be a finite number of bits a value above 0, got {bits_a_value}")
+    if bits_a_value < cheapest:
+        raise ValueError(
+            f"a budget must hold the cheapest assignment, {math.ceil(cheapest * 1e4) / 1e4:.4f} bits a value with "
+            f"its scales, got {bits_a_value:g}; raise it, or lower the least width"
+        )

@@ -56,7 +56,25 @@ CASES = {
         "iteration 1 starts no optimizer step: they start at multiples of 2 below 8; resume with the batch sizes and "
         "--prof of the run that was interrupted",
     ),
+    "in another order": Bad(
+        "--resume {work}/checkpoint.pth.tar --memory-format nhwc",
+        "the checkpoint holds values in nchw order that compression or search remember, and --memory-format is nhwc; "
+        "resume with --memory-format nchw",
+    ),
+    # model
+    "too small images": Bad(
+        "-a vgg16 --image-size 16", "the model cannot take a batch of 4 images of 16 pixels (Given input size: ("
+    ),
+    "too small batches": Bad(
+        "-a resnet18 -b 1", "the model cannot take a batch of 1 images of 32 pixels (Expected more than 1 value per "
+    ),
     # weights
+    "weights by number": Bad(
+        "--pretrained-weights {bad}/numbered", "weights file {bad}/numbered holds something else than tensors by name"
+    ),
+    "a folder of weights": Bad(
+        "--pretrained-weights {bad}/f.safetensors", "cannot use {bad}/f.safetensors: Is a directory; choose another"
+    ),
     "no weights": Bad("--pretrained-weights {bad}/none", "weights file {bad}/none does not exist"),
     "damaged weights": Bad("--pretrained-weights {bad}/truncated", "weights file {bad}/truncated is damaged"),
     "unfit weights": Bad(
@@ -105,7 +123,14 @@ CASES = {
         "--search --bucket-size 100000",
         "--search chooses widths of compressed layers, and no layer has a bucket of 100000 values; lower --bucket-size",
     ),
+    "a budget below the least": Bad(
+        "--search --search-target-bits 1.5", "a budget must hold the cheapest assignment, 2.1"
+    ),
     # devices
+    "no GPU to send from": Bad(
+        "--dist-backend nccl",
+        "--dist-backend nccl cannot send what lies on a cpu device; use gloo, or choose another --device",
+    ),
     "no GPU to decode on": Bad(
         "--data-backend dali-gpu", "dali-gpu decodes on a CUDA device, and this process trains on cpu; use dali-cpu"
     ),
@@ -126,6 +151,8 @@ def places(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[
     (bad / "changed").write_bytes(whole[: len(whole) // 2] + b"flip" + whole[len(whole) // 2 + 4 :])
     (bad / "empty").touch()
     torch.save({"a": torch.ones(3)}, bad / "weights")
+    torch.save({0: torch.ones(3)}, bad / "numbered")
+    (bad / "f.safetensors").mkdir()
     torch.save(torch.load(work / "checkpoint.pth.tar") | {"iteration": 1}, bad / "midway")
     (bad / "scheme").write_text('{"4": ["conv1.weight"]}')
     shutil.copytree(pictures, bad / "unequal")

@@ -321,9 +321,20 @@ REFUSED = {
     "--no-checkpoints --gather-checkpoints": "--no-checkpoints and --gather-checkpoints exclude each other; drop one",
     "--no-checkpoints --checkpoint-filename x": f"--checkpoint-filename {WITHOUT} checkpoints; drop --no-checkpoints",
     "--checkpoint-filename model_best.pth.tar": (
-        "--checkpoint-filename model_best.pth.tar is where the best checkpoint goes; choose another name"
+        "--checkpoint-filename model_best.pth.tar is a name that copies of checkpoints get; choose another name"
     ),
+    "--checkpoint-filename checkpoint-2.pth.tar": (
+        "--checkpoint-filename checkpoint-2.pth.tar is a name that copies of checkpoints get; choose another name"
+    ),
+    "--raport-file checkpoint-2.pth.tar": "--raport-file checkpoint-2.pth.tar is a name that copies of checkpoints get",
+    "--workspace w --raport-file checkpoint.pth.tar": "--raport-file and --checkpoint-filename are one file, ",
+    "--checkpoint-filename experiment_raport.json": "--raport-file and --checkpoint-filename are one file, ",
+    "--workspace w --resume w/experiment_raport.json": "--raport-file and --resume are one file, ",
+    "--raport-file gradient_stats.jsonl": "--raport-file and the gradient statistics are one file, ",
     # compression
+    "--compression-scheme s --quantization-bits 8": (
+        "--compression-scheme and --quantization-bits exclude each other; drop one"
+    ),
     "--dgc --compression-type maxmin": "--dgc is a top-k, and --compression-type is maxmin; use topk",
     "--dgc --error-feedback": "--dgc and --error-feedback exclude each other; drop one",
     "--dgc --powersgd-rank 4": "--dgc and --powersgd-rank exclude each other; drop one",

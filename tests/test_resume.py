@@ -187,9 +187,30 @@ def test_a_raport_holds_every_epoch_once_however_often_the_run_was_resumed(pictu
 def test_a_finished_run_that_is_resumed_changes_nothing(pictures: Path, tmp_path: Path) -> None:
     run_well(*argv(pictures, tmp_path))
     before = checkpoint(tmp_path / "checkpoint.pth.tar")
+    raport = (tmp_path / "experiment_raport.json").read_text()
     [rank] = run_well(*argv(pictures, tmp_path), "--resume", "auto")
+    assert "nothing is left to train: --epochs is 2, and the checkpoint has 2" in rank.out
     assert "epoch 1 |" not in rank.out
     assert differences(before, checkpoint(tmp_path / "checkpoint.pth.tar")) == []
+    assert (tmp_path / "experiment_raport.json").read_text().startswith(raport)  # the summary is still there
+
+
+@pytest.mark.parametrize(
+    ("flags", "width"),
+    [("", 4), ("--quantization-bits 8", 8), ("--quantization-bits 8 --search --popsize 1 --search-iterations 0", 4)],
+    ids=["as they were", "asked for", "of the last search"],
+)
+def test_bits_that_are_asked_for_go_before_those_of_a_checkpoint(
+    flags: str, width: int, pictures: Path, tmp_path: Path
+) -> None:
+    run_well(*argv(pictures, tmp_path, "--compression-type maxmin", epochs=1))
+    [rank] = run_well(*argv(pictures, tmp_path, f"--compression-type maxmin {flags}", epochs=1), "--resume", "auto")
+    assert set(rank.widths.values()) - {32} == {width}
+
+
+def test_a_compressor_that_finds_nothing_to_compress_says_so(pictures: Path, tmp_path: Path) -> None:
+    [rank] = run_well(*argv(pictures, tmp_path, "--compression-type maxmin --bucket-size 100000", epochs=1))
+    assert rank.err == "nothing is compressed: no layer has a bucket of 100000 values\n"
 
 
 def test_another_number_of_ranks_goes_on_with_what_is_not_the_ranks_own(pictures: Path, tmp_path: Path) -> None:

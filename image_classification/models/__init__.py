@@ -5,13 +5,14 @@ A model here knows nothing of checkpoints, devices or precision.
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from image_classification.models import resnets
 from image_classification.models.initialization import MODEL_CONFIGS, initialize_
 from image_classification.torchvision_import import torchvision
 
-__all__ = ["ARCHITECTURES", "MODEL_CONFIGS", "build"]
+__all__ = ["ARCHITECTURES", "MODEL_CONFIGS", "build", "try_input"]
 
 _models = torchvision.models
 
@@ -49,3 +50,21 @@ def build(arch: str, config: str = "classic", num_classes: int = 1000) -> nn.Mod
     model = ARCHITECTURES[arch](num_classes=num_classes)
     initialize_(model, MODEL_CONFIGS[config])
     return model
+
+
+@torch.no_grad()
+def try_input(model: nn.Module, batch_size: int, image_size: int) -> None:
+    """Go through a model with a batch of square images that has shapes and no values; the model stays as it was.
+
+    Raises:
+        ValueError: the model cannot take such a batch, in training or in evaluation, whichever it is set to.
+    """
+    state = {name: value.to("meta") for name, value in (*model.named_parameters(), *model.named_buffers())}
+    images = torch.empty(batch_size, 3, image_size, image_size, device="meta")
+    try:
+        torch.func.functional_call(model, state, (images,))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the model cannot take a batch of {batch_size} images of {image_size} pixels "
+            f"({str(error).splitlines()[0]}); use larger images or batches"
+        ) from error
