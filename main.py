@@ -665,7 +665,9 @@ class Run:
             metrics = {} if flags.training_only else self._validate()
             if metrics is None:
                 self.log.line(f"stopped by a signal in the validation of epoch {epoch}; {self._how_to_go_on()}")
-                return self.interruption.exit_status
+                status = self.interruption.exit_status
+                self.ranks.control.collect(None)  # rank 0 may hold the store, and others may still look at it
+                return status
             self._log_epoch(metrics)
             best = metrics.get("val.top1", 0.0) > self.best
             self.best = max(self.best, metrics.get("val.top1", 0.0))
