@@ -313,7 +313,8 @@ def is_one(scale: float | Tensor) -> bool:
 def not_finite(flat: Tensor, views: list[Tensor]) -> list[Tensor]:
     """Whether each view of `flat` holds a NaN or an infinity: bool scalars on the device, not waited for."""
     if flat.device.type == "cuda":
-        return [~torch.isfinite(largest) for largest in torch._foreach_norm(views, float("inf"))]
+        largest = torch.stack(torch._foreach_norm(views, float("inf")))  # a launch for each layer takes longer
+        return list((~torch.isfinite(largest)).unbind())
     found = torch.zeros(1)
     if flat.dtype == torch.float32:  # the fastest look there is at all values: it multiplies them by 1
         torch._amp_foreach_non_finite_check_and_unscale_([flat], found, torch.ones(1))

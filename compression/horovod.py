@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compression.collectives import ExpectedExchange, ExpectedGather, Pending, part_of
+from compression.engine import used_here
 
 
 def join() -> Any:
@@ -75,7 +76,7 @@ class Horovod:
         return lambda: self._begin_gather(part_of(messages, sizes, self.rank), sizes, chunk)
 
     def any_order(self, device: torch.device) -> bool:
-        return True  # it goes by names
+        return device.type == "cpu"  # it goes by names; on GPUs what is sent must come from the stream that fills it
 
     def _begin_gather(self, message: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
         handle = self._hvd.allgather_async(message, name=f"{self._prefix}.gather.{chunk}.{sum(sizes)}")
@@ -92,4 +93,6 @@ class Horovod:
         """Horovod's own waiting spins with Python's lock in hand, and keeps backward from going on."""
         while not self._hvd.poll(handle):
             time.sleep(1e-4)
-        return self._hvd.synchronize(handle)
+        received = self._hvd.synchronize(handle)
+        used_here(*(received if isinstance(received, tuple) else (received,)))  # Horovod's own thread made it
+        return received
