@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from compression.averagers import Averager, Begin, Gradients
 from compression.collectives import Collectives, Metered
 from compression.engine import Engine, Phases, used_here
-from compression.hooks import hook
+from compression.hooks import flattened, hook
 from compression.layers import Layer, layers_of
 from compression.recorder import Recorder
 from compression.registry import Compressor
@@ -170,7 +170,7 @@ class Exchange:
         assert self.recorder is not None
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
-                self.recorder.record(Gradients(parameter.grad.to(torch.float32).reshape(-1), (name,), (0,)))
+                self.recorder.record(Gradients(flattened(parameter.grad, parameter), (name,), (0,)))
         self.recorder.memory.settle(True)
 
     def report(self) -> Report:

@@ -49,6 +49,13 @@ def shaped(values: Tensor, parameter: Tensor) -> Tensor:
     return values.as_strided(parameter.shape, torch.empty_like(parameter, device="meta").stride())
 
 
+def flattened(values: Tensor, parameter: Tensor) -> Tensor:
+    """The inverse of `shaped`: a copy, in float32."""
+    flat = torch.empty(values.numel(), device=values.device)
+    shaped(flat, parameter).copy_(values)
+    return flat
+
+
 class DdpHooks:
     """DDP's communication hook: a buffer is a DDP bucket, whose future completes when it is done with."""
 

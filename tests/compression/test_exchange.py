@@ -272,6 +272,25 @@ def test_the_recorder_keeps_the_decaying_sum_of_own_gradients() -> None:
         assert "0.bias" not in recorded
 
 
+def test_gradients_are_recorded_in_one_order_whether_they_travel_or_not() -> None:
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    network = nn.Conv2d(3, 32, 3).to(memory_format=torch.channels_last)
+    exchange = compression.attach(network, compression.build("maxmin"))
+    recorded = []
+    for travels in (True, False):
+        exchange.recorder = compression.Recorder(exchange.layers)
+        network.zero_grad()
+        with contextlib.nullcontext() if travels else exchange.no_sync():
+            network(images).square().sum().backward()
+        if travels:
+            exchange.settle(exchange.finish())
+        else:
+            exchange.record()
+        recorded.append(exchange.recorder.averaged(compression.Solo())["weight"])
+    exchange.close()
+    assert torch.equal(*recorded)
+
+
 def test_a_report_counts_steps_and_what_was_encoded() -> None:
     with solo("maxmin", bits=4, bucket_size=512) as (network, exchange):
         for step in range(3):
