@@ -45,6 +45,7 @@ class Engine:
         self._ahead: deque[Job] = deque()
         self._after: deque[int] = deque()  # of each job in `_ahead`
         self._submitted = self._taken = 0  # of the jobs that wait their turn
+        self._idle = False  # nothing is under way
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="communication", daemon=True)
         self._thread.start()
@@ -55,7 +56,7 @@ class Engine:
         with self._changed:
             self._waiting.append(job)
             self._submitted += 1
-            self._changed.notify()
+            self._changed.notify_all()
             return self._submitted
 
     def submit_ahead(self, job: Job, after: int) -> None:
@@ -64,13 +65,20 @@ class Engine:
         with self._changed:
             self._ahead.append(job)
             self._after.append(after)
-            self._changed.notify()
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait for all jobs to end; on a GPU, only the caller's stream waits for what they launched."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._idle and not (self._waiting or self._ahead))
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def close(self) -> None:
         """Finish what is queued and end the thread. Calling it twice is harmless."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
+            self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -100,6 +108,8 @@ class Engine:
     def _next(self, wait: bool) -> Job | None:
         """The next job; None where there is none now, or, if it shall wait, where there will be none anymore."""
         with self._changed:
+            self._idle = wait
+            self._changed.notify_all()
             self._changed.wait_for(lambda: self._waiting or self._ahead or self._closing or not wait)
             if not (self._waiting or self._ahead):
                 return None
@@ -110,6 +120,7 @@ class Engine:
             self._changed.wait_for(lambda: queue or self._closing)  # another rank may have come here first
             if not queue:
                 return None
+            self._idle = False
             if goes_ahead:
                 self._after.popleft()
             else:

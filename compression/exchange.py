@@ -205,6 +205,7 @@ class Exchange:
 
     def _end_step(self) -> None:
         """End a step whose loop did not."""
+        self._engine.wait()  # where a backward raised, nobody has: its jobs still work on buffers and residuals
         if self._open:
             self.settle(self.finish())
 

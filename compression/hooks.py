@@ -7,6 +7,7 @@ is the same on all ranks.
 
 import contextlib
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -97,6 +98,7 @@ class ParameterHooks:
         self._buckets = [_Bucket(names, parameters) for names in self._grouping()]
         self._bucket_of = {name: k for k, bucket in enumerate(self._buckets) for name in bucket.views}
         self._submitted = len(self._buckets)
+        self._callback: Callable[[], object] = lambda: None  # of the last backward: None once autograd lets go of it
         self._removers = [p.register_post_accumulate_grad_hook(self._arrived) for p in parameters.values()]
 
     @contextlib.contextmanager
@@ -129,18 +131,26 @@ class ParameterHooks:
     def _arrived(self, parameter: Tensor) -> None:
         if not self._sync:
             return
-        if self._submitted == len(self._buckets):  # the first gradient of this backward
-            self._begin()
-            self._submitted = 0
-            for bucket in self._buckets:
-                bucket.reset()
-            torch.autograd.Variable._execution_engine.queue_callback(self._complete)
+        if self._submitted == len(self._buckets) or self._callback() is None:
+            self._start()
         name = self._names[id(parameter)]
         bucket = self._buckets[self._bucket_of[name]]
         assert parameter.grad is not None
         bucket.fill(name, parameter.grad)
         while self._submitted < len(self._buckets) and not self._buckets[self._submitted].missing:
             self._launch()
+
+    def _start(self) -> None:
+        """Called with the first gradient of a backward, whatever became of the last one."""
+        self._begin()
+        self._submitted = 0
+        for bucket in self._buckets:
+            bucket.reset()
+        # Nothing else may hold it: that it is gone tells that a backward raised. The number of autograd's task would
+        # not: a backward within this one, as of a checkpointed module, has another.
+        callback = self._complete
+        self._callback = weakref.ref(callback)
+        torch.autograd.Variable._execution_engine.queue_callback(callback)
 
     def _launch(self) -> None:
         bucket = self._buckets[self._submitted]

@@ -1,6 +1,7 @@
 """All gradients as one tensor: one encoding and one exchange after backward."""
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -152,18 +153,45 @@ def test_a_clipped_norm_is_that_of_all_layers() -> None:
 
 
 @pytest.mark.usefixtures("small_buckets")
-def test_a_backward_that_fails_leaves_nothing_waiting() -> None:
+@pytest.mark.parametrize("declared", [False, True])
+@pytest.mark.parametrize("big_grad", [False, True])
+def test_what_follows_a_backward_that_fails_is_averaged(big_grad: bool, declared: bool) -> None:
+    """By sanity, to zeros. A step begins where the loop says so, or with the next gradient."""
+
     def fail(gradient: Tensor) -> Tensor:
         raise RuntimeError("on purpose")
 
     network = model()
-    exchange = compression.attach(network, compression.build("none", big_grad=True))
+    exchange = compression.attach(network, compression.build("sanity", big_grad=big_grad))
     handle = network[0].weight.register_hook(fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         backward(network)
     handle.remove()
-    exchange.begin_step()
-    assert torch.equal(backward(network), backward(model()))
+    if declared:
+        exchange.begin_step()
+    for step in range(2):
+        assert not backward(network, step=step).any()
+        assert exchange.finish()
+    exchange.close()
+
+
+@pytest.mark.usefixtures("small_buckets")
+def test_a_backward_waits_for_what_one_that_failed_has_under_way() -> None:
+    class Slow(Solo):
+        def sum_(self, values: Tensor) -> None:
+            time.sleep(0.1)
+            values.mul_(2)
+
+    def fail(gradient: Tensor) -> Tensor:
+        raise RuntimeError("on purpose")
+
+    network = model()
+    exchange = compression.attach(network, compression.build("none"), Slow())
+    handle = network[0].weight.register_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        backward(network)
+    handle.remove()
+    assert torch.equal(backward(network), 2 * backward(model()))
     exchange.close()
 
 

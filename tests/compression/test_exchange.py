@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import compression
 from compression.averagers import Begin, Gradients
@@ -213,6 +214,23 @@ def test_a_gradient_that_does_not_come_counts_as_zero() -> None:
             exchange.settle(exchange.finish())
         assert not network[4].weight.grad.any()
         assert network[0].weight.grad.any()
+
+
+def test_a_backward_within_a_backward_belongs_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that is computed anew in backward has its gradients in a task of autograd's own."""
+
+    def loss(network: nn.Module) -> Tensor:
+        hidden = checkpoint(network[1:4], network[0](batch(0, 0)[0]), use_reentrant=True)
+        return network[4](hidden).square().sum()
+
+    monkeypatch.setattr("compression.hooks.BUCKET_BYTES", 1)
+    plain = model()
+    loss(plain).backward()
+    with solo("none") as (network, exchange):
+        loss(network).backward()
+        exchange.settle(exchange.finish())
+        assert torch.equal(gradients(network), gradients(plain))
+        assert exchange.step == 1
 
 
 def test_micro_batches_accumulate_and_are_encoded_once() -> None:
