@@ -95,6 +95,7 @@ class ParameterHooks:
         self._parameters, self._begin, self._submit = parameters, begin, submit
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._sync = True
+        self._accumulated: set[str] = set()  # what got a gradient without travelling since the last averages
         self._buckets = [_Bucket(names, parameters) for names in self._grouping()]
         self._bucket_of = {name: k for k, bucket in enumerate(self._buckets) for name in bucket.views}
         self._submitted = len(self._buckets)
@@ -129,11 +130,12 @@ class ParameterHooks:
         return [*full, *filling.values()]
 
     def _arrived(self, parameter: Tensor) -> None:
+        name = self._names[id(parameter)]
         if not self._sync:
+            self._accumulated.add(name)
             return
         if self._submitted == len(self._buckets) or self._callback() is None:
             self._start()
-        name = self._names[id(parameter)]
         bucket = self._buckets[self._bucket_of[name]]
         assert parameter.grad is not None
         bucket.fill(name, parameter.grad)
@@ -155,19 +157,26 @@ class ParameterHooks:
     def _launch(self) -> None:
         bucket = self._buckets[self._submitted]
         self._submitted += 1
-        for name in bucket.missing:
-            bucket.views[name].zero_()
+        for name in tuple(bucket.missing):
+            gradient, view = self._parameters[name].grad, bucket.views[name]
+            if gradient is None:
+                view.zero_()
+            elif gradient.data_ptr() == view.data_ptr() and name not in self._accumulated:
+                view.zero_()  # it is the last average, which nobody cleared
+            else:
+                bucket.fill(name, gradient)
         flat, done = bucket.flat, bucket.done
         self._submit(Gradients(flat, tuple(bucket.views), bucket.offsets), lambda: done.set_result(flat))
 
     def _complete(self) -> None:
-        """Called by autograd when backward is through: what got no gradient counts as zero."""
+        """Called by autograd when backward is through: what got no gradient since the last step counts as zero."""
         while self._submitted < len(self._buckets):
             self._launch()
         for bucket in self._buckets:
             bucket.done.wait()
             for name, view in bucket.views.items():
                 self._parameters[name].grad = view
+        self._accumulated.clear()
 
 
 class _Bucket:

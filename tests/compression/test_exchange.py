@@ -216,6 +216,31 @@ def test_a_gradient_that_does_not_come_counts_as_zero() -> None:
         assert network[0].weight.grad.any()
 
 
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_a_gradient_that_only_an_earlier_micro_batch_gave_is_averaged(set_to_none: bool) -> None:
+    """Also where it was added to the last average's buffer, cleared."""
+    plain = model()
+    with solo("none") as (network, exchange):
+        for step in range(2):
+            for each in (plain, network):
+                each.zero_grad(set_to_none)
+            backward(plain, 2 * step)
+            with exchange.no_sync():
+                backward(network, 2 * step)
+            for each in (plain, network):
+                each[:3](batch(0, 2 * step + 1)[0]).sum().backward()
+            exchange.settle(exchange.finish())
+            assert torch.equal(gradients(network), gradients(plain))
+
+
+def test_an_average_that_nobody_cleared_is_no_gradient() -> None:
+    with solo("none") as (network, exchange):
+        for used in (network, network[:3]):
+            used(batch(0, 0)[0]).sum().backward()
+            exchange.settle(exchange.finish())
+        assert not network[4].weight.grad.any()
+
+
 def test_a_backward_within_a_backward_belongs_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A module that is computed anew in backward has its gradients in a task of autograd's own."""
 
