@@ -25,7 +25,7 @@ class Recorder:
 
     def record(self, gradients: Gradients) -> None:
         """Take in this rank's own gradients of one step, before anything encodes them."""
-        current, pending = self.memory.allocate(gradients.flat.device)
+        current, pending = self.memory.allocate(gradients.flat.device, self.layers.keys() & gradients.names)
         for name, at in zip(gradients.names, gradients.offsets, strict=True):
             if name in self.layers:
                 here, count = self.memory.offsets[name], self.memory.spans[name]

@@ -1,7 +1,7 @@
 """What averagers have in common: the gradients they get, the protocol they keep, what they remember."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -123,7 +123,8 @@ class Stateless(Plain):
 class Memory:
     """Values remembered from step to step for some layers, float32, and their pending successors.
 
-    `spans` maps a layer's name to how many values are kept of it.
+    `spans` maps a layer's name to how many values are kept of it. What is remembered of a layer that a step computes
+    nothing of, as it travels dense or not at all, stays as it is.
     """
 
     def __init__(self, spans: Mapping[str, int]) -> None:
@@ -135,9 +136,11 @@ class Memory:
         self.spans = dict(spans)
         self.current: Tensor | None = None
         self.pending: Tensor | None = None
+        self._computed: set[str] = set()  # the layers of which what is pending is of this step
 
-    def allocate(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(current, pending) on a device, zeros at first use."""
+    def allocate(self, device: torch.device, names: Iterable[str]) -> tuple[Tensor, Tensor]:
+        """(current, pending) on a device, zeros at first use: to compute what is pending of `names`, and only that."""
+        self._computed.update(names)
         if self.current is None:
             self.current = torch.zeros(self.values, device=device)
         if self.pending is None:
@@ -146,20 +149,26 @@ class Memory:
         return self.current, self.pending
 
     def settle(self, applied: Tensor | bool) -> None:
-        """Make everything that is pending current, if `applied`."""
-        if self.current is None or self.pending is None:
+        """Make everything that was computed since the last time current, if `applied`."""
+        computed, self._computed = self._computed, set()
+        if self.current is None or self.pending is None or not computed:
             return
+        for name in self.spans.keys() - computed:
+            here = self._span(name)
+            self.pending[here] = self.current[here]
         if isinstance(applied, Tensor) and applied.device.type == "cuda":
             torch.where(applied, self.pending, self.current, out=self.current)  # the host does not wait
         elif applied:
             self.current, self.pending = self.pending, self.current
 
     def commit(self, finite: Mapping[str, Tensor]) -> None:
-        """Make what is pending of some layers current, of each where its bool scalar is true."""
+        """Make what was computed of some layers current, of each where its bool scalar is true."""
         if self.current is None or self.pending is None:
             return
-        for name in finite.keys() & self.spans.keys():
-            here = slice(self.offsets[name], self.offsets[name] + self.spans[name])
+        computed = finite.keys() & self._computed
+        self._computed -= computed
+        for name in computed:
+            here = self._span(name)
             torch.where(finite[name], self.pending[here], self.current[here], out=self.current[here])
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -181,5 +190,9 @@ class Memory:
                 f"{sizes.get(differing[0], 0)} values there and {self.spans.get(differing[0], 0)} here"
             )
         self.current = self.pending = None
+        self._computed.clear()
         if sizes:
             self.current = torch.cat([state[name].to(torch.float32).reshape(-1) for name in self.offsets])
+
+    def _span(self, name: str) -> slice:
+        return slice(self.offsets[name], self.offsets[name] + self.spans[name])

@@ -29,8 +29,8 @@ class MomentumCorrection:
         self.memories: Mapping[str, Memory] = {"velocity": self.velocity, "accumulated": self.accumulated}
 
     def add(self, gradients: Gradients) -> Gradients:
-        u, new_u = self.velocity.allocate(gradients.flat.device)
-        v, new_v = self.accumulated.allocate(gradients.flat.device)
+        u, new_u = self.velocity.allocate(gradients.flat.device, gradients.names)
+        v, new_v = self.accumulated.allocate(gradients.flat.device, gradients.names)
         for gradient, here in spans(gradients, self.velocity):
             velocity = torch.mul(u[here], self.momentum, out=new_u[here]).add_(gradient)
             update = gradient.add(velocity, alpha=self.momentum) if self.nesterov else velocity

@@ -62,7 +62,7 @@ class Residual:
         self.memories: Mapping[str, Memory] = {"residual": self.memory}
 
     def add(self, gradients: Gradients) -> Gradients:
-        residual, pending = self.memory.allocate(gradients.flat.device)
+        residual, pending = self.memory.allocate(gradients.flat.device, gradients.names)
         for gradient, here in spans(gradients, self.memory):
             torch.add(gradient, residual[here], out=pending[here])
         return placed(pending, gradients, self.memory)
@@ -87,7 +87,7 @@ class RmsScore:
         self.memories: Mapping[str, Memory] = {"mean_square": self.memory}
 
     def rate(self, gradients: Gradients, owed: Gradients) -> Gradients:
-        mean_square, pending = self.memory.allocate(gradients.flat.device)
+        mean_square, pending = self.memory.allocate(gradients.flat.device, gradients.names)
         scores = torch.empty_like(gradients.flat)
         places = zip(spans(gradients, self.memory), gradients.offsets, owed.offsets, strict=True)
         for (gradient, here), at, owed_at in places:

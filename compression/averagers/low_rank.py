@@ -58,6 +58,7 @@ class _Stack:
 class _Route:
     """What travels of one group of layers: all left factors and the dense layers first, all right factors second."""
 
+    names: tuple[str, ...]  # of the layers that are factored
     matrices: tuple[_Matrix, ...]
     lefts: tuple[_Stack, ...]
     rights: tuple[_Stack, ...]
@@ -101,8 +102,8 @@ class LowRank(Plain):
         route = self._route(gradients)
         flat, network = gradients.flat, self.collectives
         share_of_mean = 1.0 / network.world_size
-        residual, owed = self._residual.allocate(flat.device)
-        basis, next_basis = self._bases(flat.device)
+        residual, owed = self._residual.allocate(flat.device, route.names)
+        basis, next_basis = self._bases(flat.device, route.names)
         first, second = flat.new_empty(route.first_values), flat.new_empty(route.second_values)
 
         for place in route.matrices:
@@ -156,7 +157,7 @@ class LowRank(Plain):
         self._residual.load_state_dict(state.get("residual", {}))
         self._basis.load_state_dict(state.get("basis", {}))
 
-    def _bases(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _bases(self, device: torch.device, of: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(current, pending) Q of all layers; numbers in [-1/2, 1/2) from the seed at first use."""
         if self._basis.current is None:
             names = list(self._basis.spans)
@@ -167,7 +168,7 @@ class LowRank(Plain):
                 for name, key in zip(names, keys, strict=True)
             ]
             self._basis.current = torch.cat([torch.empty(0), *draws])
-        return self._basis.allocate(device)
+        return self._basis.allocate(device, of)
 
     def _route(self, gradients: Gradients) -> _Route:
         key = (gradients.names, gradients.offsets)
@@ -199,7 +200,7 @@ class LowRank(Plain):
                 count = self.layers[name].numel
                 dense.append((slice(start, start + count), slice(first_values, first_values + count)))
                 first_values += count
-        return _Route(matrices, lefts, rights, tuple(dense), first_values, second_values)
+        return _Route(tuple(factored), matrices, lefts, rights, tuple(dense), first_values, second_values)
 
     def _stacks(self, side_of: Mapping[str, int]) -> tuple[dict[str, int], tuple[_Stack, ...], int]:
         """One side's factors packed, those of one shape together: where each lies, the stacks, values in all."""

@@ -84,7 +84,7 @@ class OneHop(Plain):
         seed = stream_key(self.seed, step, layer.index, _HOP, self.collectives.rank)
         if name not in self._residual.spans:
             return codec.encode(values[None], seed)[0]
-        residual, pending = self._residual.allocate(values.device)
+        residual, pending = self._residual.allocate(values.device, [name])
         at, count = self._residual.offsets[name], len(values)
         owed = torch.add(values, residual[at : at + count], out=pending[at : at + count])
         wire = codec.encode(owed[None], seed)

@@ -36,10 +36,11 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Route:
-    """One group of layers: its chunks, and the layers' indices."""
+    """One group of layers: its chunks, the layers' indices, and the names of those that are encoded."""
 
     chunks: tuple[_Chunk, ...]
     layers: Ints
+    encoded: tuple[str, ...]  # the layers that do not travel as float32
 
 
 class _Messages(NamedTuple):
@@ -141,13 +142,13 @@ class TwoHop(Plain):
         shares, averages = [], []
         for chunk, messages in zip(route.chunks, expected, strict=True):
             wire = torch.empty(chunk.sent.wire_bytes, dtype=torch.uint8, device=flat.device)
-            fast.encode(family, chunk.sent, flat, keys[0], wire, *self._memory(0, flat))
+            fast.encode(family, chunk.sent, flat, keys[0], wire, *self._memory(0, flat, route))
             self.encoded_bytes += wire.nbytes
             shares.append(messages.send_shares(wire))
         yield network.any_order(flat.device)
         for chunk, messages, received in zip(route.chunks, expected, shares, strict=True):
             summands = (received(), flat, rank, 1.0 / network.world_size)
-            fast.recode(family, chunk.owned, *summands, keys[1], messages.own, *self._memory(1, flat))
+            fast.recode(family, chunk.owned, *summands, keys[1], messages.own, *self._memory(1, flat, route))
             averages.append(messages.send_own())
         yield True
         for chunk, received in zip(route.chunks, averages, strict=True):
@@ -193,8 +194,8 @@ class TwoHop(Plain):
         rank, layers = self.collectives.rank, np.arange(1 + max(layer.index for layer in self.layers.values()))
         return np.stack([stream_keys(self.seed, step, layers, hop, rank) for hop in (1, 2)])
 
-    def _memory(self, hop: int, flat: Tensor) -> tuple[Tensor, ...]:
-        return self._memories[hop].allocate(flat.device) if self._memories is not None else ()
+    def _memory(self, hop: int, flat: Tensor, route: _Route) -> tuple[Tensor, ...]:
+        return self._memories[hop].allocate(flat.device, route.encoded) if self._memories is not None else ()
 
     def _route(self, gradients: Gradients) -> _Route:
         key = (gradients.names, gradients.offsets)
@@ -222,4 +223,5 @@ class TwoHop(Plain):
             for whole, owned in zip(chunks(all_shares, count), chunks(my_share, count), strict=True)
             if whole.wire_bytes
         ]
-        return _Route(tuple(parts), all_shares.layers)
+        encoded = tuple(layer.name for layer in layers if self.widths[layer.name] != DENSE)
+        return _Route(tuple(parts), all_shares.layers, encoded)

@@ -105,6 +105,37 @@ def test_residuals_of_another_model_are_refused() -> None:
         bound.load_state_dict({"residual": {"weight": torch.zeros(7)}, "share_residual": {}})
 
 
+@pytest.mark.parametrize("whole_steps", [True, False], ids=["settle", "commit"])
+def test_residuals_outlive_the_time_in_which_a_layer_travels_dense(whole_steps: bool) -> None:
+    """Also where the last step in which it did not was skipped, since its gradients were not finite."""
+    layers = layers_of([("a", (40, 25)), ("b", (25, 40))], 64)
+    bound = TwoHop(codec("maxmin", bits=4, bucket_size=64), layers, Solo(), 0, error_feedback=True)
+
+    def residuals_after(step: int, applied: bool = True, factor: float = 1.0) -> list[torch.Tensor]:
+        flat = GRADIENTS[step % 4, :2000] * factor
+        bound.average_(Gradients(flat, ("a", "b"), (0, 1000)), step)
+        if whole_steps:
+            bound.settle(applied)
+        else:
+            bound.commit(dict.fromkeys("ab", torch.tensor(applied)))
+        assert bool(flat.isfinite().all()) == applied
+        return [torch.stack([each[name] for each in bound.state_dict().values()]) for name in "ab"]
+
+    before, _ = residuals_after(0)
+    residuals_after(1, applied=False, factor=float("nan"))
+    bound.set_widths({"a": DENSE})
+    _, last_of_b = residuals_after(2)
+    for step in (3, 4):
+        of_a, of_b = residuals_after(step)
+        assert torch.equal(of_a, before)
+        assert not torch.equal(of_b, last_of_b)
+        last_of_b = of_b
+    bound.set_widths({"a": 4})
+    of_a, _ = residuals_after(5)
+    assert of_a.isfinite().all()
+    assert not torch.equal(of_a, before)
+
+
 def test_warm_up_steps_are_float32_and_then_compressed() -> None:
     def work(ranks: ThreadCollectives) -> list[bool]:
         bound = build("maxmin", bits=2, bucket_size=64, warmup_steps=2).averager(LAYERS, ranks, 0)
