@@ -51,21 +51,22 @@ class Engine:
         self._thread.start()
 
     def submit(self, job: Job) -> int:
-        """Queue a job. Returns how many have been submitted so."""
+        """Queue a job. Returns how many have been submitted so. RuntimeError once closed."""
         job = self._behind_now(job)
-        with self._changed:
+        with self._queueing():
             self._waiting.append(job)
             self._submitted += 1
-            self._changed.notify_all()
             return self._submitted
 
     def submit_ahead(self, job: Job, after: int) -> None:
-        """Queue a job that overtakes all others but the first `after` that were submitted, and those of its kind."""
+        """Queue a job that overtakes all others but the first `after` that were submitted, and those of its kind.
+
+        RuntimeError once closed.
+        """
         job = self._behind_now(job)
-        with self._changed:
+        with self._queueing():
             self._ahead.append(job)
             self._after.append(after)
-            self._changed.notify_all()
 
     def wait(self) -> None:
         """Wait for all jobs to end; on a GPU, only the caller's stream waits for what they launched."""
@@ -81,6 +82,17 @@ class Engine:
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    @contextlib.contextmanager
+    def _queueing(self) -> Iterator[None]:
+        with self._changed:
+            if self._closing:
+                raise RuntimeError(
+                    "the exchange of this model is closed, and averages no more gradients; close it after the last "
+                    "backward, or build the model and its DistributedDataParallel anew and attach to that"
+                )
+            yield
+            self._changed.notify_all()
 
     def _behind_now(self, job: Job) -> Job:
         """The same job, on a GPU behind what the caller's stream holds now."""

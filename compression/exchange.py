@@ -188,7 +188,10 @@ class Exchange:
         return Report(int(steps), sent, dense, ratio, comm, max(job - comm, 0.0), exposed)
 
     def close(self) -> None:
-        """Leave the model alone and end the communication thread."""
+        """Leave the model alone and end the communication thread.
+
+        DDP keeps its hook for life: where it wraps the model, the next backward raises RuntimeError.
+        """
         self._hooks.remove()
         self._engine.close()
 

@@ -61,6 +61,14 @@ def test_an_engine_ends_though_another_ranks_job_never_comes() -> None:
     engine.close()
 
 
+def test_a_closed_engine_takes_no_job() -> None:
+    engine = Engine(CPU, bool)
+    engine.close()
+    for submit in (engine.submit, partial(engine.submit_ahead, after=0)):
+        with pytest.raises(RuntimeError, match=r"the exchange of this model is closed, .* or build the model and its"):
+            submit(lambda: pytest.fail("nobody is there to run it"))
+
+
 @pytest.mark.parametrize(
     ("others_may_begin_after", "expected"),
     [(1, "a1 b1 a2 c1 b2 a3 c2 b3 c3"), (2, "a1 a2 b1 a3 b2 c1 b3 c2 c3"), (3, "a1 a2 a3 b1 b2 b3 c1 c2 c3")],

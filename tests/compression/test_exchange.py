@@ -122,6 +122,25 @@ def test_over_gloo_ranks_may_go_on_in_different_orders() -> None:
     assert on_gloo(2, quantized_in_an_order_of_its_own) == [True] * 2
 
 
+def backward_after_close(rank: int) -> list[str]:
+    told = []
+    for name in ("none", "maxmin"):
+        with ddp() as wrapped:
+            exchange = compression.attach(wrapped, compression.build(name))
+            backward(wrapped)
+            exchange.close()
+            with pytest.raises(RuntimeError) as raised:
+                backward(wrapped)
+            told.append(str(raised.value))
+    return told
+
+
+def test_a_backward_of_a_ddp_model_whose_exchange_is_closed_raises() -> None:
+    for told in on_gloo(2, backward_after_close):
+        assert len(told) == 2
+        assert all("the exchange of this model is closed" in words for words in told)
+
+
 def failing_network(rank: int) -> str:
     class Broken(compression.TorchDistributed):
         def expect_exchange(self, sizes: Any, chunk: int, device: torch.device) -> Any:
