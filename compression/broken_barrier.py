@@ -29,7 +29,7 @@ every step that overflowed meanwhile.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -127,7 +127,7 @@ class BrokenBarrier(Exchange):
         Returns and raises as `Exchange.finish`.
         """
         for part in self._held:
-            number = self._engine.submit(partial(self._average_part, part))
+            number = self._engine.submit(partial(self._average_part, part), [part.done])
             self._last_late.update(dict.fromkeys(part.gradients.names, number))
         self._held = []
         return self._apply(self.step)
@@ -179,7 +179,7 @@ class BrokenBarrier(Exchange):
         self._job_seconds += time.perf_counter() - start
         return goes_ahead
 
-    def _submit(self, gradients: Gradients, done: Callable[[], None]) -> None:
+    def _submit(self, gradients: Gradients, done: "torch.futures.Future[Tensor]") -> None:
         """Copy what is in the prefix and queue it, copy the rest and hold it back; the buffer is done with at once.
 
         The rest would only be in the prefix's way: it has the next steps' compute to travel behind.
@@ -189,10 +189,10 @@ class BrokenBarrier(Exchange):
         if any(urgent):
             part = self._part(gradients, urgent, self.step)
             after = max(self._last_late[name] for name in part.gradients.names)
-            self._engine.submit_ahead(partial(self._average_part, part), after)
+            self._engine.submit_ahead(partial(self._average_part, part), after, [part.done])
         if not all(urgent):
             self._held.append(self._part(gradients, [not each for each in urgent], self.step + self.late_steps))
-        done()
+        done.set_result(gradients.flat)
 
     def _part(self, gradients: Gradients, chosen: Sequence[bool], due: int) -> _Part:
         """The chosen layers of a flat buffer, copied."""

@@ -10,12 +10,16 @@ messages of one while the other computes. A job says no while it has collectives
 On a GPU the thread has a stream of its own, or backward's kernels would queue behind what a collective waits for. A job
 begins behind what the submitter's stream holds when it submits. Whoever takes a job's results waits for them with a
 future that the job completes (`future_of`), which orders the two streams; the host waits for neither.
+
+A job reports what goes wrong in it itself. Where one raises all the same, no other begins, and whoever waits for a
+future that is still to be completed gets the exception. One that completes no future ends the thread with it.
 """
 
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +29,10 @@ Phases = Iterator[bool]
 meanwhile. If not, only jobs that have said so go on in between."""
 
 Job = Callable[[], Phases | None]
-"""It must not raise: what goes wrong in it is its own to report. What it returns are phases that are still to run."""
+"""What it returns are phases that are still to run."""
+
+Futures = Sequence["torch.futures.Future[Any]"]
+"""What a job completes."""
 
 
 class Engine:
@@ -41,31 +48,32 @@ class Engine:
         # Ahead of backward's kernels where both are ready: the sooner something is encoded, the sooner it travels.
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._changed = threading.Condition()
-        self._waiting: deque[Job] = deque()
-        self._ahead: deque[Job] = deque()
+        self._waiting: deque[Callable[[], Phases]] = deque()
+        self._ahead: deque[Callable[[], Phases]] = deque()
         self._after: deque[int] = deque()  # of each job in `_ahead`
         self._submitted = self._taken = 0  # of the jobs that wait their turn
         self._idle = False  # nothing is under way
         self._closing = False
+        self.failure: BaseException | None = None  # what a job raised: none begins anymore
         self._thread = threading.Thread(target=self._run, name="communication", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> int:
+    def submit(self, job: Job, futures: Futures = ()) -> int:
         """Queue a job. Returns how many have been submitted so. RuntimeError once closed."""
         job = self._behind_now(job)
         with self._queueing():
-            self._waiting.append(job)
+            self._waiting.append(partial(self._phases, job, futures))
             self._submitted += 1
             return self._submitted
 
-    def submit_ahead(self, job: Job, after: int) -> None:
+    def submit_ahead(self, job: Job, after: int, futures: Futures = ()) -> None:
         """Queue a job that overtakes all others but the first `after` that were submitted, and those of its kind.
 
         RuntimeError once closed.
         """
         job = self._behind_now(job)
         with self._queueing():
-            self._ahead.append(job)
+            self._ahead.append(partial(self._phases, job, futures))
             self._after.append(after)
 
     def wait(self) -> None:
@@ -107,17 +115,31 @@ class Engine:
 
         return behind
 
+    def _phases(self, job: Job, futures: Futures) -> Phases:
+        """A job's phases. Where it raises, or one before it has, its futures get the exception."""
+        if self.failure is None:
+            try:
+                yield from job() or ()
+                return
+            except BaseException as error:
+                self.failure = error
+                if not futures:
+                    raise  # there is nobody else to tell
+        for future in futures:
+            if not future.done():
+                future.set_exception(self.failure)
+
     def _run(self) -> None:
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
             under_way: list[Phases] = []  # the latest first: what it sends, others wait for
             while (job := self._next(wait=not under_way)) is not None or under_way:
-                phases = iter((job() if job is not None else None) or ())
+                phases = job() if job is not None else iter(())
                 others_may_begin = next(phases, None)
                 under_way = [each for each in under_way if any(each)]
                 if others_may_begin or (others_may_begin is not None and any(phases)):
                     under_way.insert(0, phases)
 
-    def _next(self, wait: bool) -> Job | None:
+    def _next(self, wait: bool) -> Callable[[], Phases] | None:
         """The next job; None where there is none now, or, if it shall wait, where there will be none anymore."""
         with self._changed:
             self._idle = wait
@@ -126,7 +148,8 @@ class Engine:
             if not (self._waiting or self._ahead):
                 return None
             goes_ahead = bool(self._ahead) and self._after[0] <= self._taken
-        goes_ahead = self._choose(goes_ahead)
+        if self.failure is None:
+            goes_ahead = self._choose(goes_ahead)
         queue = self._ahead if goes_ahead else self._waiting
         with self._changed:
             self._changed.wait_for(lambda: queue or self._closing)  # another rank may have come here first

@@ -6,7 +6,7 @@ knows whether every average is finite. It knows no optimizer and no training loo
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,7 +64,7 @@ class Exchange:
         self._open = False  # a step is under way
         self._travelling = False  # and some of its gradients have been submitted
         self._whole = Whole(self.layers) if compressor.at_once else None
-        self._waiting: list[tuple[Gradients, Callable[[], None]]] = []  # submitted, but not yet queued
+        self._waiting: list[tuple[Gradients, torch.futures.Future[Tensor]]] = []  # submitted, but not yet queued
         self._bad: dict[str, Tensor] = {}  # of each average of the step under way: it is not finite
         self._suspect: tuple[tuple[str, ...], Tensor] | None = None
         self._failure: BaseException | None = None
@@ -95,8 +95,8 @@ class Exchange:
 
         Equal on all ranks, since the averages are. Raises what went wrong on the communication thread.
         """
-        if self._failure is not None:
-            raise self._failure
+        if failure := self._failure or self._engine.failure:
+            raise failure
         if self._submitted_at is not None:
             self._exposed_seconds += time.perf_counter() - self._submitted_at
             self._submitted_at = None
@@ -222,8 +222,8 @@ class Exchange:
         """On the communication thread: whether a job that goes ahead is next. There is none."""
         return goes_ahead
 
-    def _submit(self, gradients: Gradients, done: Callable[[], None]) -> None:
-        """Queue the averaging of one flat buffer; `done` is called whether it succeeds or not.
+    def _submit(self, gradients: Gradients, done: "torch.futures.Future[Tensor]") -> None:
+        """Queue the averaging of one flat buffer; `done` is completed whether it succeeds or not.
 
         Where all gradients are averaged at once, the buffers wait for the last one and then make one job.
         """
@@ -239,10 +239,10 @@ class Exchange:
         def job() -> Phases:
             with self._noting_failure():
                 yield from self._timed(phases)
-            for _, done in waiting:
-                done()
+            for part, done in waiting:
+                done.set_result(part.flat)
 
-        self._engine.submit(job)
+        self._engine.submit(job, [done for _, done in waiting])
 
     @contextlib.contextmanager
     def _noting_failure(self) -> Iterator[None]:

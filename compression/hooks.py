@@ -24,8 +24,8 @@ BUCKET_BYTES = 25 * 2**20  # of gradients that travel together where DDP does no
 Begin = Callable[[], None]
 """Called before the first gradients of a backward are submitted."""
 
-Submit = Callable[[Gradients, Callable[[], None]], None]
-"""(gradients of some layers, what to call when their buffer holds what the parameters are to get)."""
+Submit = Callable[[Gradients, "torch.futures.Future[Tensor]"], None]
+"""(gradients of some layers, what to complete with their buffer when it holds what the parameters are to get)."""
 
 
 class Hooks(Protocol):
@@ -80,7 +80,7 @@ class DdpHooks:
         names = tuple(self._names[id(p)] for p in bucket.parameters())
         offsets = tuple(int(view.storage_offset() - flat.storage_offset()) for view in bucket.gradients())
         future = future_of(flat.device)
-        self._submit(Gradients(flat, names, offsets), lambda: future.set_result(flat))
+        self._submit(Gradients(flat, names, offsets), future)
         return future
 
 
@@ -165,8 +165,7 @@ class ParameterHooks:
                 view.zero_()  # it is the last average, which nobody cleared
             else:
                 bucket.fill(name, gradient)
-        flat, done = bucket.flat, bucket.done
-        self._submit(Gradients(flat, tuple(bucket.views), bucket.offsets), lambda: done.set_result(flat))
+        self._submit(Gradients(bucket.flat, tuple(bucket.views), bucket.offsets), bucket.done)
 
     def _complete(self) -> None:
         """Called by autograd when backward is through: what got no gradient since the last step counts as zero."""

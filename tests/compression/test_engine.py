@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from threads import ThreadCollectives, run_ranks
+from threads import ThreadCollectives, Uncompletable, run_ranks, within
 
-from compression.engine import Engine, Phases
+from compression.engine import Engine, Phases, future_of
 
 CPU = torch.device("cpu")
 
@@ -102,4 +102,40 @@ def test_the_last_phase_waits_for_no_other_job() -> None:
 
     engine.submit(job)
     assert done.wait(10)
+    engine.close()
+
+
+def test_whoever_waits_for_a_job_that_raises_or_for_a_later_one_gets_the_exception() -> None:
+    engine = Engine(CPU, bool)
+    go = threading.Event()
+    before, failing, ahead, after = (future_of(CPU) for _ in range(4))
+
+    def job(future: Any) -> Phases:
+        go.wait()
+        yield True
+        future.set_result(1)
+
+    def fail() -> None:
+        raise OSError("out of order")
+
+    engine.submit(partial(job, before), [before])
+    engine.submit(fail, [failing])
+    engine.submit_ahead(lambda: pytest.fail("a job has raised"), 2, [ahead])
+    go.set()
+    for future in (failing, ahead):
+        with pytest.raises(OSError, match="out of order"):
+            within(10, future.wait)
+    engine.submit(lambda: pytest.fail("a job has raised"), [after])
+    with pytest.raises(OSError, match="out of order"):
+        within(10, after.wait)
+    within(10, engine.wait)
+    within(10, engine.close)
+    assert before.wait() == 1
+
+
+def test_a_future_that_cannot_be_completed_gets_the_exception() -> None:
+    engine, future = Engine(CPU, bool), Uncompletable()
+    engine.submit(lambda: future.set_result(1), [future])
+    with pytest.raises(OSError, match="no event can be recorded"):
+        within(10, future.wait)
     engine.close()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from threads import Uncompletable, within
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -316,6 +317,25 @@ def test_an_unfinite_gradient_is_named_and_forgotten() -> None:
         assert exchange.nonfinite_layer() is None
         after = exchange.state_dict()["averager"]["residual"]
         assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("barrier_share", [1.0, 0.5])
+def test_averages_that_cannot_be_handed_over_keep_nobody_waiting(
+    barrier_share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = "compression.hooks" if barrier_share == 1.0 else "compression.broken_barrier"
+    monkeypatch.setattr(f"{module}.future_of", lambda device: Uncompletable())
+    network = model()
+    exchange = compression.attach(network, compression.build("none"), barrier_share=barrier_share)
+
+    def step() -> None:
+        backward(network)
+        exchange.finish()
+
+    for work in (step, exchange.finish):
+        with pytest.raises(OSError, match="no event can be recorded"):
+            within(10, work)
+    exchange.close()
 
 
 def test_the_recorder_keeps_the_decaying_sum_of_own_gradients() -> None:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import torch
@@ -47,6 +48,29 @@ class ThreadCollectives(AtOnce):
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
         assert len(message) == sizes[self.rank]
         return torch.cat(self.collect(message.clone()))
+
+
+def within(seconds: float, work: Callable[[], Result]) -> Result:
+    """What `work()` returns, or raises. TimeoutError where it takes longer: what waits for good has no other end."""
+    outcome: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome.result(seconds)
+
+
+class Uncompletable(torch.futures.Future[Any]):
+    """A future that takes no result, as on a GPU where no event can be recorded."""
+
+    def set_result(self, result: Any) -> None:
+        if not isinstance(result, BaseException):
+            raise OSError("no event can be recorded")
+        super().set_result(result)
 
 
 def run_ranks(world_size: int, rank_main: Callable[[ThreadCollectives], Result]) -> list[Result]:
