@@ -34,7 +34,7 @@ from compression.kernels.cpu.memory import (
     unaligned,
 )
 from compression.kernels.cpu.packing import pack, pack_ternary, unpack, unpack_ternary
-from compression.kernels.cpu.scratch import TILE, Scratch
+from compression.kernels.cpu.scratch import TILE
 from compression.kernels.cpu.sums import START, add_products, blocks_of, total, tree_width
 from compression.kernels.families import FRACTION_BITS, HUGE, TREE
 from compression.layers import DENSE
@@ -45,6 +45,8 @@ _LEAST_UNIT = np.float32(2.0**-100)  # in fixed point it is no denormal number y
 _NO, _YES = np.bool_(False), np.bool_(True)  # numpy bools, likewise
 _HUGE, _ZERO, _ONE = np.float32(HUGE), np.float32(0.0), np.float32(1.0)
 _FIXED, _FRACTION, _UNUSED = np.float32(2.0**FRACTION_BITS), np.uint32(FRACTION_BITS), np.uint32(32 - FRACTION_BITS)
+
+Arrays = tuple[np.ndarray, ...]  # the fields of a `scratch.Scratch`
 
 
 @inlined
@@ -173,7 +175,7 @@ def _encode(
     target_at: np.ndarray,
     decodes: bool,
     distance: int,
-    scratch: Scratch,
+    scratch: Arrays,
 ) -> None:
     """As `reference.encode`, for buckets from `start` to below `stop`.
 
@@ -252,13 +254,13 @@ def _decode(
     factor: np.float32,
     accumulate: bool,
     streams: bool,
-    scratch: Scratch,
+    scratch: Arrays,
 ) -> None:
     """As `reference.decode`, for buckets from `start` to below `stop`.
 
     With `streams`, what does not accumulate is written past the caches: for an `out` that is not read soon.
     """
-    codes, decoded, scales = scratch.codes, scratch.places, scratch.scales
+    codes, _, decoded, scales, _, _, _, _, _ = scratch
     for m in range(start, stop):
         n, b, head = count[m], bits[m], wire_at[m]
         if b != DENSE:
@@ -303,7 +305,7 @@ def decode(
     factor: np.float32,
     accumulate: bool,
     streams: bool,
-    scratch: Scratch,
+    scratch: Arrays,
 ) -> None:
     """As `_decode`."""
     _decode(family, start, stop, position, count, bits, wire_at, wire, out, factor, accumulate, streams, scratch)
@@ -354,7 +356,7 @@ def recode(
     residual: np.ndarray,
     pending: np.ndarray,
     feedback: bool,
-    scratch: Scratch,
+    scratch: Arrays,
 ) -> None:
     """Encode the sums of what was received and of a rank's own values; if there is neither, encode the values.
 
@@ -366,7 +368,7 @@ def recode(
             values, keys, wire, residual, pending, feedback, values, position, _NO, _AHEAD, scratch,
         )  # fmt: skip
         return
-    sums, starts = scratch.block, scratch.starts
+    _, _, _, _, _, _, _, sums, starts = scratch
     first = start
     while first < stop:
         last, filled = first, 0
@@ -400,7 +402,7 @@ def squared_error(
     count: np.ndarray,
     bits: np.ndarray,
     values: np.ndarray,
-    scratch: Scratch,
+    scratch: Arrays,
 ) -> float:
     codes, _, places, scales, bins, terms, sums, around, _ = scratch
     error = 0.0

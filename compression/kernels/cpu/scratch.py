@@ -32,15 +32,18 @@ class Scratch(NamedTuple):
 _kept = threading.local()
 
 
-def scratch(plan: Plan, quantiles: bool) -> Scratch:
-    """Scratch for a plan's buckets. A thread keeps its own from call to call, unless buckets are long."""
+def scratch(plan: Plan, quantiles: bool) -> tuple[np.ndarray, ...]:
+    """The fields of a `Scratch` for a plan's buckets. A thread keeps its own from call to call, unless they are long.
+
+    A plain tuple, since numba takes microseconds more to tell the types of a named one.
+    """
     made: Scratch | None = getattr(_kept, "scratch", None)
     short = max(plan.longest, TREE) <= _BLOCK
     if made is None or not short or len(made.starts) < len(plan.count) or len(made.bins) < quantiles:
         made = _scratch(max(plan.longest, _BLOCK), len(plan.count), quantiles)
         if short:
             _kept.scratch = made
-    return made
+    return tuple(made)
 
 
 def _scratch(longest: int, buckets: int, quantiles: bool) -> Scratch:
