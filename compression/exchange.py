@@ -210,7 +210,9 @@ class Exchange:
         """End a step whose loop did not."""
         self._engine.wait()  # where a backward raised, nobody has: its jobs still work on buffers and residuals
         if self._open:
-            self.settle(self.finish())
+            finite = self.finish()
+            whole = len(self._bad) == len(self.layers)  # else nobody can have applied it
+            self.settle(finite if whole else torch.zeros_like(finite))
 
     def _remember(self, applied: Tensor) -> None:
         """Commit what averager and recorder computed in the step."""

@@ -176,6 +176,25 @@ def test_what_follows_a_backward_that_fails_is_averaged(big_grad: bool, declared
 
 
 @pytest.mark.usefixtures("small_buckets")
+def test_what_a_backward_that_fails_encoded_leaves_no_residual() -> None:
+    def fail(gradient: Tensor) -> Tensor:
+        raise RuntimeError("on purpose")
+
+    network = model()
+    exchange = compression.attach(network, compression.build("maxmin", bits=2, error_feedback=True))
+    backward(network)
+    before = exchange.state_dict()["averager"]["residual"]
+    assert any(residual.any() for residual in before.values())
+    handle = network[0].weight.register_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        backward(network, step=1)
+    handle.remove()
+    after = exchange.state_dict()["averager"]["residual"]
+    assert all(torch.equal(after[name], residual) for name, residual in before.items())
+    exchange.close()
+
+
+@pytest.mark.usefixtures("small_buckets")
 def test_a_backward_waits_for_what_one_that_failed_has_under_way() -> None:
     class Slow(Solo):
         def sum_(self, values: Tensor) -> None:
