@@ -65,8 +65,7 @@ OPTIONS = {
 # Compressors that a flag of their own chooses.
 CHOSEN_BY = {"powersgd": "--powersgd-rank", "dgc": "--dgc"}
 
-
-STATISTICS = "gradient_stats.jsonl"
+STATISTICS = "gradient_stats.jsonl"  # in the workspace, of --compression-type stats
 
 
 # Flags: types
@@ -638,7 +637,7 @@ class Run:
         self.interruption: Interruption | None = None
         self.steps = 0
         self.totals = torch.zeros(7, dtype=torch.float64, device=ranks.device)
-        self.summary: dict[str, float] = dict(saved["metrics"]) if saved and self.trained else {}
+        self.summary: dict[str, float] = dict(saved.get("metrics", {})) if saved and self.trained else {}
 
     # The epochs
 
