@@ -22,7 +22,10 @@ _njit: Any = numba.njit  # its type hints leave out the options that spare wrapp
 
 
 def jit(function: Callable[..., Any], makes_arrays: bool = False) -> Callable[..., Any]:
-    """Compile a kernel at its first call: without the GIL, dividing as numpy does, cached on disk."""
+    """Compile a kernel at its first call: without the GIL, dividing as numpy does, cached on disk.
+
+    One that makes no arrays, nor slices, counts no references, and compiles sooner.
+    """
     kernel: Callable[..., Any] = _njit(
         nogil=True, error_model="numpy", no_cfunc_wrapper=True, pipeline_class=_Kernels, _nrt=makes_arrays
     )(function)

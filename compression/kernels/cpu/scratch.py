@@ -38,7 +38,7 @@ def scratch(plan: Plan, quantiles: bool) -> tuple[np.ndarray, ...]:
     A plain tuple, since numba takes microseconds more to tell the types of a named one.
     """
     made: Scratch | None = getattr(_kept, "scratch", None)
-    short = max(plan.longest, TREE) <= _BLOCK
+    short = plan.longest <= _BLOCK
     if made is None or not short or len(made.starts) < len(plan.count) or len(made.bins) < quantiles:
         made = _scratch(max(plan.longest, _BLOCK), len(plan.count), quantiles)
         if short:
