@@ -426,7 +426,7 @@ def check_files(flags: argparse.Namespace) -> None:
         ValueError: one line that names both, and the way out.
     """
     for name in ("checkpoint_filename", "raport_file"):
-        refuse(checkpoints.keeps_name(Path(getattr(flags, name)).name),
+        refuse(checkpoints.is_name_of_copy(Path(getattr(flags, name)).name),
                f"--{name.replace('_', '-')} {getattr(flags, name)} is a name that copies of checkpoints get; "
                "choose another name")
     workspace = Path(flags.workspace)
@@ -476,9 +476,10 @@ def compressor_of(flags: argparse.Namespace) -> compression.Compressor:
     return compression.build(name, **{option: value for option, value in options.items() if value is not None})
 
 
-def search_widths(flags: argparse.Namespace) -> range:
-    """The bit widths that a search chooses from."""
-    return range(flags.search_min_bits, flags.search_max_bits + 1)
+def search_space(flags: argparse.Namespace) -> tuple[Callable[[int], Any], range]:
+    """What a search chooses from: the codec at a bit width, and the widths."""
+    codec = compression.codec(flags.compression_type, bucket_size=flags.bucket_size)
+    return codec.with_bits, range(flags.search_min_bits, flags.search_max_bits + 1)
 
 
 def build_model(flags: argparse.Namespace, seed: int) -> nn.Module:
@@ -600,7 +601,7 @@ class Run:
         if flags.hvd:  # as DDP does it
             self.module.load_state_dict(ranks.control.broadcast(self.module.state_dict()))
         with ranks.together():
-            compressed = [layer.name for layer in self.exchange.layers if layer.compressed]
+            compressed = [layer for layer in self.exchange.layers if layer.compressed]
             refuse(
                 flags.search and not compressed,
                 f"--search chooses widths of compressed layers, and no layer has a bucket of {flags.bucket_size} "
@@ -610,12 +611,11 @@ class Run:
             if "bucket_size" in takes and not compressed and ranks.rank == 0:
                 print(f"nothing is compressed: no layer has a bucket of {flags.bucket_size} values", file=sys.stderr)
             if flags.search_target_bits:
-                sizes = [layer.numel for layer in self.exchange.layers if layer.compressed]
-                codec = compression.codec(flags.compression_type, bucket_size=flags.bucket_size)
-                search.hold_budget(sizes, codec.with_bits, search_widths(flags), flags.search_target_bits)
+                sizes = [layer.numel for layer in compressed]
+                search.hold_budget(sizes, *search_space(flags), flags.search_target_bits)
             if flags.compression_scheme:
-                names = [layer.name for layer in self.exchange.layers]
-                self.exchange.set_widths(search.load_scheme(flags.compression_scheme, compressed, names))
+                needing, names = ([layer.name for layer in some] for some in (compressed, self.exchange.layers))
+                self.exchange.set_widths(search.load_scheme(flags.compression_scheme, needing, names))
             if saved:
                 self._restore(saved)
             self.trained = False  # the epoch's steps are all done, and what follows them is not
@@ -761,9 +761,7 @@ class Run:
         values = sum(layer.numel for layer in exchange.layers)
         with self.ranks.together():
             if self.ranks.rank == 0:
-                codec = compression.codec(flags.compression_type, bucket_size=flags.bucket_size)
-                dense_bytes = 4 * (values - compressed)
-                tables = search.measure(gradients, codec.with_bits, search_widths(flags), dense_bytes, values)
+                tables = search.measure(gradients, *search_space(flags), 4 * (values - compressed), values)
                 result = search.search(
                     tables,
                     flags.search_alpha,

@@ -159,10 +159,9 @@ class ParameterHooks:
         self._submitted += 1
         for name in tuple(bucket.missing):
             gradient, view = self._parameters[name].grad, bucket.views[name]
-            if gradient is None:
+            # What lies in the view already is the last average, which nobody cleared.
+            if gradient is None or (gradient.data_ptr() == view.data_ptr() and name not in self._accumulated):
                 view.zero_()
-            elif gradient.data_ptr() == view.data_ptr() and name not in self._accumulated:
-                view.zero_()  # it is the last average, which nobody cleared
             else:
                 bucket.fill(name, gradient)
         self._submit(Gradients(bucket.flat, tuple(bucket.views), bucket.offsets), bucket.done)

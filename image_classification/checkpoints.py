@@ -45,8 +45,8 @@ class Misfit(ValueError):
     """A good file that belongs to another run or another model."""
 
 
-def keeps_name(name: str) -> bool:
-    """Whether a file of this name is one that checkpoints are copied to: the best one, or one of the gathered."""
+def is_name_of_copy(name: str) -> bool:
+    """Whether checkpoints are copied to files of this name: the best one, and those that are gathered."""
     return name == BEST or re.fullmatch(r"checkpoint-[0-9]+\.pth\.tar", name) is not None
 
 

@@ -154,7 +154,7 @@ class Memory:
         if self.current is None or self.pending is None or not computed:
             return
         for name in self.spans.keys() - computed:
-            here = self._span(name)
+            here = self.span(name)
             self.pending[here] = self.current[here]
         if isinstance(applied, Tensor) and applied.device.type == "cuda":
             torch.where(applied, self.pending, self.current, out=self.current)  # the host does not wait
@@ -168,15 +168,15 @@ class Memory:
         computed = finite.keys() & self._computed
         self._computed -= computed
         for name in computed:
-            here = self._span(name)
+            here = self.span(name)
             torch.where(finite[name], self.pending[here], self.current[here], out=self.current[here])
 
     def state_dict(self) -> dict[str, Tensor]:
         if self.current is None:
             return {}
         return {
-            name: self.current[at : at + self.spans[name]].clone().cpu()
-            for name, at in self.offsets.items()
+            name: self.current[self.span(name)].clone().cpu()
+            for name in self.offsets
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -194,5 +194,6 @@ class Memory:
         if sizes:
             self.current = torch.cat([state[name].to(torch.float32).reshape(-1) for name in self.offsets])
 
-    def _span(self, name: str) -> slice:
+    def span(self, name: str) -> slice:
+        """Where a layer lies in what is remembered."""
         return slice(self.offsets[name], self.offsets[name] + self.spans[name])

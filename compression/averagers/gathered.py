@@ -227,8 +227,7 @@ class Gathered(Plain):
 def spans(gradients: Gradients, memory: Memory) -> Iterator[tuple[Tensor, slice]]:
     """Of each layer its gradient, flat, and where it lies in what is remembered."""
     for name, at in zip(gradients.names, gradients.offsets, strict=True):
-        here, count = memory.offsets[name], memory.spans[name]
-        yield gradients.flat[at : at + count], slice(here, here + count)
+        yield gradients.flat[at : at + memory.spans[name]], memory.span(name)
 
 
 def placed(values: Tensor, gradients: Gradients, memory: Memory) -> Gradients:

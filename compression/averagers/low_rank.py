@@ -157,18 +157,20 @@ class LowRank(Plain):
         self._residual.load_state_dict(state.get("residual", {}))
         self._basis.load_state_dict(state.get("basis", {}))
 
-    def _bases(self, device: torch.device, of: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(current, pending) Q of all layers; numbers in [-1/2, 1/2) from the seed at first use."""
+    def _bases(self, device: torch.device, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(current, pending) Q of all layers; numbers in [-1/2, 1/2) from the seed at first use.
+
+        What is pending will be computed of the layers `names`.
+        """
         if self._basis.current is None:
-            names = list(self._basis.spans)
-            indices = np.array([self.layers[name].index for name in names], np.int64)
+            indices = np.array([self.layers[name].index for name in self._basis.spans], np.int64)
             keys = randomness.stream_keys(self._seed, 0, indices, 0, 0).astype(np.int64)
             draws = [
-                randomness.uniform(torch.arange(self._basis.spans[name]), *torch.from_numpy(key)) - 0.5
-                for name, key in zip(names, keys, strict=True)
+                randomness.uniform(torch.arange(count), *torch.from_numpy(key)) - 0.5
+                for count, key in zip(self._basis.spans.values(), keys, strict=True)
             ]
             self._basis.current = torch.cat([torch.empty(0), *draws])
-        return self._basis.allocate(device, of)
+        return self._basis.allocate(device, names)
 
     def _route(self, gradients: Gradients) -> _Route:
         key = (gradients.names, gradients.offsets)

@@ -85,8 +85,8 @@ class OneHop(Plain):
         if name not in self._residual.spans:
             return codec.encode(values[None], seed)[0]
         residual, pending = self._residual.allocate(values.device, [name])
-        at, count = self._residual.offsets[name], len(values)
-        owed = torch.add(values, residual[at : at + count], out=pending[at : at + count])
+        here = self._residual.span(name)
+        owed = torch.add(values, residual[here], out=pending[here])
         wire = codec.encode(owed[None], seed)
-        owed -= codec.decode(wire, count)[0]
+        owed -= codec.decode(wire, len(values))[0]
         return wire[0]

@@ -36,11 +36,11 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Route:
-    """One group of layers: its chunks, the layers' indices, and the names of those that are encoded."""
+    """One group of layers."""
 
     chunks: tuple[_Chunk, ...]
-    layers: Ints
-    encoded: tuple[str, ...]  # the layers that do not travel as float32
+    layers: Ints  # their indices
+    encoded: tuple[str, ...]  # the names of those that do not travel as float32
 
 
 class _Messages(NamedTuple):

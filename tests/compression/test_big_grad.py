@@ -152,21 +152,27 @@ def test_a_clipped_norm_is_that_of_all_layers() -> None:
     exchange.close()
 
 
+def fail_in_backward(network: nn.Module, step: int = 0) -> None:
+    """A backward that raises once all but the first layer's gradients are there."""
+
+    def fail(gradient: Tensor) -> Tensor:
+        raise RuntimeError("on purpose")
+
+    handle = network[0].weight.register_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        backward(network, step=step)
+    handle.remove()
+
+
 @pytest.mark.usefixtures("small_buckets")
 @pytest.mark.parametrize("declared", [False, True])
 @pytest.mark.parametrize("big_grad", [False, True])
 def test_what_follows_a_backward_that_fails_is_averaged(big_grad: bool, declared: bool) -> None:
     """By sanity, to zeros. A step begins where the loop says so, or with the next gradient."""
 
-    def fail(gradient: Tensor) -> Tensor:
-        raise RuntimeError("on purpose")
-
     network = model()
     exchange = compression.attach(network, compression.build("sanity", big_grad=big_grad))
-    handle = network[0].weight.register_hook(fail)
-    with pytest.raises(RuntimeError, match="on purpose"):
-        backward(network)
-    handle.remove()
+    fail_in_backward(network)
     if declared:
         exchange.begin_step()
     for step in range(2):
@@ -177,18 +183,12 @@ def test_what_follows_a_backward_that_fails_is_averaged(big_grad: bool, declared
 
 @pytest.mark.usefixtures("small_buckets")
 def test_what_a_backward_that_fails_encoded_leaves_no_residual() -> None:
-    def fail(gradient: Tensor) -> Tensor:
-        raise RuntimeError("on purpose")
-
     network = model()
     exchange = compression.attach(network, compression.build("maxmin", bits=2, error_feedback=True))
     backward(network)
     before = exchange.state_dict()["averager"]["residual"]
     assert any(residual.any() for residual in before.values())
-    handle = network[0].weight.register_hook(fail)
-    with pytest.raises(RuntimeError, match="on purpose"):
-        backward(network, step=1)
-    handle.remove()
+    fail_in_backward(network, step=1)
     after = exchange.state_dict()["averager"]["residual"]
     assert all(torch.equal(after[name], residual) for name, residual in before.items())
     exchange.close()
@@ -198,18 +198,12 @@ def test_what_a_backward_that_fails_encoded_leaves_no_residual() -> None:
 def test_a_backward_waits_for_what_one_that_failed_has_under_way() -> None:
     class Slow(Solo):
         def sum_(self, values: Tensor) -> None:
-            time.sleep(0.1)
+            time.sleep(0.1)  # the next backward begins meanwhile, if nothing holds it
             values.mul_(2)
-
-    def fail(gradient: Tensor) -> Tensor:
-        raise RuntimeError("on purpose")
 
     network = model()
     exchange = compression.attach(network, compression.build("none"), Slow())
-    handle = network[0].weight.register_hook(fail)
-    with pytest.raises(RuntimeError, match="on purpose"):
-        backward(network)
-    handle.remove()
+    fail_in_backward(network)
     assert torch.equal(backward(network), 2 * backward(model()))
     exchange.close()
 
