@@ -261,14 +261,16 @@ def _decode(
     With `streams`, what does not accumulate is written past the caches: for an `out` that is not read soon.
     """
     codes, _, decoded, scales, _, _, _, _, _ = scratch
+    # The lines of a long tile, read ahead at once, would wait for one another.
+    step = TREE if accumulate and family != TERNGRAD else TILE
     for m in range(start, stop):
         n, b, head = count[m], bits[m], wire_at[m]
         if b != DENSE:
             head += 4 * scale_count(family, b)
             for k in range(scale_count(family, b)):
                 scales[k] = load_float(wire, wire_at[m] + 4 * k)
-        for tile in range(0, n, TILE):
-            length, at = min(TILE, n - tile), position[m] + tile
+        for tile in range(0, n, step):
+            length, at = min(step, n - tile), position[m] + tile
             if accumulate:
                 _read_ahead(out, at + _AHEAD, length)
             if b == DENSE:
