@@ -179,25 +179,29 @@ def _encode(
 ) -> None:
     """As `reference.encode`, for buckets from `start` to below `stop`.
 
-    What bucket m decodes to goes to target[target_at[m]] and behind, if `decodes`. Meanwhile as many values `distance`
-    behind are read into the cache.
+    What bucket m decodes to goes to target[target_at[m]] and behind, if `decodes`; `values` are scratch then, to which
+    residuals may be added. Meanwhile as many values of `target`, `distance` behind, are read into the cache.
     """
-    codes, words, places, scales, bins, terms, sums, _, _ = scratch
+    codes, words, places, scales, bins, terms, sums, block, _ = scratch
     room = len(sums) // 2
     for m in range(start, stop):
         n, b, record = count[m], bits[m], wire_at[m]
         source, at = values, position[m]
+        kept, goal = memory_at[m], target_at[m]  # read once: within loops that store, LLVM could not rely on them
         if b == DENSE:
             for i in range(n):
                 store_float(wire, record + 4 * i, load(values, at + i))
             if decodes:
                 for i in range(n):
-                    store(target, target_at[m] + i, load(values, at + i))
+                    store(target, goal + i, load(values, at + i))
             continue
-        if feedback:
-            source, at = pending, memory_at[m]
+        if feedback and decodes:
             for i in range(n):
-                store(pending, at + i, load(values, position[m] + i) + load(residual, at + i))
+                store(values, at + i, load(values, at + i) + load(residual, kept + i))
+        elif feedback:
+            for i in range(n):
+                store(block, i, load(values, at + i) + load(residual, kept + i))
+            source, at = block, 0
         finite = fit(family, source, at, n, b, scales, terms, sums, bins)
         head, width = record + 4 * scale_count(family, b), tree_width(n)
         inverse, top = _ONE / reach(family, b, scales), np.float32(top_code(family, b))
@@ -215,10 +219,10 @@ def _encode(
                 positions(family, source, at + tile, length, b, scales, finite, bins, places)
                 _round(places, length, top, first, high, words)
             for i in range(0, length, NARROWED):  # by and by: a tile's lines at once would wait for one another
-                _read_ahead(target, target_at[m] + tile + i + distance, NARROWED)
+                _read_ahead(target, goal + tile + i + distance, NARROWED)
                 narrow(words, i, codes, i)
             if decodes and not feedback:
-                levels(family, codes, length, b, scales, target, target_at[m] + tile)
+                levels(family, codes, length, b, scales, target, goal + tile)
             _put_codes(family, codes, length, b, tile, words, wire, head)
             if projects:
                 levels(family, codes, length, b, scales, places, START)
@@ -233,11 +237,14 @@ def _encode(
                 if n > TILE:
                     _get_codes(family, wire, head, tile, length, b, codes)
                 levels(family, codes, length, b, scales, places, START)
-                for i in range(length):
-                    store(pending, at + tile + i, load(pending, at + tile + i) - load(places, i))
                 if decodes:
                     for i in range(length):
-                        store(target, target_at[m] + tile + i, load(places, i))
+                        store(target, goal + tile + i, load(places, i))
+                for i in range(length):
+                    store(places, i, load(source, at + tile + i) - load(places, i))
+                _stream(places, length, pending, kept + tile)
+    if feedback:
+        fence()
 
 
 @inlined
@@ -327,14 +334,14 @@ def _add(
     """Set `sums` to factor x the values of some buckets, one bucket after the other, or add that to it."""
     filled = 0
     for m in range(start, stop):
-        at = position[m]
+        n, at = count[m], position[m]
         if accumulate:
-            for i in range(count[m]):
+            for i in range(n):
                 store(sums, filled + i, load(sums, filled + i) + factor * load(values, at + i))
         else:
-            for i in range(count[m]):
+            for i in range(n):
                 store(sums, filled + i, factor * load(values, at + i))
-        filled += count[m]
+        filled += n
 
 
 @jit
