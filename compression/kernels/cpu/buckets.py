@@ -35,7 +35,7 @@ from compression.kernels.cpu.memory import (
 )
 from compression.kernels.cpu.packing import pack, pack_ternary, unpack, unpack_ternary
 from compression.kernels.cpu.scratch import TILE
-from compression.kernels.cpu.sums import START, add_products, blocks_of, total, tree_width
+from compression.kernels.cpu.sums import START, add_products, blocks_of, total
 from compression.kernels.families import FRACTION_BITS, HUGE, TREE
 from compression.layers import DENSE
 
@@ -203,7 +203,7 @@ def _encode(
                 store(block, i, load(values, at + i) + load(residual, kept + i))
             source, at = block, 0
         finite = fit(family, source, at, n, b, scales, terms, sums, bins)
-        head, width = record + 4 * scale_count(family, b), tree_width(n)
+        head = record + 4 * scale_count(family, b)
         inverse, top = _ONE / reach(family, b, scales), np.float32(top_code(family, b))
         low, unit, middle = axis(family, b, scales)
         even = finite and is_even(family) and unit > _LEAST_UNIT
@@ -226,7 +226,7 @@ def _encode(
             _put_codes(family, codes, length, b, tile, words, wire, head)
             if projects:
                 levels(family, codes, length, b, scales, places, START)
-                add_products(source, at + tile, inverse, places, inverse, length, width, terms, sums, tile // TREE)
+                add_products(source, at + tile, inverse, places, inverse, length, terms, sums, tile // TREE)
         if projects:
             _project(family, b, total(sums, START, blocks_of(n)), total(sums, room, blocks_of(n)), scales)
         for k in range(scale_count(family, b)):
@@ -435,6 +435,6 @@ def squared_error(
                 gap = (load(around, i) - load(around, TREE + i)) * unit
                 store(around, TREE + i, gap * load(places, i))
                 store(around, i, gap * (_ONE - load(places, i)))
-            add_products(around, _TREE, _ONE, around, _ONE, length, _TREE, terms, sums, START)
+            add_products(around, _TREE, _ONE, around, _ONE, length, terms, sums, START)
             error += float(sums[0]) / float(unit) ** 2
     return error

@@ -11,6 +11,9 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from compression.kernels.families import TREE
+
+HALVED = TREE // 4  # values at a time
 NARROWED = 32  # codes at a time
 STREAMED = 8  # values at a time
 
@@ -89,6 +92,29 @@ def narrow(context: Any, words: Any, at: Any, codes: Any, to: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(words, types.intp, codes, types.intp), generate
+
+
+@_intrinsic
+def halved(context: Any, values: Any, at: Any) -> Any:
+    """The sum of values[at + i], i < HALVED: the second half is added to the first until one value is left.
+
+    All of it in registers; in loops, each too short for many lanes, it took a seventh of encoding with feedback.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = _pointer(context, builder, values, arguments[0], arguments[1])
+        width = HALVED
+        left = builder.load(builder.bitcast(pointer, ir.VectorType(ir.FloatType(), width).as_pointer()), align=4)
+        while width > 1:
+            width //= 2
+            halves = [
+                builder.shuffle_vector(left, left, ir.Constant(ir.VectorType(ir.IntType(32), width), [*lanes]))
+                for lanes in (range(width), range(width, 2 * width))
+            ]
+            left = builder.fadd(*halves)
+        return builder.extract_element(left, ir.IntType(32)(0))
+
+    return types.float32(values, types.intp), generate
 
 
 @_intrinsic

@@ -3,21 +3,12 @@
 import numpy as np
 
 from compression.kernels.compiling import inlined
-from compression.kernels.cpu.memory import load, store
+from compression.kernels.cpu.memory import HALVED, halved, load, store
 from compression.kernels.families import TREE
 
-_QUARTER = TREE // 4
+_QUARTER = HALVED  # of TREE, what two halvings leave
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 START = np.int64(0)  # a numpy integer: numba compiles a function once more for every plain number it is called with
-
-
-@inlined
-def tree_width(count: int) -> int:
-    """How many terms a tree over `count` values pads its blocks to."""
-    width = 1
-    while width < min(count, TREE):
-        width *= 2
-    return width
 
 
 @inlined
@@ -32,16 +23,15 @@ def _halved_twice(a: np.float32, b: np.float32, c: np.float32, d: np.float32) ->
 
 
 @inlined
-def _fold(terms: np.ndarray, at: int, count: int, width: int) -> np.float32:
-    """Sum of `count` terms from `at` on by halves, padded with zeros to `width`; overwrites them."""
-    for i in range(at + count, at + width):
+def _fold(terms: np.ndarray, at: int, count: int) -> np.float32:
+    """Sum of `count` terms from `at` on, at most TREE. Overwrites them, and pads them: zeros change no sum."""
+    for i in range(at + count, at + (TREE if count > _QUARTER else _QUARTER)):
         store(terms, i, 0)
-    while width >= 4:  # two halvings in one pass
-        width //= 4
-        for i in range(at, at + width):
-            first, second = load(terms, i), load(terms, i + width)
-            store(terms, i, _halved_twice(first, second, load(terms, i + 2 * width), load(terms, i + 3 * width)))
-    return load(terms, at) + load(terms, at + 1) if width == 2 else load(terms, at)
+    if count > _QUARTER:
+        for i in range(at, at + _QUARTER):
+            first, second = load(terms, i), load(terms, i + _QUARTER)
+            store(terms, i, _halved_twice(first, second, load(terms, i + 2 * _QUARTER), load(terms, i + 3 * _QUARTER)))
+    return halved(terms, at)
 
 
 @inlined
@@ -51,10 +41,10 @@ def total(sums: np.ndarray, at: int, count: int) -> np.float32:
     Never -0.0.
     """
     while count > 1:
-        width, blocks = tree_width(count), blocks_of(count)
+        blocks = blocks_of(count)
         for block in range(blocks):
             first = block * TREE
-            store(sums, at + block, _fold(sums, at + first, min(width, count - first), width))
+            store(sums, at + block, _fold(sums, at + first, min(TREE, count - first)))
         count = blocks
     return load(sums, at) + _ZERO
 
@@ -67,21 +57,20 @@ def add_products(
     b: np.ndarray,
     unit_b: np.float32,
     count: int,
-    width: int,
     terms: np.ndarray,
     sums: np.ndarray,
     block: int,
 ) -> None:
     """The sums of a b and of b b over each block of 512 of `count` values, the factors in their units. `b` begins at 0.
 
-    Those of a b go to the first half of `sums` from `block` on, those of b b to the second. `width` is the bucket's
-    `tree_width`; `terms` is scratch for two blocks.
+    Those of a b go to the first half of `sums` from `block` on, those of b b to the second. `terms`
+    is scratch for two blocks.
     """
     half = len(sums) // 2
     for first in range(0, count, TREE):
-        length, padded = min(TREE, count - first), width
+        length = min(TREE, count - first)
         if length == TREE:  # the first two halvings, before anything is stored
-            length = padded = _QUARTER
+            length = _QUARTER
             for i in range(_QUARTER):
                 b0, a0 = load(b, first + i) * unit_b, load(a, a_at + first + i) * unit_a
                 b1, a1 = load(b, first + _QUARTER + i) * unit_b, load(a, a_at + first + _QUARTER + i) * unit_a
@@ -95,7 +84,7 @@ def add_products(
                 store(terms, i, (load(a, a_at + first + i) * unit_a) * factor)
                 store(terms, TREE + i, factor * factor)
         for part in range(2):
-            store(sums, part * half + block, _fold(terms, part * TREE, length, padded))
+            store(sums, part * half + block, _fold(terms, part * TREE, length))
         block += 1
 
 
@@ -107,11 +96,11 @@ def add_sides(
 
     They go to the halves of `sums`; those of the other side count as v x 0, sign included. Returns how many are below.
     """
-    half, width, negatives = len(sums) // 2, tree_width(count), np.int32(0)
+    half, negatives = len(sums) // 2, np.int32(0)
     for first in range(0, count, TREE):
-        start, length, padded = at + first, min(TREE, count - first), width
+        start, length = at + first, min(TREE, count - first)
         if length == TREE:  # the first two halvings, before anything is stored
-            length = padded = _QUARTER
+            length = _QUARTER
             for i in range(_QUARTER):
                 v0, v1 = load(values, start + i), load(values, start + _QUARTER + i)
                 v2, v3 = load(values, start + 2 * _QUARTER + i), load(values, start + 3 * _QUARTER + i)
@@ -129,7 +118,7 @@ def add_sides(
                 store(terms, i, (value * unit) * (_ONE - below))
                 store(terms, TREE + i, (value * unit) * below)
         for part in range(2):
-            store(sums, part * half + first // TREE, _fold(terms, part * TREE, length, padded))
+            store(sums, part * half + first // TREE, _fold(terms, part * TREE, length))
     return negatives
 
 
@@ -144,11 +133,10 @@ def add_squares(
     values: np.ndarray, at: int, count: int, unit: np.float32, terms: np.ndarray, sums: np.ndarray
 ) -> None:
     """The sums of v v, values in their unit, over all blocks."""
-    width = tree_width(count)
     for first in range(0, count, TREE):
-        start, length, padded = at + first, min(TREE, count - first), width
+        start, length = at + first, min(TREE, count - first)
         if length == TREE:
-            length = padded = _QUARTER
+            length = _QUARTER
             for i in range(_QUARTER):
                 v0, v1 = load(values, start + i) * unit, load(values, start + _QUARTER + i) * unit
                 v2, v3 = load(values, start + 2 * _QUARTER + i) * unit, load(values, start + 3 * _QUARTER + i) * unit
@@ -157,4 +145,4 @@ def add_squares(
             for i in range(length):
                 value = load(values, start + i) * unit
                 store(terms, i, value * value)
-        store(sums, first // TREE, _fold(terms, START, length, padded))
+        store(sums, first // TREE, _fold(terms, START, length))
