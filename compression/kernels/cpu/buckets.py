@@ -216,7 +216,7 @@ def _encode(
             elif family == ONEBIT:
                 _signs(source, at + tile, length, words)
             else:
-                positions(family, source, at + tile, length, b, scales, finite, bins, places)
+                positions(family, source, at + tile, length, b, scales, finite, bins, terms, places)
                 _round(places, length, top, first, high, words)
             for i in range(0, length, NARROWED):  # by and by: a tile's lines at once would wait for one another
                 _read_ahead(target, goal + tile + i + distance, NARROWED)
@@ -421,7 +421,7 @@ def squared_error(
         top, unit = top_code(family, b), _ONE / reach(family, b, scales)
         for tile in range(0, n, TREE):
             length = min(TREE, n - tile)
-            positions(family, values, at + tile, length, b, scales, finite, bins, places)
+            positions(family, values, at + tile, length, b, scales, finite, bins, terms, places)
             for i in range(length):
                 place = clamp(load(places, i), _ZERO, np.float32(top))
                 floor = np.floor(place)

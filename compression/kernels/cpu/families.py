@@ -7,9 +7,9 @@ compiled once. Values are given as an array, the place of the first one, and the
 import numpy as np
 
 from compression.kernels.compiling import compiled_once, inlined
-from compression.kernels.cpu.memory import load, load_four, store, store_word
+from compression.kernels.cpu.memory import load, load_four, load_word, store, store_four, store_word
 from compression.kernels.cpu.sums import START, add_sides, add_squares, blocks_of, total
-from compression.kernels.families import HISTOGRAM_BITS, LIMIT, TINY
+from compression.kernels.families import HISTOGRAM_BITS, LIMIT, TINY, TREE
 
 # From NORM_UNIFORM on, one scale and codes on both sides of zero.
 FAMILIES = {"maxmin": 0, "quantile": 1, "1bit": 2, "norm_uniform": 3, "terngrad": 4, "exponential": 5}
@@ -92,7 +92,7 @@ def fit(
         low, high = clamp(low, -_LIMIT, _LIMIT), clamp(high, -_LIMIT, _LIMIT)
         scales[0], scales[1] = low, clamp(high - low, _ZERO, _LIMIT) / np.float32(top_code(family, bits))
     elif family == QUANTILE:
-        _quantiles(values, at, count, low, high, top_code(family, bits), scales, bins)
+        _quantiles(values, at, count, low, high, top_code(family, bits), scales, terms, bins)
     elif family == ONEBIT:
         negatives = add_sides(values, at, count, _ONE / _power(norm), terms, sums)
         for side in range(2):
@@ -133,15 +133,16 @@ def positions(
     scales: np.ndarray,
     finite: bool,
     bins: np.ndarray,
+    terms: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """Where the values lie on the axis of codes: 0 to the top code, after clamping."""
+    """Where the values lie on the axis of codes: 0 to the top code, after clamping. `terms` is scratch."""
     low, unit, middle = axis(family, bits, scales)
     if family == ONEBIT:
         for i in range(count):
             store(out, i, _ONE if load(values, at + i) < 0 else _ZERO)
     elif family == QUANTILE and finite:
-        _quantile_positions(values, at, count, scales, top_code(family, bits), bins, out)
+        _quantile_positions(values, at, count, scales, top_code(family, bits), bins, terms, out)
     elif family == QUANTILE or not unit > 0:
         for i in range(count):
             store(out, i, _ZERO if family == QUANTILE else middle)
@@ -215,6 +216,7 @@ def _quantiles(
     high: np.float32,
     top: int,
     scales: np.ndarray,
+    terms: np.ndarray,
     bins: np.ndarray,
 ) -> None:
     """Count keys in bins, take the levels from the counts, then replace the counts by the code at or below the bin."""
@@ -224,9 +226,12 @@ def _quantiles(
     used = ((_key(high) - origin) >> shift) + 1
     for b in range(used):
         store(bins, b, 0)
-    for i in range(at, at + count):
-        b = (_key(load(values, i)) - origin) >> shift
-        store(bins, b, load(bins, b) + 1)
+    for first in range(0, count, TREE):
+        length = min(TREE, count - first)
+        _find_bins(values, at + first, length, np.uint32(origin), np.uint32(shift), terms, START)
+        for i in range(length):
+            b = load_four(terms, i)
+            store(bins, b, load(bins, b) + 1)
     scales[0], scales[top] = low, high
     k, seen, rank = 0, 0, -1
     for b in range(used):
@@ -241,17 +246,42 @@ def _quantiles(
 
 
 @inlined
-def _quantile_positions(
-    values: np.ndarray, at: int, count: int, scales: np.ndarray, top: int, bins: np.ndarray, out: np.ndarray
+def _find_bins(
+    values: np.ndarray, at: int, count: int, origin: np.uint32, shift: np.uint32, out: np.ndarray, place: int
 ) -> None:
-    origin, shift = np.int64(bins[_ORIGIN]), np.int64(bins[_SHIFT])
-    half = _ONE if scales[top] - scales[0] <= _LIMIT else _HALF  # no difference of two levels overflows
+    """The bins that values are counted in, as the bits of what is written from `place` on."""
+    shift &= np.uint32(31)  # as it is; this tells LLVM that 32 bits are enough
     for i in range(count):
-        value = load(values, at + i)
-        code = load(bins, (_key(value) - origin) >> shift)
-        low = load(scales, code) * half
-        gap = load(scales, code + 1) * half - low
-        store(out, i, np.float32(code) + ((value * half - low) / gap if gap > 0 else _ZERO))
+        key = np.uint32(_ordered(np.float32(load(values, at + i) + _ZERO).view(np.int32)))
+        store_four(out, place + i, np.uint32(key - origin) >> shift)
+
+
+@inlined
+def _quantile_positions(
+    values: np.ndarray,
+    at: int,
+    count: int,
+    scales: np.ndarray,
+    top: int,
+    bins: np.ndarray,
+    terms: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """Look codes and the levels around the values up one by one, and do the rest in vectors."""
+    origin, shift = np.uint32(bins[_ORIGIN]), np.uint32(bins[_SHIFT])
+    half = _ONE if scales[top] - scales[0] <= _LIMIT else _HALF  # no difference of two levels overflows
+    for first in range(0, count, TREE):
+        start, length = at + first, min(TREE, count - first)
+        _find_bins(values, start, length, origin, shift, out, first)
+        for i in range(length):
+            code = load(bins, load_four(out, first + i))
+            store_four(out, first + i, code)
+            store_word(terms, 2 * i, load_word(scales, code))  # the level at or below the value, and the next
+        for i in range(length):
+            low = load(terms, 2 * i) * half
+            gap = load(terms, 2 * i + 1) * half - low
+            share = (load(values, start + i) * half - low) / gap if gap > 0 else _ZERO
+            store(out, first + i, np.float32(np.int32(load_four(out, first + i))) + share)
 
 
 @inlined
