@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+from llvmlite.binding import Linkage
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
@@ -55,10 +56,22 @@ jit_with_arrays = functools.partial(jit, makes_arrays=True)
 compiled_once = functools.partial(inlined, once=True)
 
 
+class _Kernel(JITCodeLibrary):
+    """LLVM's code of a kernel. Nobody else calls its parts: LLVM may change what they take."""
+
+    def _optimize_final_module(self) -> None:
+        for function in self._final_module.functions:
+            if not function.is_declaration and function.linkage == Linkage.linkonce_odr:
+                function.linkage = Linkage.internal
+        super()._optimize_final_module()
+
+
 class _Kernels(Compiler):
     """Numba's compiler, without the garbage collector: looking through what torch keeps takes a tenth of the time."""
 
     def compile_extra(self, func: Callable[..., Any]) -> Any:
+        self.state.library = _Kernel(self.state.targetctx.codegen(), func.__qualname__)
+        self.state.library.enable_object_caching()
         collects = gc.isenabled()
         gc.disable()
         try:
