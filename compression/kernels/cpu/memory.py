@@ -13,9 +13,12 @@ from numba.extending import intrinsic
 
 from compression.kernels.families import TREE
 
+FIVES = 16  # bytes at a time
 HALVED = TREE // 4  # values at a time
 NARROWED = 32  # codes at a time
 STREAMED = 8  # values at a time
+
+_BYTES, _FIVES = ir.VectorType(ir.IntType(8), FIVES), ir.VectorType(ir.IntType(16), FIVES)
 
 _intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
 
@@ -92,6 +95,48 @@ def narrow(context: Any, words: Any, at: Any, codes: Any, to: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(words, types.intp, codes, types.intp), generate
+
+
+@_intrinsic
+def pack_fives(context: Any, codes: Any, at: Any, apart: Any, wire: Any, to: Any) -> Any:
+    """wire[to + i] = the sum of codes[at + k apart + i] 3**k over k < 5, for i < FIVES. Codes are below 3.
+
+    A loop would test every time whether what it reads and writes overlaps, which took longer than the rest.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        start, step = arguments[1], arguments[2]
+        total = _FIVES([0] * FIVES)
+        for k in range(5):
+            place = builder.add(start, builder.mul(step, step.type(k)))
+            pointer = builder.bitcast(_pointer(context, builder, codes, arguments[0], place), _BYTES.as_pointer())
+            digit = builder.zext(builder.load(pointer, align=1), _FIVES)
+            total = builder.add(total, builder.mul(digit, _FIVES([3**k] * FIVES)))
+        pointer = builder.bitcast(_pointer(context, builder, wire, arguments[3], arguments[4]), _BYTES.as_pointer())
+        builder.store(builder.trunc(total, _BYTES), pointer, align=1)
+        return context.get_dummy_value()
+
+    return types.none(codes, types.intp, types.intp, wire, types.intp), generate
+
+
+@_intrinsic
+def unpack_fives(context: Any, wire: Any, at: Any, codes: Any, to: Any, apart: Any) -> Any:
+    """The inverse of `pack_fives`: codes[to + k apart + i] = digit k of wire[at + i], a byte below 243."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        start, step = arguments[3], arguments[4]
+        pointer = builder.bitcast(_pointer(context, builder, wire, arguments[0], arguments[1]), _BYTES.as_pointer())
+        left = builder.zext(builder.load(pointer, align=1), _FIVES)
+        for k in range(5):
+            third = builder.lshr(builder.mul(left, _FIVES([171] * FIVES)), _FIVES([9] * FIVES))  # exact below 256
+            digit = builder.sub(left, builder.mul(third, _FIVES([3] * FIVES)))
+            place = builder.add(start, builder.mul(step, step.type(k)))
+            target = builder.bitcast(_pointer(context, builder, codes, arguments[2], place), _BYTES.as_pointer())
+            builder.store(builder.trunc(digit, _BYTES), target, align=1)
+            left = third
+        return context.get_dummy_value()
+
+    return types.none(wire, types.intp, codes, types.intp, types.intp), generate
 
 
 @_intrinsic

@@ -3,7 +3,19 @@
 import numpy as np
 
 from compression.kernels.compiling import compiled_once, inlined
-from compression.kernels.cpu.memory import NARROWED, load, load_four, load_word, narrow, store, store_four, store_word
+from compression.kernels.cpu.memory import (
+    FIVES,
+    NARROWED,
+    load,
+    load_four,
+    load_word,
+    narrow,
+    pack_fives,
+    store,
+    store_four,
+    store_word,
+    unpack_fives,
+)
 
 
 @compiled_once
@@ -133,21 +145,27 @@ def pack_ternary(codes: np.ndarray, count: int, wire: np.ndarray, at: int) -> No
     n = (count + 4) // 5
     for i in range(count, 5 * n):
         store(codes, i, 0)
-    for i in range(n):
-        low = load(codes, i) + 3 * load(codes, n + i) + 9 * load(codes, 2 * n + i)
-        store(wire, at + i, low + 27 * load(codes, 3 * n + i) + 81 * load(codes, 4 * n + i))
+    if n >= FIVES:
+        for i in range(0, n, FIVES):
+            first = min(i, n - FIVES)  # the last ones overlap those before
+            pack_fives(codes, first, n, wire, at + first)
+    else:
+        for i in range(n):
+            low = load(codes, i) + 3 * load(codes, n + i) + 9 * load(codes, 2 * n + i)
+            store(wire, at + i, low + 27 * load(codes, 3 * n + i) + 81 * load(codes, 4 * n + i))
 
 
 @inlined
 def unpack_ternary(wire: np.ndarray, at: int, count: int, codes: np.ndarray) -> None:
     """The inverse of `pack_ternary`; may write up to 4 codes more than `count`."""
     n = (count + 4) // 5
-    for i in range(n):
-        x = np.uint32(load(wire, at + i))
-        by3, by9 = (x * np.uint32(171)) >> np.uint32(9), (x * np.uint32(57)) >> np.uint32(9)  # exact below 243
-        by27, by81 = (x * np.uint32(19)) >> np.uint32(9), (x * np.uint32(203)) >> np.uint32(14)
-        store(codes, i, x - np.uint32(3) * by3)
-        store(codes, n + i, by3 - np.uint32(3) * by9)
-        store(codes, 2 * n + i, by9 - np.uint32(3) * by27)
-        store(codes, 3 * n + i, by27 - np.uint32(3) * by81)
-        store(codes, 4 * n + i, by81)
+    if n >= FIVES:
+        for i in range(0, n, FIVES):
+            first = min(i, n - FIVES)  # the last ones overlap those before
+            unpack_fives(wire, at + first, codes, first, n)
+    else:
+        for i in range(n):
+            left = np.uint32(load(wire, at + i))
+            for k in range(5):
+                store(codes, k * n + i, left % np.uint32(3))
+                left //= np.uint32(3)
