@@ -1,11 +1,10 @@
 """What encoding and decoding cost: every quantizer at several widths, in units of copying the tensor once.
 
-    python benchmarks/codecs.py [--bits 1 2 3 4 8] [--types maxmin terngrad ...] [--repeats 9]
+    python benchmarks/codecs.py [--bits 1 2 3 4 8] [--types maxmin terngrad ...] [--bucket-size 512] [--repeats 9]
 
-The tensor has the layers and the 25.6 million values of ResNet-50's gradient, in buckets of 512, and is encoded as one
-message, as a rank does in the first hop; `add` decodes onto what is there, as the owner of a share does. A ratio is
-the median, over the repeats, of a time over that of a copy_ into a touched tensor made just before it, so that a busy
-machine slows both.
+The tensor has the layers and the 25.6 million values of ResNet-50's gradient, and is encoded as one message, as a rank
+does in the first hop; `add` decodes onto what is there, as the owner of a share does. A ratio is the median, over the
+repeats, of a time over that of a copy_ into a touched tensor made just before it, so that a busy machine slows both.
 """
 
 import argparse
@@ -60,21 +59,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bits", type=int, nargs="+", default=[1, 2, 3, 4, 8])
     parser.add_argument("--types", nargs="+", choices=QUANTIZERS, default=list(QUANTIZERS))
+    parser.add_argument("--bucket-size", type=int, default=512, help="values that share scales, -1: a layer's")
     parser.add_argument("--repeats", type=int, default=9, help="times that each is measured")
     asked = parser.parse_args()
     network = build("resnet50", "classic", 1000)
-    layers = layers_of([(name, tuple(p.shape)) for name, p in network.named_parameters()], 512)
+    layers = layers_of([(name, tuple(p.shape)) for name, p in network.named_parameters()], asked.bucket_size)
     values = torch.randn(sum(layer.numel for layer in layers), generator=torch.Generator().manual_seed(0))
     target = torch.zeros_like(values)
     print(
-        f"{len(values):,} values in {len(layers)} layers, {torch.get_num_threads()} threads, {machine()}; Python "
-        f"{platform.python_version()}, torch {torch.__version__}, numba {numba.__version__}\n"
+        f"{len(values):,} values in {len(layers)} layers, buckets of {asked.bucket_size}; {machine()}, "
+        f"{torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"numba {numba.__version__}\n"
     )
     columns: list[str] = []
     for name in asked.types:
         row = QUANTIZERS[name]
         for bits in [bits for bits in asked.bits if bits >= row.min_bits] if row.has_bits else [None]:
-            quantizer = codec(name) if bits is None else codec(name, bits=bits)
+            quantizer = codec(name, bucket_size=asked.bucket_size, **({} if bits is None else {"bits": bits}))
             found = {
                 what: relative(work, lambda: target.copy_(values), asked.repeats)
                 for what, work in works(name, quantizer, layers, values).items()
