@@ -8,12 +8,14 @@ repeats, of a time over that of a copy_ into a touched tensor made just before i
 """
 
 import argparse
+import os
 import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's threads go on spinning after a copy, where ours run
 
 import numba
 import torch

@@ -7,6 +7,7 @@ slows both. torch.topk finds the same values, but not in the order of their indi
 """
 
 import argparse
+import os
 import platform
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's threads go on spinning after a copy, where ours run
 
 import numba
 import numpy as np
