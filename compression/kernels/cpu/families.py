@@ -7,7 +7,16 @@ compiled once. Values are given as an array, the place of the first one, and the
 import numpy as np
 
 from compression.kernels.compiling import compiled_once, inlined
-from compression.kernels.cpu.memory import load, load_four, load_word, store, store_four, store_word
+from compression.kernels.cpu.memory import (
+    LOOKED_UP,
+    load,
+    load_four,
+    load_word,
+    look_up,
+    store,
+    store_four,
+    store_word,
+)
 from compression.kernels.cpu.sums import START, add_sides, add_squares, blocks_of, total
 from compression.kernels.families import HISTOGRAM_BITS, LIMIT, TINY, TREE
 
@@ -167,11 +176,11 @@ def levels(
         for i in range(count):
             store(out, place + i, second if load(codes, i) > 0 else first)
     elif family == QUANTILE:
-        for i in range(0, count - 1, 2):  # two at a time: what limits it is how many stores there are
-            low, high = load_four(scales, load(codes, i)), load_four(scales, load(codes, i + 1))
-            store_word(out, place + i, np.uint64(low) | (np.uint64(high) << np.uint64(32)))
-        if count % 2 == 1:
-            store(out, place + count - 1, load(scales, load(codes, count - 1)))
+        whole = count - count % LOOKED_UP
+        for i in range(0, whole, LOOKED_UP):
+            look_up(scales, codes, i, out, place + i)
+        for i in range(whole, count):
+            store(out, place + i, load(scales, load(codes, i)))
     elif family == EXPONENTIAL:
         for i in range(count):
             steps = np.float32(load(codes, i)) - zero

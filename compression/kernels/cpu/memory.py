@@ -15,6 +15,7 @@ from compression.kernels.families import TREE
 
 FIVES = 16  # bytes at a time
 HALVED = TREE // 4  # values at a time
+LOOKED_UP = 4  # codes at a time
 NARROWED = 32  # codes at a time
 STREAMED = 8  # values at a time
 
@@ -137,6 +138,30 @@ def unpack_fives(context: Any, wire: Any, at: Any, codes: Any, to: Any, apart: A
         return context.get_dummy_value()
 
     return types.none(wire, types.intp, codes, types.intp, types.intp), generate
+
+
+@_intrinsic
+def look_up(context: Any, table: Any, codes: Any, at: Any, memory: Any, to: Any) -> Any:
+    """memory[to + i] = table[codes[at + i]], float32 and uint8, for i < LOOKED_UP.
+
+    In a loop of its own every value takes a load for its code and a store, and those are what limits it.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word, vector = ir.IntType(8 * LOOKED_UP), ir.VectorType(ir.FloatType(), LOOKED_UP)
+        pointer = _pointer(context, builder, codes, arguments[1], arguments[2])
+        left = builder.load(builder.bitcast(pointer, word.as_pointer()), align=1)
+        found = vector(ir.Undefined)
+        for i in range(LOOKED_UP):
+            code = builder.zext(builder.trunc(left, ir.IntType(8)), ir.IntType(64))
+            level = builder.load(_pointer(context, builder, table, arguments[0], code))
+            found = builder.insert_element(found, level, ir.IntType(32)(i))
+            left = builder.lshr(left, word(8))
+        target = _pointer(context, builder, memory, arguments[3], arguments[4])
+        builder.store(found, builder.bitcast(target, vector.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.none(table, codes, types.intp, memory, types.intp), generate
 
 
 @_intrinsic
