@@ -67,7 +67,10 @@ class _Kernel(JITCodeLibrary):
 
 
 class _Kernels(Compiler):
-    """Numba's compiler, without the garbage collector: looking through what torch keeps takes a tenth of the time."""
+    """Numba's compiler, without the garbage collector: looking through what torch keeps takes a tenth of the time.
+
+    What it makes is a `_Kernel`.
+    """
 
     def compile_extra(self, func: Callable[..., Any]) -> Any:
         self.state.library = _Kernel(self.state.targetctx.codegen(), func.__qualname__)

@@ -20,13 +20,11 @@ from compression.kernels.cpu.families import (
     top_code,
 )
 from compression.kernels.cpu.memory import (
-    NARROWED,
     STREAMED,
     counted,
     fence,
     load,
     load_float,
-    narrow,
     prefetch,
     store,
     store_float,
@@ -36,6 +34,7 @@ from compression.kernels.cpu.memory import (
 from compression.kernels.cpu.packing import pack, pack_ternary, unpack, unpack_ternary
 from compression.kernels.cpu.scratch import TILE
 from compression.kernels.cpu.sums import START, add_products, blocks_of, total
+from compression.kernels.cpu.vectors import NARROWED, narrow
 from compression.kernels.families import FRACTION_BITS, HUGE, TREE
 from compression.layers import DENSE
 
@@ -195,7 +194,7 @@ def _encode(
                 for i in range(n):
                     store(target, goal + i, load(values, at + i))
             continue
-        if feedback and decodes:
+        if feedback and decodes:  # in place: the block and `values` overlap, and LLVM has no vectors for what does
             for i in range(n):
                 store(values, at + i, load(values, at + i) + load(residual, kept + i))
         elif feedback:

@@ -3,19 +3,8 @@
 import numpy as np
 
 from compression.kernels.compiling import compiled_once, inlined
-from compression.kernels.cpu.memory import (
-    FIVES,
-    NARROWED,
-    load,
-    load_four,
-    load_word,
-    narrow,
-    pack_fives,
-    store,
-    store_four,
-    store_word,
-    unpack_fives,
-)
+from compression.kernels.cpu.memory import load, load_four, load_word, store, store_four, store_word
+from compression.kernels.cpu.vectors import FIVES, NARROWED, narrow, pack_fives, unpack_fives
 
 
 @compiled_once

@@ -3,10 +3,10 @@
 import numpy as np
 
 from compression.kernels.compiling import inlined
-from compression.kernels.cpu.memory import HALVED, halved, load, store
+from compression.kernels.cpu.memory import load, store
+from compression.kernels.cpu.vectors import HALVED, halved
 from compression.kernels.families import TREE
 
-_QUARTER = HALVED  # of TREE, what two halvings leave
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 START = np.int64(0)  # a numpy integer: numba compiles a function once more for every plain number it is called with
 
@@ -25,12 +25,12 @@ def _halved_twice(a: np.float32, b: np.float32, c: np.float32, d: np.float32) ->
 @inlined
 def _fold(terms: np.ndarray, at: int, count: int) -> np.float32:
     """Sum of `count` terms from `at` on, at most TREE. Overwrites them, and pads them: zeros change no sum."""
-    for i in range(at + count, at + (TREE if count > _QUARTER else _QUARTER)):
+    for i in range(at + count, at + (TREE if count > HALVED else HALVED)):
         store(terms, i, 0)
-    if count > _QUARTER:
-        for i in range(at, at + _QUARTER):
-            first, second = load(terms, i), load(terms, i + _QUARTER)
-            store(terms, i, _halved_twice(first, second, load(terms, i + 2 * _QUARTER), load(terms, i + 3 * _QUARTER)))
+    if count > HALVED:
+        for i in range(at, at + HALVED):
+            first, second = load(terms, i), load(terms, i + HALVED)
+            store(terms, i, _halved_twice(first, second, load(terms, i + 2 * HALVED), load(terms, i + 3 * HALVED)))
     return halved(terms, at)
 
 
@@ -70,12 +70,12 @@ def add_products(
     for first in range(0, count, TREE):
         length = min(TREE, count - first)
         if length == TREE:  # the first two halvings, before anything is stored
-            length = _QUARTER
-            for i in range(_QUARTER):
+            length = HALVED
+            for i in range(HALVED):
                 b0, a0 = load(b, first + i) * unit_b, load(a, a_at + first + i) * unit_a
-                b1, a1 = load(b, first + _QUARTER + i) * unit_b, load(a, a_at + first + _QUARTER + i) * unit_a
-                b2, a2 = load(b, first + 2 * _QUARTER + i) * unit_b, load(a, a_at + first + 2 * _QUARTER + i) * unit_a
-                b3, a3 = load(b, first + 3 * _QUARTER + i) * unit_b, load(a, a_at + first + 3 * _QUARTER + i) * unit_a
+                b1, a1 = load(b, first + HALVED + i) * unit_b, load(a, a_at + first + HALVED + i) * unit_a
+                b2, a2 = load(b, first + 2 * HALVED + i) * unit_b, load(a, a_at + first + 2 * HALVED + i) * unit_a
+                b3, a3 = load(b, first + 3 * HALVED + i) * unit_b, load(a, a_at + first + 3 * HALVED + i) * unit_a
                 store(terms, i, _halved_twice(a0 * b0, a1 * b1, a2 * b2, a3 * b3))
                 store(terms, TREE + i, _halved_twice(b0 * b0, b1 * b1, b2 * b2, b3 * b3))
         else:
@@ -100,10 +100,10 @@ def add_sides(
     for first in range(0, count, TREE):
         start, length = at + first, min(TREE, count - first)
         if length == TREE:  # the first two halvings, before anything is stored
-            length = _QUARTER
-            for i in range(_QUARTER):
-                v0, v1 = load(values, start + i), load(values, start + _QUARTER + i)
-                v2, v3 = load(values, start + 2 * _QUARTER + i), load(values, start + 3 * _QUARTER + i)
+            length = HALVED
+            for i in range(HALVED):
+                v0, v1 = load(values, start + i), load(values, start + HALVED + i)
+                v2, v3 = load(values, start + 2 * HALVED + i), load(values, start + 3 * HALVED + i)
                 b0, b1, b2, b3 = _below(v0), _below(v1), _below(v2), _below(v3)
                 negatives += np.int32((b0 + b1) + (b2 + b3))
                 v0, v1, v2, v3 = v0 * unit, v1 * unit, v2 * unit, v3 * unit
@@ -136,10 +136,10 @@ def add_squares(
     for first in range(0, count, TREE):
         start, length = at + first, min(TREE, count - first)
         if length == TREE:
-            length = _QUARTER
-            for i in range(_QUARTER):
-                v0, v1 = load(values, start + i) * unit, load(values, start + _QUARTER + i) * unit
-                v2, v3 = load(values, start + 2 * _QUARTER + i) * unit, load(values, start + 3 * _QUARTER + i) * unit
+            length = HALVED
+            for i in range(HALVED):
+                v0, v1 = load(values, start + i) * unit, load(values, start + HALVED + i) * unit
+                v2, v3 = load(values, start + 2 * HALVED + i) * unit, load(values, start + 3 * HALVED + i) * unit
                 store(terms, i, _halved_twice(v0 * v0, v1 * v1, v2 * v2, v3 * v3))
         else:
             for i in range(length):
