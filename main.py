@@ -29,13 +29,13 @@ from torch.nn.parallel import DistributedDataParallel
 import compression
 import search
 from compression.averagers import Observing
+from compression.network.world import Failure, World, in_words, join_ranks, tells_of_lost_ranks
 from compression.statistics import JsonLines, TensorBoard, to_all
-from compression.world import Failure, World, in_words, join_ranks, tells_of_lost_ranks
 from image_classification import checkpoints, data, logs, models
+from image_classification.allocator import keep_freed_memory
 from image_classification.interruption import Interruption
 from image_classification.logs import Step
 from image_classification.losses import training_loss
-from image_classification.memory import keep_freed_memory
 from image_classification.optim import parameter_groups, sgd
 from image_classification.precision import MixedPrecisionOptimizer, Precision
 from image_classification.schedules import schedule

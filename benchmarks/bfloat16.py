@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees it
 import torch
 
 from compression import COMPRESSORS, Collectives, Layer
-from compression.averagers import Averager, Gradients, Stateless
+from compression.averagers import Averager, Stateless
+from compression.gradients import Gradients
 from compression.registry import Options, Row
 
 

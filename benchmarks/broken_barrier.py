@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 import compression
 from benchmarks.netlab import available, lab
 from benchmarks.search import machine
-from compression.averagers import Gradients
+from compression.gradients import Gradients
 from image_classification.models import build
 from image_classification.optim import parameter_groups, sgd
 

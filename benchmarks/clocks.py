@@ -26,7 +26,7 @@ from torch import nn
 import compression
 from benchmarks.search import machine
 from compression import Metered, Solo
-from image_classification.memory import keep_freed_memory
+from image_classification.allocator import keep_freed_memory
 from image_classification.models import build
 
 LINE_EVERY_STEPS = 10

@@ -25,7 +25,8 @@ from benchmarks.search import machine
 from benchmarks.topk import relative
 from compression import COMPRESSORS, codec, kernels
 from compression.codecs.quantizers import Quantizer
-from compression.layers import DENSE, Layer, Plan, Segment, layers_of, plan
+from compression.layers import DENSE, Layer, layers_of
+from compression.plans import Plan, Segment, plan
 from compression.randomness import stream_keys
 from image_classification.models import build
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 import compression
 from benchmarks.search import machine
 from compression import COMPRESSORS, Solo
-from compression.averagers import Averager, Gradients, OneHop
+from compression.averagers import Averager, OneHop
+from compression.gradients import Gradients
 from compression.layers import layers_of
 from image_classification.models import build
 

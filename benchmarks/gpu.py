@@ -23,7 +23,8 @@ from torch import Tensor
 
 from compression import kernels
 from compression.codecs.quantizers import Exponential, MaxMin, NormUniform, OneBit, Quantile, Quantizer, TernGrad
-from compression.layers import Layer, Plan, Segment, plan
+from compression.layers import Layer
+from compression.plans import Plan, Segment, plan
 from compression.randomness import stream_keys
 
 Work = Callable[[], object]

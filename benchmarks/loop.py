@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees it
 import torch
 from torch import Tensor, nn
 
+from image_classification.allocator import keep_freed_memory
 from image_classification.losses import training_loss
-from image_classification.memory import keep_freed_memory
 from image_classification.models import build
 from image_classification.optim import parameter_groups, sgd
 from image_classification.precision import MixedPrecisionOptimizer, Precision

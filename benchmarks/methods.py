@@ -31,10 +31,12 @@ from torch import Tensor
 import compression
 from benchmarks.ranks import kernel_bytes
 from compression import Metered, TorchDistributed
-from compression.averagers import Begin, Gradients
-from compression.engine import Engine, Phases
+from compression.averagers import Begin
+from compression.exchange.engine import Engine
+from compression.gradients import Gradients
 from compression.layers import layers_of
-from image_classification.memory import keep_freed_memory
+from compression.streams import Phases
+from image_classification.allocator import keep_freed_memory
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from compression.codecs.sparsifiers import TopK
-from compression.kernels import sparse_cpu
+from compression.kernels.cpu import sparse as sparse_cpu
 
 RATIOS = (0.001, 0.01, 0.1)
 

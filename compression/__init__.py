@@ -4,15 +4,47 @@ codec (arithmetic) x collectives (network) x averager (how ranks agree), three m
 joined to a model's backward by an exchange.
 
     exchange = compression.attach(ddp_model, compression.build("maxmin", bits=4, error_feedback=True))
+
+Names are loaded when they are used: importing this package loads neither torch nor anything else that is heavy.
+Python 3.14 has a package `compression` of its own, and parts of the standard library import from it. Where ours comes
+first on the path, those find the standard library's modules (`compression.zstd` and what `gzip` wants) in here.
 """
 
-from compression.attachment import attach
-from compression.broken_barrier import BrokenBarrier
-from compression.collectives import Collectives, Metered, Solo, TorchDistributed
-from compression.exchange import Exchange, Report
-from compression.layers import DENSE, Layer
-from compression.recorder import Recorder
-from compression.registry import COMPRESSORS, Compressor, build, can_be_late, codec, with_bits
+import importlib
+import sysconfig
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .exchange.attachment import attach
+    from .exchange.broken_barrier import BrokenBarrier
+    from .exchange.exchange import Exchange
+    from .exchange.recorder import Recorder
+    from .exchange.report import Report
+    from .layers import DENSE, Layer
+    from .network.collectives import Collectives, Metered, Solo
+    from .network.torch_distributed import TorchDistributed
+    from .registry import COMPRESSORS, Compressor, build, can_be_late, codec, with_bits
+
+_MODULE_OF = {
+    "COMPRESSORS": "registry",
+    "DENSE": "layers",
+    "BrokenBarrier": "exchange.broken_barrier",
+    "Collectives": "network.collectives",
+    "Compressor": "registry",
+    "Exchange": "exchange.exchange",
+    "Layer": "layers",
+    "Metered": "network.collectives",
+    "Recorder": "exchange.recorder",
+    "Report": "exchange.report",
+    "Solo": "network.collectives",
+    "TorchDistributed": "network.torch_distributed",
+    "attach": "exchange.attachment",
+    "build": "registry",
+    "can_be_late": "registry",
+    "codec": "registry",
+    "with_bits": "registry",
+}
 
 __all__ = [
     "COMPRESSORS",
@@ -33,3 +65,28 @@ __all__ = [
     "codec",
     "with_bits",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def _beside_the_standard_library(path: list[str]) -> None:
+    """Let submodules be found in the standard library's package of this name too, where it has one.
+
+    In that folder alone: `pkgutil.extend_path` would take every folder of this name on the path.
+    """
+    theirs = Path(sysconfig.get_path("stdlib"), "compression")
+    if __name__ == "compression" and theirs.is_dir() and str(theirs) not in path:
+        path.append(str(theirs))
+
+
+_beside_the_standard_library(__path__)

@@ -7,9 +7,8 @@ layer that share one set of scales (the last may be shorter). The *owner* of a b
 over all ranks. A *record* is what one bucket becomes on the wire, a *message* all records for one owner.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,150 +73,19 @@ def cut(numel: int, bucket_size: int, world_size: int, first: int) -> list[tuple
     return shares
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Where M buckets of many layers lie, in a flat buffer of values and on the wire. int64 [M] each.
-
-    One plan drives one kernel call over all its buckets, whatever their layers, lengths and widths.
-    """
-
-    position: Ints  # of the first value, in the flat buffer
-    count: Ints  # of values
-    bits: Ints  # per value; DENSE is float32 as it is
-    wire_at: Ints  # byte offset of the record
-    slot: Ints  # which row of the stream keys is this layer's
-    element: Ints  # index, in the layer, of the first value
-    memory_at: Ints  # of the first value, in what is remembered from step to step (residuals)
-    layers: Ints  # [slots]: the layer index of each slot
-    message_bytes: tuple[int, ...]  # length of each owner's message; the wire holds them one after the other
-    values: int  # in all buckets
-
-    @property
-    def wire_bytes(self) -> int:
-        return sum(self.message_bytes)
-
-    @cached_property
-    def longest(self) -> int:
-        """The most values of one bucket."""
-        return int(self.count.max(initial=0))
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A layer's place: where its first value lies in the flat buffer, and in what is remembered.
-
-    Of a buffer that holds only a share, both say where the layer's first value would lie, and may be negative.
-    """
-
-    layer: Layer
-    offset: int
-    memory: int
 
 
-def plan(
-    segments: Sequence[Segment],
-    owners: Sequence[int],
-    shares: Mapping[str, Sequence[tuple[int, int]]],
-    bits: Mapping[str, int],
-    bucket_size: int | None,
-    record_bytes: Callable[[int, int], int],
-) -> Plan:
-    """The plan of all buckets of `segments` that belong to `owners`, one message per owner.
-
-    `shares[name][rank]` is the layer's cut. A share is cut into buckets of `bucket_size` values, or is one bucket where
-    that is None. Within a message the records follow the order of `segments`.
-    `record_bytes(count, bits)` is the format's; a DENSE record is 4 bytes a value.
-    """
-    rows: list[NDArray[np.int64]] = []
-    message_bytes = []
-    at = 0
-    for owner in owners:
-        message_start = at
-        for slot, segment in enumerate(segments):
-            start, stop = shares[segment.layer.name][owner]
-            if start == stop:
-                continue
-            width = bits[segment.layer.name]
-            length = stop - start if bucket_size is None else bucket_length(segment.layer.numel, bucket_size)
-            element = np.arange(start, stop, length, dtype=np.int64)
-            count = np.minimum(length, stop - element)
-            first, last = (4 * int(n) if width == DENSE else record_bytes(int(n), width) for n in count[[0, -1]])
-            nbytes = np.full(len(count), first, np.int64)
-            nbytes[-1] = last
-            row = np.empty((7, len(count)), np.int64)
-            row[0] = segment.offset + element
-            row[1] = count
-            row[2] = width
-            row[3] = at + np.cumsum(nbytes) - nbytes
-            row[4] = slot
-            row[5] = element
-            row[6] = segment.memory + element
-            rows.append(row)
-            at += int(nbytes.sum())
-        message_bytes.append(at - message_start)
-    table = np.concatenate(rows, axis=1) if rows else np.empty((7, 0), np.int64)
-    positions, counts, bits_of, wire_at, slots, elements, memory_at = (np.ascontiguousarray(column) for column in table)
-    return Plan(
-        positions,
-        counts,
-        bits_of,
-        wire_at,
-        slots,
-        elements,
-        memory_at,
-        layers=np.array([segment.layer.index for segment in segments], np.int64),
-        message_bytes=tuple(message_bytes),
-        values=int(counts.sum()),
-    )
 
 
-def chunks(whole: Plan, count: int) -> list[Plan]:
-    """A plan cut into at most `count` plans, each with about as many bytes of every message, cut between records.
-
-    Where the values lie, and what the slots are, stays as it is; a chunk's wire holds its own records only. The plan of
-    all owners and that of one of them are cut at the same records.
-    """
-    edges = _edges(whole, count)
-    return [_part(whole, edges[:, k : k + 2]) for k in range(count)]
 
 
-def without(whole: Plan, owner: int) -> Plan:
-    """A plan but for the message of one owner, which becomes empty."""
-    edges = _edges(whole, 1)
-    edges[owner] = edges[owner, 0]
-    return _part(whole, edges)
 
 
-def apart_from(whole: Plan, owner: int) -> Plan:
-    """The buckets of a plan that are not one owner's, where they lie: the wire is that of all owners."""
-    first, last = _edges(whole, 1)[owner]
-    return some_of(whole, np.r_[:first, last : len(whole.count)])
 
 
-def some_of(whole: Plan, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> Plan:
-    """The chosen buckets of a plan, by index or mask [M], where they lie: the wire stays that of all."""
-    columns = ("position", "count", "bits", "wire_at", "slot", "element", "memory_at")
-    kept = {name: getattr(whole, name)[chosen] for name in columns}
-    return replace(whole, **kept, values=int(kept["count"].sum()))
 
 
-def _edges(whole: Plan, count: int) -> Ints:
-    """Where every message is cut into `count` parts, [owners, count + 1]: a record belongs to where it begins."""
-    ends = np.cumsum(whole.message_bytes, dtype=np.int64)
-    starts = ends - whole.message_bytes
-    targets = starts[:, None] + np.arange(count + 1) * (ends - starts)[:, None] // count
-    return np.searchsorted(whole.wire_at, targets)
 
 
-def _part(whole: Plan, edges: Ints) -> Plan:
-    """The records from edges[o, 0] to below edges[o, 1] of every owner o."""
-    at = np.append(whole.wire_at, whole.wire_bytes)[edges]
-    rows = [np.arange(first, last) for first, last in edges]
-    nbytes = np.diff(at, axis=1)[:, 0]
-    shifts = at[:, 0] - (np.cumsum(nbytes) - nbytes)
-    kept = some_of(whole, np.concatenate(rows))
-    return replace(
-        kept,
-        wire_at=kept.wire_at - np.repeat(shifts, [len(each) for each in rows]),
-        message_bytes=tuple(nbytes.tolist()),
-    )

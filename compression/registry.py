@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from compression.averagers import (
+from .averagers import (
     Averager,
     DeepGradientCompression,
     Dense,
@@ -23,21 +23,12 @@ from compression.averagers import (
     TwoHop,
     WarmUp,
 )
-from compression.codecs.base import Codec
-from compression.codecs.low_rank import SpectralAtoms, sides
-from compression.codecs.quantizers import (
-    Exponential,
-    MaxMin,
-    NormUniform,
-    OneBit,
-    Quantile,
-    Quantizer,
-    TernGrad,
-    VariableWidth,
-)
-from compression.codecs.sparsifiers import RandomK, TopK
-from compression.collectives import Collectives
-from compression.layers import Layer
+from .codecs.base import Codec
+from .codecs.low_rank import SpectralAtoms, sides
+from .codecs.quantizers import Exponential, MaxMin, NormUniform, OneBit, Quantile, Quantizer, TernGrad, VariableWidth
+from .codecs.sparsifiers import RandomK, TopK
+from .layers import Layer
+from .network.collectives import Collectives
 
 Build = Callable[["Options", Sequence[Layer], Collectives, int], Averager]
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from search.objective import gap
-from search.optimum import Edges, merge_edges
-from search.tables import Ints, MeasuredCodec, Tables
+from .hulls import Edges, merge_edges
+from .objective import gap
+from .tables import Ints, MeasuredCodec, Tables
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from search.tables import Floats, Ints, Tables
+from .tables import Floats, Ints, Tables
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from search.objective import Objective, gap
-from search.run import NAMES, SearchResult
-from search.scheme import scheme_of, write_json
-from search.steering import power_reaching
+from .objective import Objective, gap
+from .run import NAMES, SearchResult
+from .scheme import scheme_of, write_json
+from .steering import power_reaching
 
 MOST = 0.5  # an optimum with more than this share of layers at one end of the range is called bang-bang
 

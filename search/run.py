@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from search.budget import Budgeted, within_budget
-from search.evolve import Evolved, evolve
-from search.objective import Choice, Objective, gap
-from search.optimum import optimum
-from search.tables import Tables
+from .budget import Budgeted, within_budget
+from .evolution import Evolved, evolve
+from .hulls import optimum
+from .objective import Choice, Objective, gap
+from .tables import Tables
 
 NAMES = {"de": "differential evolution", "optimum": "optimum", "budget": "least error in budget"}
 

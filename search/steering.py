@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from search.optimum import hull_walk, lower_hull, slope
-from search.tables import Tables
+from .hulls import hull_walk, lower_hull, slope
+from .tables import Tables
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from program import SMALL, Rank, infinite_loss_in_batch, run, run_each, run_well
+
+from tests.support.program import SMALL, Rank, infinite_loss_in_batch, run, run_each, run_well
 
 
 class Bad(NamedTuple):

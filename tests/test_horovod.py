@@ -12,7 +12,7 @@ import torch
 from compression import COMPRESSORS
 
 ROOT = Path(__file__).parents[1]
-AVERAGE = ROOT / "tests" / "compression" / "average_everything.py"
+AVERAGE = ROOT / "tests" / "support" / "average_everything.py"
 ADDED_IN_THE_NETWORK = ("none", "stats", "powersgd")  # by an all-reduce, in an order that is the network's
 TRAINING = (
     "digits -a resnet18 --num-classes 10 --image-size 32 --data-backend pytorch -j 0 -b 8 "

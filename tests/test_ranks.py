@@ -13,12 +13,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from program import ROOT, SMALL, Rank, every_compressor, free_port, run, run_well, signal_in_step, tiny
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import main
-from compression.world import join_ranks
+from compression.network.world import join_ranks
+from tests.support.program import ROOT, SMALL, Rank, every_compressor, free_port, run, run_well, signal_in_step, tiny
 
 PARAMETERS = [name for name, _ in tiny(3).named_parameters()]
 TRAIN_ONLY = ("--training-only", "--no-checkpoints", "--epochs", "1")

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from program import SMALL, every_compressor, run, run_well, signal_in_step, signal_in_validation
 
 from image_classification.checkpoints import load_weights
 from image_classification.logs import records
+from tests.support.program import SMALL, every_compressor, run, run_well, signal_in_step, signal_in_validation
 
 SETTINGS = {
     **every_compressor(),

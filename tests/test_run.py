@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from program import SMALL, Rank, compiled_code_goes_to, run_well, tiny
 
 from image_classification import checkpoints
 from image_classification.logs import records
+from tests.support.program import SMALL, Rank, compiled_code_goes_to, run_well, tiny
 
 COMPRESSED = {"3.weight": 16 * 32 * 9, "5.weight": 32 * 48 * 9, "10.weight": 48 * 64}
 PARAMETERS = dict(tiny(3).named_parameters())

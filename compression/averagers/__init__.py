@@ -19,16 +19,18 @@ One file per way of agreeing:
 W ranks, N values, rank R.
 """
 
-from compression.averagers.base import Averager, Begin, Gradients, Memory, Stateless
-from compression.averagers.dense import Dense, Sanity
-from compression.averagers.dgc import DeepGradientCompression
-from compression.averagers.gathered import Gathered, Residual, RmsScore
-from compression.averagers.low_rank import LowRank
-from compression.averagers.one_hop import OneHop
-from compression.averagers.random_share import RandomShare
-from compression.averagers.statistics import Observing
-from compression.averagers.two_hop import TwoHop
-from compression.averagers.warm_up import WarmUp
+from ..gradients import Gradients
+from ..layer_state import Memory
+from .base import Averager, Begin, Stateless
+from .dense import Dense, Sanity
+from .dgc import DeepGradientCompression
+from .observed import Observing
+from .one_hop import OneHop
+from .powersgd import LowRank
+from .random_k import RandomShare
+from .top_k import Gathered, Residual, RmsScore
+from .two_hop import TwoHop
+from .warm_up import WarmUp
 
 __all__ = [
     "Averager",

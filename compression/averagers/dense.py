@@ -1,7 +1,8 @@
 """Averagers that send float32 as it is, or nothing at all."""
 
-from compression.averagers.base import Gradients, Stateless
-from compression.collectives import Collectives
+from ..gradients import Gradients
+from ..network.collectives import Collectives
+from .base import Stateless
 
 
 class Dense(Stateless):

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from compression.averagers.base import Gradients, Memory
-from compression.averagers.gathered import Gathered, placed, spans
-from compression.codecs.sparsifiers import TopK
-from compression.collectives import Collectives
-from compression.layers import Layer
+from ..codecs.sparsifiers import TopK
+from ..gradients import Gradients
+from ..layer_state import Memory
+from ..layers import Layer
+from ..network.collectives import Collectives
+from .top_k import Gathered, placed, spans
 
 STAGES = 4  # of the ramp: 1/4, 1/16, 1/64, 1/256
 

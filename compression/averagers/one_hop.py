@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compression.averagers.base import Gradients, Memory, Plain
-from compression.codecs.base import Codec, Float32
-from compression.collectives import Collectives
-from compression.layers import Layer
-from compression.randomness import stream_key
+from ..codecs.base import Codec, Float32
+from ..gradients import Gradients
+from ..layer_state import Memory
+from ..layers import Layer
+from ..network.collectives import Collectives
+from ..randomness import stream_key
+from .base import Plain
 
 _HOP = 1  # of the streams of random numbers
 

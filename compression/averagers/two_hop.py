@@ -10,13 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compression import kernels
-from compression.averagers.base import Begin, Gradients, Memory, Plain
-from compression.codecs.quantizers import Quantizer
-from compression.collectives import Collectives, ExpectedExchange, ExpectedGather, Pending, part_of
-from compression.engine import Phases, run_all
-from compression.layers import DENSE, Ints, Layer, Plan, Segment, apart_from, chunks, cut, plan, without
-from compression.randomness import stream_keys
+from .. import kernels
+from ..codecs.quantizers import Quantizer
+from ..gradients import Gradients
+from ..layer_state import Memory
+from ..layers import DENSE, Ints, Layer, cut
+from ..network.collectives import Collectives, ExpectedExchange, ExpectedGather, Pending, part_of
+from ..plans import Plan, Segment, apart_from, chunks, plan, without
+from ..randomness import stream_keys
+from ..streams import Phases, run_all
+from .base import Begin, Plain
 
 CHUNK_BYTES = 3 * 2**19  # of what all ranks own, where nothing follows that could be encoded meanwhile
 

@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from compression.averagers.base import Averager, Begin, Gradients
-from compression.averagers.dense import Dense
-from compression.engine import run_all
+from ..gradients import Gradients
+from ..streams import run_all
+from .base import Averager, Begin
+from .dense import Dense
 
 
 class WarmUp:

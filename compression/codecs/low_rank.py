@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compression.kernels.families import LIMIT
-from compression.randomness import stream_key
+from ..limits import LIMIT
+from ..randomness import stream_key
 
 EIGH_ERROR = 1e-7  # of eigenvalues in float32, in units of the largest
 

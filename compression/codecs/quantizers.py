@@ -20,9 +20,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from compression import kernels
-from compression.layers import Layer, Plan, Segment, bucket_length, plan
-from compression.randomness import stream_keys
+from .. import kernels
+from ..layers import Layer, bucket_length
+from ..plans import Plan, Segment, plan
+from ..randomness import stream_keys
 
 
 class Quantizer(ABC):

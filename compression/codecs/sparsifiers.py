@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compression import kernels, randomness
-from compression.kernels import sparse
-from compression.kernels.transfer import on_device
-from compression.layers import Ints
+from .. import kernels, randomness
+from .. import sparse_plans as sparse
+from ..layers import Ints
+from ..streams import on_device
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ from types import ModuleType
 
 import torch
 
-from compression.kernels import cpu, reference, sparse_cpu, sparse_reference
-from compression.kernels.families import record_bytes
+from . import cpu, reference
+from .cpu import sparse as sparse_cpu
+from .reference import sparse as sparse_reference
+from .reference.families import record_bytes
 
 __all__ = ["for_device", "record_bytes", "sparse_for_device"]
 
@@ -26,7 +28,7 @@ def for_device(device: torch.device) -> ModuleType:
     if device.type == "cpu":
         return cpu
     if device.type == "cuda" and _triton_runs():
-        from compression.kernels import cuda
+        from . import cuda
 
         return cuda
     return reference

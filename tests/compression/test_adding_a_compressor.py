@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_every_compressor as promises
 import torch
-from threads import ThreadCollectives, run_ranks
 from torch import Tensor, nn
 
 import compression
+import tests.compression.test_registry as promises
+from tests.support.threads import ThreadCollectives, run_ranks
 
 DOCUMENT = Path(__file__).parents[2] / "ADDING_A_COMPRESSOR.md"
 NAME = "scaled_sign"

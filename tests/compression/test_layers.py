@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compression.layers import DENSE, Layer, Segment, apart_from, chunks, compressible, cut, layers_of, plan
+from compression.layers import DENSE, Layer, compressible, cut, layers_of
+from compression.plans import Segment, apart_from, chunks, plan
 
 sizes = st.integers(1, 5000)
 bucket_sizes = st.sampled_from([-1, 1, 3, 64, 512, 10_000])

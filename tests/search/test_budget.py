@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from table_examples import every_assignment, fifty_layers, small_tables
 
 from search import within_budget
+from tests.support.table_examples import every_assignment, fifty_layers, small_tables
 
 
 @settings(deadline=None, max_examples=400)

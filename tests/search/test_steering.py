@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from table_examples import fifty_layers, small_tables
 
 from search import Tables, optimum, power_reaching
+from tests.support.table_examples import fifty_layers, small_tables
 
 
 @settings(deadline=None, max_examples=200)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from compression.kernels.cpu import buckets
-from compression.kernels.cpu.families import FAMILIES
-from compression.kernels.cpu.scratch import scratch
-from compression.kernels.threads import split
-from compression.layers import Plan
+from ...plans import Plan
+from . import buckets
+from .families import FAMILIES
+from .scratch import scratch
+from .threads import split
 
 
 def encode(

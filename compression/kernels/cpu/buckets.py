@@ -5,38 +5,16 @@ A bucket goes through in tiles that stay in the first-level cache. Every loop ov
 
 import numpy as np
 
-from compression.kernels.compiling import inlined, jit
-from compression.kernels.cpu.families import (
-    ONEBIT,
-    TERNGRAD,
-    axis,
-    clamp,
-    fit,
-    is_even,
-    levels,
-    positions,
-    reach,
-    scale_count,
-    top_code,
-)
-from compression.kernels.cpu.memory import (
-    STREAMED,
-    counted,
-    fence,
-    load,
-    load_float,
-    prefetch,
-    store,
-    store_float,
-    stream,
-    unaligned,
-)
-from compression.kernels.cpu.packing import pack, pack_ternary, unpack, unpack_ternary
-from compression.kernels.cpu.scratch import TILE
-from compression.kernels.cpu.sums import START, add_products, blocks_of, total
-from compression.kernels.cpu.vectors import NARROWED, narrow
-from compression.kernels.families import FRACTION_BITS, HUGE, TREE
-from compression.layers import DENSE
+from ...layers import DENSE
+from ...limits import HUGE
+from ..reference.families import FRACTION_BITS, TREE
+from .compiling import inlined, jit
+from .families import ONEBIT, TERNGRAD, axis, clamp, fit, is_even, levels, positions, reach, scale_count, top_code
+from .memory import STREAMED, counted, fence, load, load_float, prefetch, store, store_float, stream, unaligned
+from .packing import pack, pack_ternary, unpack, unpack_ternary
+from .scratch import TILE
+from .sums import START, add_products, blocks_of, total
+from .vectors import NARROWED, narrow
 
 _LINE = 16  # values of a cache line
 _AHEAD, _TREE = np.int64(1024), np.int64(TREE)  # values; numpy integers, as `sums.START` is

@@ -6,11 +6,12 @@ compiled once. Values are given as an array, the place of the first one, and the
 
 import numpy as np
 
-from compression.kernels.compiling import compiled_once, inlined
-from compression.kernels.cpu.memory import load, load_four, load_word, store, store_four, store_word
-from compression.kernels.cpu.sums import START, add_sides, add_squares, blocks_of, total
-from compression.kernels.cpu.vectors import LOOKED_UP, look_up
-from compression.kernels.families import HISTOGRAM_BITS, LIMIT, TINY, TREE
+from ...limits import LIMIT, TINY
+from ..reference.families import HISTOGRAM_BITS, TREE
+from .compiling import compiled_once, inlined
+from .memory import load, load_four, load_word, store, store_four, store_word
+from .sums import START, add_sides, add_squares, blocks_of, total
+from .vectors import LOOKED_UP, look_up
 
 # From NORM_UNIFORM on, one scale and codes on both sides of zero.
 FAMILIES = {"maxmin": 0, "quantile": 1, "1bit": 2, "norm_uniform": 3, "terngrad": 4, "exponential": 5}

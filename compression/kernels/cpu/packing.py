@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from compression.kernels.compiling import compiled_once, inlined
-from compression.kernels.cpu.memory import load, load_four, load_word, store, store_four, store_word
-from compression.kernels.cpu.vectors import FIVES, NARROWED, narrow, pack_fives, unpack_fives
+from .compiling import compiled_once, inlined
+from .memory import load, load_four, load_word, store, store_four, store_word
+from .vectors import FIVES, NARROWED, narrow, pack_fives, unpack_fives
 
 
 @compiled_once

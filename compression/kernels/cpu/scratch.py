@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from compression.kernels.cpu.families import BINS
-from compression.kernels.families import TERNARY_TILE, TREE
-from compression.layers import Plan
+from ...plans import Plan
+from ..reference.families import TERNARY_TILE, TREE
+from .families import BINS
 
 TILE = TERNARY_TILE  # values worked on at a time: a multiple of TREE, of NARROWED, of 8 and of 5
 _SCALES = 256

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from compression.kernels.compiling import inlined
-from compression.kernels.cpu.memory import load, store
-from compression.kernels.cpu.vectors import HALVED, halved
-from compression.kernels.families import TREE
+from ..reference.families import TREE
+from .compiling import inlined
+from .memory import load, store
+from .vectors import HALVED, halved
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 START = np.int64(0)  # a numpy integer: numba compiles a function once more for every plain number it is called with

@@ -5,8 +5,8 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 
-from compression.kernels.cpu.memory import pointer_to, typed_intrinsic
-from compression.kernels.families import TREE
+from ..reference.families import TREE
+from .memory import pointer_to, typed_intrinsic
 
 FIVES = 16  # bytes at a time
 HALVED = TREE // 4  # values at a time: what two halvings leave of a block

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compression.kernels import reference
-from compression.kernels.cuda import buckets, quantiles
-from compression.kernels.cuda.pieces import Pieces, to_decode, to_encode
-from compression.kernels.families import HISTOGRAM_BITS
-from compression.kernels.reference import expected_squared_error
-from compression.kernels.transfer import on_device
-from compression.layers import Plan
+from ...plans import Plan
+from ...streams import on_device
+from .. import reference
+from ..reference.buckets import expected_squared_error
+from ..reference.families import HISTOGRAM_BITS
+from . import buckets, quantiles
+from .pieces import Pieces, to_decode, to_encode
 
 __all__ = ["decode", "encode", "expected_squared_error", "recode"]
 

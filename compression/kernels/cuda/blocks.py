@@ -6,9 +6,9 @@ Shapes: [Q, M, 4]; [1, M, 1] is one number per row.
 import triton
 import triton.language as tl
 
-from compression.kernels.cuda.pieces import COLUMNS, COUNT, ELEMENT, FIRST, SLOT
-from compression.kernels.cuda.records import store_words
-from compression.kernels.families import FRACTION_BITS
+from ..reference.families import FRACTION_BITS
+from .pieces import COLUMNS, COUNT, ELEMENT, FIRST, SLOT
+from .records import store_words
 
 _FRACTION = tl.constexpr(FRACTION_BITS)
 _UNUSED = tl.constexpr(32 - FRACTION_BITS)

@@ -10,26 +10,11 @@ of its threads is done in few of them.
 import triton
 import triton.language as tl
 
-from compression import layers
-from compression.kernels.cuda.blocks import column, copy_dense, here_of, quads, round_at_random, rows, streams
-from compression.kernels.cuda.families import divisor, fit, levels, places, project, scale_count
-from compression.kernels.cuda.pieces import (
-    BITS,
-    COUNT,
-    FIRST,
-    MEMORY_AT,
-    POSITION,
-    WHOLE,
-    WIRE_AT,
-)
-from compression.kernels.cuda.records import (
-    load_words,
-    pack,
-    store_scale,
-    ternary_source,
-    ternary_unpack,
-    unpack,
-)
+from ... import layers
+from .blocks import column, copy_dense, here_of, quads, round_at_random, rows, streams
+from .families import divisor, fit, levels, places, project, scale_count
+from .pieces import BITS, COUNT, FIRST, MEMORY_AT, POSITION, WHOLE, WIRE_AT
+from .records import load_words, pack, store_scale, ternary_source, ternary_unpack, unpack
 
 _DENSE = tl.constexpr(layers.DENSE)
 

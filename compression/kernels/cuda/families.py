@@ -10,12 +10,13 @@ Shapes: M buckets, 4 Q values per bucket, both powers of two; 1M1 is one number 
 import triton
 import triton.language as tl
 
-from compression.kernels import families
-from compression.kernels.cuda.sums import tree_sum
+from ... import limits
+from ..reference import families
+from .sums import tree_sum
 
-_LIMIT = tl.constexpr(families.LIMIT)
-_HUGE = tl.constexpr(families.HUGE)
-_TINY = tl.constexpr(families.TINY)
+_LIMIT = tl.constexpr(limits.LIMIT)
+_HUGE = tl.constexpr(limits.HUGE)
+_TINY = tl.constexpr(limits.TINY)
 _CODE = tl.constexpr(2.0**families.FRACTION_BITS)
 _INFINITY, _NAN, _ONES = tl.constexpr(families.INFINITY), tl.constexpr(0x7FC00000), tl.constexpr(0xFFFFFFFF)  # as bits
 

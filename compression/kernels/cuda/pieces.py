@@ -8,7 +8,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from compression.layers import DENSE, Plan, some_of
+from ...layers import DENSE
+from ...plans import Plan, some_of
 
 # Columns of a table, as in a plan. BUCKET: the piece's bucket, WHOLE: that one's size, FIRST: the index in it of the
 # piece's first value.

@@ -12,18 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compression import layers
-from compression.kernels import families
-from compression.kernels.cuda.blocks import column, copy_dense, here_of, quads, round_at_random, rows, streams
-from compression.kernels.cuda.pieces import BITS, BUCKET, COUNT, FIRST, POSITION, WIRE_AT
-from compression.kernels.cuda.records import pack, store_words
-from compression.kernels.families import HISTOGRAM_BITS
-from compression.kernels.transfer import on_device
-from compression.layers import DENSE, Plan
+from ... import layers, limits
+from ...layers import DENSE
+from ...plans import Plan
+from ...streams import on_device
+from ..reference import families
+from ..reference.families import HISTOGRAM_BITS
+from .blocks import column, copy_dense, here_of, quads, round_at_random, rows, streams
+from .pieces import BITS, BUCKET, COUNT, FIRST, POSITION, WIRE_AT
+from .records import pack, store_words
 
 MOST = 256  # buckets whose histograms are held at once, in 64 MB
 
-_DENSE, _LIMIT = tl.constexpr(layers.DENSE), tl.constexpr(families.LIMIT)
+_DENSE, _LIMIT = tl.constexpr(layers.DENSE), tl.constexpr(limits.LIMIT)
 _CODE = tl.constexpr(2.0**families.FRACTION_BITS)
 _BINS, _LEVELS = tl.constexpr(1 << HISTOGRAM_BITS), tl.constexpr(256)  # room for a histogram and for a table
 _LARGEST, _SMALLEST = tl.constexpr(0x7FFFFFFF), tl.constexpr(-0x80000000)

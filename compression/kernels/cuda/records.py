@@ -8,7 +8,7 @@ Shapes: M buckets, 4 Q values per bucket, both powers of two, Q at least 2; 1M1 
 import triton
 import triton.language as tl
 
-from compression.kernels import families
+from ..reference import families
 
 _TILE = tl.constexpr(families.TERNARY_TILE)
 

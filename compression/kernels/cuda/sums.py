@@ -6,7 +6,7 @@ Shapes: M buckets, K = 4 Q values per bucket, both powers of two; 1M1 is one num
 import triton
 import triton.language as tl
 
-from compression.kernels import families
+from ..reference import families
 
 _BLOCK = tl.constexpr(families.TREE // 4)  # quads that one tree sums
 

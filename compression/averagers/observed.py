@@ -1,0 +1,28 @@
+"""Averaging that looks at the gradients on the way, and changes nothing."""
+
+from ..gradients import Gradients
+from ..network.collectives import Collectives
+from ..statistics import Sink, measure
+from .dense import Dense
+
+PERIOD = 50
+
+
+class Observing(Dense):
+    """All-reduce as `Dense`; every 50 steps `sink` gets the statistics of this rank's own gradient of each layer.
+
+    Set `sink` on the ranks that shall measure, one is enough: the others spend nothing. It is called on the thread that
+    averages. The loss scale is taken out of what is measured.
+    """
+
+    def __init__(self, collectives: Collectives, sizes: dict[str, int], period: int = PERIOD) -> None:
+        super().__init__(collectives)
+        self.sizes, self.period = sizes, period
+        self.sink: Sink | None = None
+
+    def average_(self, gradients: Gradients, step: int) -> None:
+        if self.sink is not None and step % self.period == 0:
+            for name, at in zip(gradients.names, gradients.offsets, strict=True):
+                own = gradients.flat[at : at + self.sizes[name]].float() / gradients.loss_scale
+                self.sink(step, name, measure(own))
+        super().average_(gradients, step)

@@ -1,0 +1,226 @@
+"""Averaging of gradients as products of two thin matrices, which the network can add (PowerSGD)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import randomness
+from ..codecs.low_rank import gains, sides
+from ..gradients import Gradients
+from ..layer_state import Memory
+from ..layers import Layer
+from ..limits import LIMIT
+from ..network.collectives import Collectives
+from .base import Plain
+
+# What travels is scaled down by this, so that sums over rows, columns and ranks of the largest floats stay finite.
+HEADROOM = 2.0**-20
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """Where a layer of shape [rows, cols] and its factors, [rows, R] and [R, cols], lie in flat buffers."""
+
+    rows: int
+    cols: int
+    rank: int
+    gradient_at: int
+    residual_at: int
+    basis_at: int
+    left_at: int
+    right_at: int
+
+    def whole(self, buffer: Tensor, at: int) -> Tensor:
+        return buffer[at : at + self.rows * self.cols].view(self.rows, self.cols)
+
+    def left(self, buffer: Tensor) -> Tensor:
+        return buffer[self.left_at : self.left_at + self.rows * self.rank].view(self.rows, self.rank)
+
+    def right(self, buffer: Tensor, at: int) -> Tensor:
+        return buffer[at : at + self.rank * self.cols].view(self.rank, self.cols)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Factors of one shape, side by side in a message: orthonormalized in one call."""
+
+    at: int
+    members: int
+    side: int  # rows or cols of their layers
+
+    def view(self, message: Tensor, rank: int) -> Tensor:
+        return message[self.at : self.at + self.members * self.side * rank]
+
+
+@dataclass(frozen=True)
+class _Route:
+    """What travels of one group of layers: all left factors and the dense layers first, all right factors second."""
+
+    names: tuple[str, ...]  # of the layers that are factored
+    matrices: tuple[_Matrix, ...]
+    lefts: tuple[_Stack, ...]
+    rights: tuple[_Stack, ...]
+    dense: tuple[tuple[slice, slice], ...]  # (in the gradients, in the message)
+    first_values: int
+    second_values: int
+
+
+class LowRank(Plain):
+    """PowerSGD (Vogels et al. 2019, arXiv:1905.13727, algorithms 1 and 2), 2 (W - 1) / W x 4 R (rows + cols) bytes.
+
+    A layer is a matrix M whose rows are its first dimension. One step of subspace iteration, from where the last
+    one ended: P = the sum over ranks of M Q^T, made orthonormal; Q = the mean over ranks of P^T M; the average is P Q.
+    All layers' P travel in one all-reduce, all Q in another. What does not gain from it, R (rows + cols) >= rows x
+    cols, and what is not compressed, travels in float32 with P.
+
+    Error feedback is part of it: each rank keeps what its own part of the average, P P^T M, leaves of M. The paper
+    subtracts the average itself. Both add up to the same over the ranks, and only the sum travels, so that the
+    averages are equal. But where ranks see different data, what is a rank's own then piles up in its residual step by
+    step; here it goes whenever P turns to its directions.
+
+    The first Q is drawn from `seed`, equal on all ranks. Sums start from the same numbers on all ranks, so that the
+    ranks end with the same bits where their machines compute alike.
+
+    Finite for every finite sum of gradient and residual: a column of P Q longer than the largest float is cut there.
+    """
+
+    lossless = False
+
+    def __init__(self, rank: int, layers: Sequence[Layer], collectives: Collectives, seed: int) -> None:
+        self.rank, self.collectives = rank, collectives
+        self.encoded_bytes = 0
+        self.layers = {layer.name: layer for layer in layers}
+        self._seed = seed
+        factored = [layer for layer in layers if layer.compressed and gains(*sides(layer.shape), rank)]
+        self._residual = Memory({layer.name: layer.numel for layer in factored})
+        self._basis = Memory({layer.name: rank * sides(layer.shape)[1] for layer in factored})
+        self._routes: dict[tuple[tuple[str, ...], tuple[int, ...]], _Route] = {}
+
+    def average_(self, gradients: Gradients, step: int) -> None:
+        route = self._route(gradients)
+        flat, network = gradients.flat, self.collectives
+        share_of_mean = 1.0 / network.world_size
+        residual, owed = self._residual.allocate(flat.device, route.names)
+        basis, next_basis = self._bases(flat.device, route.names)
+        first, second = flat.new_empty(route.first_values), flat.new_empty(route.second_values)
+
+        for place in route.matrices:
+            gradient, own = place.whole(flat, place.gradient_at), place.whole(owed, place.residual_at)
+            torch.add(gradient, place.whole(residual, place.residual_at), out=own)
+            place.right(second, place.right_at).copy_(place.right(basis, place.basis_at))
+        for stack in route.rights:
+            rows = stack.view(second, self.rank).view(stack.members, self.rank, stack.side)
+            rows.copy_(torch.linalg.qr(rows.mT).Q.mT)
+        second *= HEADROOM
+        for place in route.matrices:
+            own = place.whole(owed, place.residual_at)
+            torch.mm(own, place.right(second, place.right_at).T, out=place.left(first))
+        for here, there in route.dense:
+            torch.mul(flat[here], share_of_mean, out=first[there])
+        network.sum_(first)
+
+        for stack in route.lefts:
+            columns = stack.view(first, self.rank).view(stack.members, stack.side, self.rank)
+            columns.copy_(torch.linalg.qr(columns).Q)
+        for place in route.matrices:
+            left, own = place.left(first), place.whole(owed, place.residual_at)
+            own_right = torch.mm((left * HEADROOM).T, own, out=place.right(second, place.right_at))
+            own.addmm_(left, _restored(own_right), alpha=-1.0).clamp_(-LIMIT, LIMIT)
+        second *= share_of_mean
+        if route.matrices:
+            network.sum_(second)
+
+        for place in route.matrices:
+            right = place.right(second, place.right_at)
+            place.right(next_basis, place.basis_at).copy_(right)
+            torch.mm(place.left(first), _restored(right), out=place.whole(flat, place.gradient_at))
+        for here, there in route.dense:
+            flat[here] = first[there]
+        self.encoded_bytes += first.nbytes + second.nbytes
+
+    def settle(self, applied: Tensor | bool) -> None:
+        self._residual.settle(applied)
+        self._basis.settle(applied)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rank": self.rank, "residual": self._residual.state_dict(), "basis": self._basis.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        saved = state.get("rank", self.rank)
+        if saved != self.rank:
+            raise ValueError(
+                f"the checkpoint holds factors of rank {saved}, and this run makes them of rank {self.rank}; "
+                f"resume with --powersgd-rank {saved}"
+            )
+        self._residual.load_state_dict(state.get("residual", {}))
+        self._basis.load_state_dict(state.get("basis", {}))
+
+    def _bases(self, device: torch.device, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(current, pending) Q of all layers; numbers in [-1/2, 1/2) from the seed at first use.
+
+        What is pending will be computed of the layers `names`.
+        """
+        if self._basis.current is None:
+            indices = np.array([self.layers[name].index for name in self._basis.spans], np.int64)
+            keys = randomness.stream_keys(self._seed, 0, indices, 0, 0).astype(np.int64)
+            draws = [
+                randomness.uniform(torch.arange(count), *torch.from_numpy(key)) - 0.5
+                for count, key in zip(self._basis.spans.values(), keys, strict=True)
+            ]
+            self._basis.current = torch.cat([torch.empty(0), *draws])
+        return self._basis.allocate(device, names)
+
+    def _route(self, gradients: Gradients) -> _Route:
+        key = (gradients.names, gradients.offsets)
+        if key not in self._routes:
+            self._routes[key] = self._plan(gradients)
+        return self._routes[key]
+
+    def _plan(self, gradients: Gradients) -> _Route:
+        starts = dict(zip(gradients.names, gradients.offsets, strict=True))
+        factored = [name for name in starts if name in self._residual.spans]
+        sizes = {name: sides(self.layers[name].shape) for name in factored}
+        left_at, lefts, first_values = self._stacks({name: rows for name, (rows, _) in sizes.items()})
+        right_at, rights, second_values = self._stacks({name: cols for name, (_, cols) in sizes.items()})
+        matrices = tuple(
+            _Matrix(
+                *sizes[name],
+                rank=self.rank,
+                gradient_at=starts[name],
+                residual_at=self._residual.offsets[name],
+                basis_at=self._basis.offsets[name],
+                left_at=left_at[name],
+                right_at=right_at[name],
+            )
+            for name in factored
+        )
+        dense = []
+        for name, start in starts.items():
+            if name not in sizes:
+                count = self.layers[name].numel
+                dense.append((slice(start, start + count), slice(first_values, first_values + count)))
+                first_values += count
+        return _Route(tuple(factored), matrices, lefts, rights, tuple(dense), first_values, second_values)
+
+    def _stacks(self, side_of: Mapping[str, int]) -> tuple[dict[str, int], tuple[_Stack, ...], int]:
+        """One side's factors packed, those of one shape together: where each lies, the stacks, values in all."""
+        places: dict[str, int] = {}
+        stacks = []
+        at = 0
+        for side in sorted(set(side_of.values())):
+            members = [name for name in side_of if side_of[name] == side]
+            stacks.append(_Stack(at, len(members), side))
+            for name in members:
+                places[name] = at
+                at += side * self.rank
+        return places, tuple(stacks), at
+
+
+def _restored(right_RC: Tensor) -> Tensor:
+    """A scaled right factor at its true size, its columns no longer than the largest float."""
+    length = right_RC.to(torch.float64).square().sum(0).sqrt()
+    return (right_RC * (LIMIT * HEADROOM / length).clamp_max(1.0) / HEADROOM).to(torch.float32)

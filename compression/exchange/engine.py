@@ -1,0 +1,167 @@
+"""One thread that does all the communication, in the order in which it is asked to.
+
+Collectives of several phases would deadlock inside the callbacks of torch's futures, and mismatch between ranks
+when two threads issue them. One thread with a queue has neither problem: as long as every rank submits the same
+jobs in the same order, every collective of every job meets its peers. Meanwhile backward goes on.
+
+A job may have phases, and says between them whether another job may begin first, so that the network carries the
+messages of one while the other computes. A job says no while it has collectives to issue that must keep their order.
+
+On a GPU the thread has a stream of its own, or backward's kernels would queue behind what a collective waits for. A job
+begins behind what the submitter's stream holds when it submits. Whoever takes a job's results waits for them with a
+future that the job completes (`future_of`), which orders the two streams; the host waits for neither.
+
+A job reports what goes wrong in it itself. Where one raises all the same, no other begins, and whoever waits for a
+future that is still to be completed gets the exception. One that completes no future ends the thread with it.
+"""
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..streams import Phases
+
+Job = Callable[[], Phases | None]
+"""What it returns are phases that are still to run."""
+
+Futures = Sequence["torch.futures.Future[Any]"]
+"""What a job completes."""
+
+
+class Engine:
+    """Runs jobs one after the other on a thread of its own, and on a stream of its own where `device` is a GPU.
+
+    Jobs run in the order in which they are submitted, but for those that go ahead of all that wait. What waits when
+    one of these comes differs from rank to rank. So `choose` makes the choice before every job, on the thread: it gets
+    whether this rank would take a job that goes ahead, and its answer must be the same on all ranks.
+    """
+
+    def __init__(self, device: torch.device, choose: Callable[[bool], bool]) -> None:
+        self._device, self._choose = device, choose
+        # Ahead of backward's kernels where both are ready: the sooner something is encoded, the sooner it travels.
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._changed = threading.Condition()
+        self._waiting: deque[Callable[[], Phases]] = deque()
+        self._ahead: deque[Callable[[], Phases]] = deque()
+        self._after: deque[int] = deque()  # of each job in `_ahead`
+        self._submitted = self._taken = 0  # of the jobs that wait their turn
+        self._idle = False  # nothing is under way
+        self._closing = False
+        self.failure: BaseException | None = None  # what a job raised: none begins anymore
+        self._thread = threading.Thread(target=self._run, name="communication", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job, futures: Futures = ()) -> int:
+        """Queue a job. Returns how many have been submitted so. RuntimeError once closed."""
+        job = self._behind_now(job)
+        with self._queueing():
+            self._waiting.append(partial(self._phases, job, futures))
+            self._submitted += 1
+            return self._submitted
+
+    def submit_ahead(self, job: Job, after: int, futures: Futures = ()) -> None:
+        """Queue a job that overtakes all others but the first `after` that were submitted, and those of its kind.
+
+        RuntimeError once closed.
+        """
+        job = self._behind_now(job)
+        with self._queueing():
+            self._ahead.append(partial(self._phases, job, futures))
+            self._after.append(after)
+
+    def wait(self) -> None:
+        """Wait for all jobs to end; on a GPU, only the caller's stream waits for what they launched."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._idle and not (self._waiting or self._ahead))
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def close(self) -> None:
+        """Finish what is queued and end the thread. Calling it twice is harmless."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    @contextlib.contextmanager
+    def _queueing(self) -> Iterator[None]:
+        with self._changed:
+            if self._closing:
+                raise RuntimeError(
+                    "the exchange of this model is closed, and averages no more gradients; close it after the last "
+                    "backward, or build the model and its DistributedDataParallel anew and attach to that"
+                )
+            yield
+            self._changed.notify_all()
+
+    def _behind_now(self, job: Job) -> Job:
+        """The same job, on a GPU behind what the caller's stream holds now."""
+        stream = self._stream
+        if stream is None:
+            return job
+        now = torch.cuda.current_stream(self._device).record_event()
+
+        def behind() -> Phases | None:
+            stream.wait_event(now)
+            return job()
+
+        return behind
+
+    def _phases(self, job: Job, futures: Futures) -> Phases:
+        """A job's phases. Where it raises, or one before it has, its futures get the exception."""
+        if self.failure is None:
+            try:
+                yield from job() or ()
+                return
+            except BaseException as error:
+                self.failure = error
+                if not futures:
+                    raise  # there is nobody else to tell
+        for future in futures:
+            if not future.done():
+                future.set_exception(self.failure)
+
+    def _run(self) -> None:
+        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+            under_way: list[Phases] = []  # the latest first: what it sends, others wait for
+            while (job := self._next(wait=not under_way)) is not None or under_way:
+                phases = job() if job is not None else iter(())
+                others_may_begin = next(phases, None)
+                under_way = [each for each in under_way if any(each)]
+                if others_may_begin or (others_may_begin is not None and any(phases)):
+                    under_way.insert(0, phases)
+
+    def _next(self, wait: bool) -> Callable[[], Phases] | None:
+        """The next job; None where there is none now, or, if it shall wait, where there will be none anymore."""
+        with self._changed:
+            self._idle = wait
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._waiting or self._ahead or self._closing or not wait)
+            if not (self._waiting or self._ahead):
+                return None
+            goes_ahead = bool(self._ahead) and self._after[0] <= self._taken
+        if self.failure is None:
+            goes_ahead = self._choose(goes_ahead)
+        queue = self._ahead if goes_ahead else self._waiting
+        with self._changed:
+            self._changed.wait_for(lambda: queue or self._closing)  # another rank may have come here first
+            if not queue:
+                return None
+            self._idle = False
+            if goes_ahead:
+                self._after.popleft()
+            else:
+                self._taken += 1
+            return queue.popleft()
+
+
+
+
+
+

@@ -1,0 +1,201 @@
+"""Hooks on a model's backward: where gradients are caught, and where what became of them is put.
+
+Through DDP's communication hook where the model is wrapped in DistributedDataParallel, through hooks on the
+parameters otherwise. They know no averager and no step: what they catch is submitted in flat buffers, in an order that
+is the same on all ranks.
+"""
+
+import contextlib
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..gradients import Gradients
+from ..streams import future_of
+
+BUCKET_BYTES = 25 * 2**20  # of gradients that travel together where DDP does not choose
+
+Begin = Callable[[], None]
+"""Called before the first gradients of a backward are submitted."""
+
+Submit = Callable[[Gradients, "torch.futures.Future[Tensor]"], None]
+"""(gradients of some layers, what to complete with their buffer when it holds what the parameters are to get)."""
+
+
+class Hooks(Protocol):
+    """What catches gradients, until it is removed."""
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Backward inside only accumulates on this rank."""
+
+    def remove(self) -> None:
+        """Catch nothing anymore, where that can be."""
+
+
+def hook(model: nn.Module, parameters: Mapping[str, nn.Parameter], begin: Begin, submit: Submit) -> Hooks:
+    """Catch the gradients of a model's `parameters`, which are all that are trained."""
+    if isinstance(model, DistributedDataParallel):
+        return DdpHooks(model, parameters, begin, submit)
+    return ParameterHooks(parameters, begin, submit)
+
+
+def shaped(values: Tensor, parameter: Tensor) -> Tensor:
+    """A layer's values, flat in the order of memory, as a view in its parameter's shape and layout."""
+    return values.as_strided(parameter.shape, torch.empty_like(parameter, device="meta").stride())
+
+
+def flattened(values: Tensor, parameter: Tensor) -> Tensor:
+    """The inverse of `shaped`: a copy, in float32."""
+    flat = torch.empty(values.numel(), device=values.device)
+    shaped(flat, parameter).copy_(values)
+    return flat
+
+
+class DdpHooks:
+    """DDP's communication hook: a buffer is a DDP bucket, whose future completes when it is done with."""
+
+    def __init__(
+        self, model: DistributedDataParallel, parameters: Mapping[str, nn.Parameter], begin: Begin, submit: Submit
+    ) -> None:
+        self._model, self._begin, self._submit = model, begin, submit
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        model.register_comm_hook(None, self._hook)
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        return self._model.no_sync()
+
+    def remove(self) -> None:
+        """DDP has its hook for life."""
+
+    def _hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+        if bucket.index() == 0:
+            self._begin()
+        flat = bucket.buffer()
+        names = tuple(self._names[id(p)] for p in bucket.parameters())
+        offsets = tuple(int(view.storage_offset() - flat.storage_offset()) for view in bucket.gradients())
+        future = future_of(flat.device)
+        self._submit(Gradients(flat, names, offsets), future)
+        return future
+
+
+class ParameterHooks:
+    """Hooks on the parameters, for models that DDP does not wrap: a single process, or Horovod.
+
+    Like DDP they group parameters in reverse order into buckets of about 25 MB, submit them in that order as backward
+    fills them, and make backward return only when all of them are done with.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], begin: Begin, submit: Submit) -> None:
+        self._parameters, self._begin, self._submit = parameters, begin, submit
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._sync = True
+        self._accumulated: set[str] = set()  # what got a gradient without travelling since the last averages
+        self._buckets = [_Bucket(names, parameters) for names in self._grouping()]
+        self._bucket_of = {name: k for k, bucket in enumerate(self._buckets) for name in bucket.views}
+        self._submitted = len(self._buckets)
+        self._callback: Callable[[], object] = lambda: None  # of the last backward: None once autograd lets go of it
+        self._removers = [p.register_post_accumulate_grad_hook(self._arrived) for p in parameters.values()]
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        self._sync = False
+        try:
+            yield
+        finally:
+            self._sync = True
+
+    def remove(self) -> None:
+        for remover in self._removers:
+            remover.remove()
+
+    def _grouping(self) -> list[list[str]]:
+        """Names by bucket, in the order in which backward fills them. A bucket holds one type, as in DDP."""
+        full: list[list[str]] = []
+        filling: dict[torch.dtype, list[str]] = {}
+        size: dict[torch.dtype, int] = {}
+        for name, parameter in reversed(list(self._parameters.items())):
+            kind = parameter.dtype
+            if kind in filling and size[kind] + parameter.nbytes > BUCKET_BYTES:
+                full.append(filling.pop(kind))
+            if kind not in filling:
+                filling[kind], size[kind] = [], 0
+            filling[kind].append(name)
+            size[kind] += parameter.nbytes
+        return [*full, *filling.values()]
+
+    def _arrived(self, parameter: Tensor) -> None:
+        name = self._names[id(parameter)]
+        if not self._sync:
+            self._accumulated.add(name)
+            return
+        if self._submitted == len(self._buckets) or self._callback() is None:
+            self._start()
+        bucket = self._buckets[self._bucket_of[name]]
+        assert parameter.grad is not None
+        bucket.fill(name, parameter.grad)
+        while self._submitted < len(self._buckets) and not self._buckets[self._submitted].missing:
+            self._launch()
+
+    def _start(self) -> None:
+        """Called with the first gradient of a backward, whatever became of the last one."""
+        self._begin()
+        self._submitted = 0
+        for bucket in self._buckets:
+            bucket.reset()
+        # Nothing else may hold it: that it is gone tells that a backward raised. The number of autograd's task would
+        # not: a backward within this one, as of a checkpointed module, has another.
+        callback = self._complete
+        self._callback = weakref.ref(callback)
+        torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+    def _launch(self) -> None:
+        bucket = self._buckets[self._submitted]
+        self._submitted += 1
+        for name in tuple(bucket.missing):
+            gradient, view = self._parameters[name].grad, bucket.views[name]
+            # What lies in the view already is the last average, which nobody cleared.
+            if gradient is None or (gradient.data_ptr() == view.data_ptr() and name not in self._accumulated):
+                view.zero_()
+            else:
+                bucket.fill(name, gradient)
+        self._submit(Gradients(bucket.flat, tuple(bucket.views), bucket.offsets), bucket.done)
+
+    def _complete(self) -> None:
+        """Called by autograd when backward is through: what got no gradient since the last step counts as zero."""
+        while self._submitted < len(self._buckets):
+            self._launch()
+        for bucket in self._buckets:
+            bucket.done.wait()
+            for name, view in bucket.views.items():
+                self._parameters[name].grad = view
+        self._accumulated.clear()
+
+
+class _Bucket:
+    """A flat buffer of some parameters' gradients, and which of them are still to come in this backward."""
+
+    def __init__(self, names: Sequence[str], parameters: Mapping[str, nn.Parameter]) -> None:
+        ends = list(itertools.accumulate(parameters[name].numel() for name in names))
+        first = parameters[names[0]]
+        self.offsets = (0, *ends[:-1])
+        self.flat = torch.zeros(ends[-1], dtype=first.dtype, device=first.device)
+        self.views = {
+            name: shaped(self.flat[at : at + parameters[name].numel()], parameters[name])
+            for name, at in zip(names, self.offsets, strict=True)
+        }
+        self.reset()
+
+    def reset(self) -> None:
+        self.missing = set(self.views)
+        self.done = future_of(self.flat.device)
+
+    def fill(self, name: str, gradient: Tensor) -> None:
+        if gradient.data_ptr() != self.views[name].data_ptr():
+            self.views[name].copy_(gradient)
+        self.missing.discard(name)

@@ -1,0 +1,176 @@
+"""The kernels written out in torch: what the fast ones are held against, bit for bit.
+
+Clear before fast. Works on any device, and the host waits for none. Buckets of equal length and width are stacked and
+worked on together; what differs between the families of quantizers is in `families.py`.
+
+Shapes: M buckets, K values per bucket, S scales per bucket.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ... import randomness
+from ...layers import DENSE
+from ...limits import HUGE
+from ...plans import Plan
+from ...streams import on_device
+from .families import FAMILIES, FRACTION_BITS, Family, record_bytes, tree_sum
+
+
+def encode(
+    family: str,
+    plan: Plan,
+    values: Tensor,
+    keys: np.ndarray,
+    wire: Tensor,
+    residual: Tensor | None = None,
+    pending: Tensor | None = None,
+) -> None:
+    """Write the records of all buckets of `plan` into `wire`.
+
+    `values` float32 [plan.values], `keys` uint32 [slots, 2], `wire` uint8 [plan.wire_bytes]. With `residual` (what
+    earlier encodings lost) and `pending` (float32 as well, addressed by `plan.memory_at`), values + residual is
+    encoded as a contraction and what is lost now goes to `pending`.
+    """
+    for group in _groups(plan):
+        at = _spans(plan.wire_at[group], _record_bytes(family, plan, group), wire.device)
+        vectors = values[_spans(plan.position[group], int(plan.count[group[0]]), values.device)]
+        bits = int(plan.bits[group[0]])
+        if bits == DENSE:
+            wire[at] = vectors.contiguous().view(torch.uint8).reshape(len(group), -1)
+            continue
+        if residual is not None:
+            memory = _spans(plan.memory_at[group], vectors.shape[1], values.device)
+            vectors = vectors + residual[memory]
+        element = _spans(plan.element[group], vectors.shape[1], values.device)
+        halves = on_device(keys[plan.slot[group]].astype(np.int64), values.device)
+        kind = FAMILIES[family]
+        scales = kind.fit(vectors, bits)
+        codes = round_at_random(
+            kind.positions(vectors, scales, bits).clamp(0, kind.top(bits)),
+            randomness.words(element, halves[:, :1], halves[:, 1:]),
+        )
+        if residual is not None and kind.projects:
+            scales = project(kind, vectors, scales, codes, bits)
+        wire[at] = torch.cat([scales.contiguous().view(torch.uint8), kind.pack(codes, bits)], dim=1)
+        if pending is not None:
+            pending[memory] = vectors - kind.levels(scales, codes, bits)
+
+
+def decode(
+    family: str, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False
+) -> None:
+    """Set `out` to factor x decoded for all buckets of `plan`, or add that to it."""
+    scale = torch.tensor(factor, dtype=torch.float32)
+    for group in _groups(plan):
+        count, bits = int(plan.count[group[0]]), int(plan.bits[group[0]])
+        record = wire[_spans(plan.wire_at[group], _record_bytes(family, plan, group), wire.device)]
+        if bits == DENSE:
+            values = _floats(record)
+        else:
+            kind = FAMILIES[family]
+            head = 4 * kind.scales(bits)
+            values = kind.levels(_floats(record[:, :head]), kind.unpack(record[:, head:], count, bits), bits)
+        at = _spans(plan.position[group], count, out.device)
+        out[at] = out[at] + scale * values if accumulate else scale * values
+
+
+def recode(
+    family: str,
+    plan: Plan,
+    received: Tensor,
+    values: Tensor,
+    rank: int | None,
+    factor: float,
+    keys: np.ndarray,
+    wire: Tensor,
+    residual: Tensor | None = None,
+    pending: Tensor | None = None,
+) -> None:
+    """Add up what all ranks have of one share, in rank order, times `factor`, and encode the sum.
+
+    Of this rank, which is number `rank`, that is `values`; of the others it is their messages, decoded: `received` is
+    uint8 [ranks - 1, plan.wire_bytes]. Where `rank` is None there are only messages. Afterwards the share in `values`
+    holds what was encoded, decoded again. The others as in `encode`.
+    """
+    own = values * torch.tensor(factor, dtype=torch.float32)
+    total = torch.empty_like(values)
+    messages = [*received]
+    for turn in range(len(messages) + (rank is not None)):
+        if turn != rank:
+            decode(family, plan, messages.pop(0), total, factor, accumulate=turn > 0)
+        else:
+            total = total + own if turn > 0 else own
+    encode(family, plan, total, keys, wire, residual, pending)
+    decode(family, plan, wire, values)
+
+
+def expected_squared_error(family: str, plan: Plan, values: Tensor) -> float:
+    """E |v - decoded|^2 over the rounding, summed over all buckets. `values`: float32 [plan.values].
+
+    Rounding up a gap g with probability f has variance g^2 f (1 - f).
+    """
+    total = 0.0
+    kind = FAMILIES[family]
+    for group in _groups(plan):
+        vectors = values[_spans(plan.position[group], int(plan.count[group[0]]), values.device)]
+        bits = int(plan.bits[group[0]])
+        scales = kind.fit(vectors, bits)
+        lower, fraction = _between(kind, vectors, scales, bits)
+        upper = (lower + 1).clamp_max(kind.top(bits))
+        gap = kind.levels(scales, upper, bits).double() - kind.levels(scales, lower, bits).double()
+        total += float((gap**2 * fraction.double() * (1 - fraction.double())).sum())
+    return total
+
+
+def project(kind: Family, vectors_MK: Tensor, scales_MS: Tensor, codes_MK: Tensor, bits: int) -> Tensor:
+    """Scales times <v, Q> / |Q|^2: decoded, they give the projection of v on Q, never longer than v.
+
+    Levels near the largest float32 are not made larger: neither they nor the steps towards them may overflow.
+    """
+    reach = kind.reach(scales_MS, bits)
+    unit = 1.0 / reach
+    q = kind.levels(scales_MS, codes_MK, bits) * unit
+    length = tree_sum(q * q)
+    bound = torch.where(reach > HUGE, 1.0, torch.inf)
+    share = (tree_sum((vectors_MK * unit) * q) / length).unsqueeze(1).clamp(-bound, bound)
+    return torch.where(length.unsqueeze(1) > 0, scales_MS * share, scales_MS)
+
+
+def round_at_random(positions: Tensor, words: Tensor) -> Tensor:
+    """The code below each position, or the next with the chance of the fraction: floor(position + draw), int64.
+
+    Summed in fixed point, so that a position on a code stays there whatever is drawn.
+    """
+    fixed = (positions * 2.0**FRACTION_BITS).to(torch.int64)
+    return (fixed + (words >> (32 - FRACTION_BITS))) >> FRACTION_BITS
+
+
+def _between(kind: Family, vectors_MK: Tensor, scales_MS: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The code below each value, as int64, and how far the value lies on the way to the next code, in [0, 1)."""
+    positions = kind.positions(vectors_MK, scales_MS, bits).clamp(0, kind.top(bits))
+    lower = positions.floor()
+    return lower.to(torch.int64), positions - lower
+
+
+def _record_bytes(family: str, plan: Plan, group: np.ndarray) -> int:
+    count, bits = int(plan.count[group[0]]), int(plan.bits[group[0]])
+    return 4 * count if bits == DENSE else record_bytes(family, count, bits)
+
+
+def _floats(nbytes_MB: Tensor) -> Tensor:
+    """uint8 [M, 4 K] -> float32 [M, K]. Flattened first: torch refuses a [1, B] slice whose stride is odd."""
+    return nbytes_MB.reshape(-1).view(torch.float32).reshape(nbytes_MB.shape[0], -1)
+
+
+def _groups(plan: Plan) -> list[np.ndarray]:
+    """Indices of buckets, those of one length and width together."""
+    shapes = np.stack([plan.count, plan.bits], axis=1)
+    _, which = np.unique(shapes, axis=0, return_inverse=True)
+    return [np.flatnonzero(which == k) for k in range(which.max() + 1)] if len(shapes) else []
+
+
+def _spans(starts: np.ndarray, length: int, device: torch.device) -> Tensor:
+    """Indices of runs: [M] -> int64 [M, length]."""
+    return on_device(starts, device)[:, None] + torch.arange(length, device=device)

@@ -1,0 +1,90 @@
+"""The sparse kernels written out in torch: what the fast ones are held against, bit for bit.
+
+Clear before fast. Works on any device, layer by layer, and the host waits for none but the CPU. The format is described
+in `sparse.py`.
+
+Shapes: L layers, n values of a layer, k of them kept, K kept values of all layers.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ...layers import Ints
+from ...sparse_plans import SparsePlan
+from .families import pack, unpack
+
+HOST = "cpu"  # whose results may be looked at without waiting
+MAGNITUDE = 0x7FFFFFFF  # the bits of a float but its sign: integers in the order of the magnitudes, NaN the largest
+
+
+def select(plan: SparsePlan, scores: Tensor, at: Ints) -> Tensor:
+    """Indices of the k largest magnitudes of every layer, ascending: int64 [K], each counted within its layer.
+
+    `scores` is float32; layer l begins at `at[l]`. Of equal magnitudes the lower index goes first. NaN is larger than
+    infinity, so that what is not finite is kept.
+    """
+    chosen = []
+    for layer, (n, k) in enumerate(zip(plan.count, plan.kept, strict=True)):
+        keys = scores[int(at[layer]) : int(at[layer] + n)].view(torch.int32) & MAGNITUDE
+        least = keys.topk(int(k)).values[-1]
+        above, tied = keys > least, keys == least
+        tied &= tied.cumsum(0) <= k - above.sum()
+        chosen.append(_places(above | tied, int(k)))
+    return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=scores.device)
+
+
+def encode(plan: SparsePlan, values: Tensor, at: Ints, indices: Tensor, wire: Tensor) -> None:
+    """Write the records of all layers into `wire`, uint8 [plan.wire_bytes]. `indices` as `select` returns them."""
+    for layer, (values_at, low_at, blocks_at, end) in enumerate(_parts(plan)):
+        first, k, width = int(plan.first[layer]), int(plan.kept[layer]), int(plan.low_bits[layer])
+        mine = indices[first : first + k]
+        wire[values_at:low_at] = values[int(at[layer]) + mine].view(torch.uint8)
+        if width:
+            wire[low_at:blocks_at] = pack((mine & ((1 << width) - 1))[None], width)[0]
+        blocks = torch.zeros(k + (int(plan.count[layer] - 1) >> width), dtype=torch.int64, device=wire.device)
+        blocks.index_fill_(0, (mine >> width) + torch.arange(k, device=wire.device), 1)
+        wire[blocks_at:end] = pack(blocks[None], 1)[0]
+
+
+def decode(plan: SparsePlan, wire: Tensor, out: Tensor, at: Ints, factor: float = 1.0) -> None:
+    """Add factor x value to `out` where the records of all layers say; layer l begins at `at[l]`.
+
+    Raises ValueError where a record does not hold k indices below n. Elsewhere than on a CPU, where that would be to
+    wait, it adds NaN instead, and the average is not finite.
+    """
+    scale = torch.tensor(factor, dtype=torch.float32)
+    for layer, (values_at, low_at, blocks_at, end) in enumerate(_parts(plan)):
+        n, k, width = int(plan.count[layer]), int(plan.kept[layer]), int(plan.low_bits[layer])
+        values = wire[values_at:low_at].clone().view(torch.float32)
+        low = unpack(wire[None, low_at:blocks_at], k, width)[0] if width else 0
+        blocks = unpack(wire[None, blocks_at:end], k + ((n - 1) >> width), 1)[0]
+        places = _places(blocks > 0, k)
+        indices = ((places - torch.arange(k, device=wire.device)) << width) | low
+        damaged = (blocks.sum() != k) | (indices >= n).any()
+        if wire.device.type == HOST and damaged:
+            raise ValueError(damage(k, n))
+        values = torch.where(damaged, torch.nan, values)
+        out[int(at[layer]) + indices.clamp(0, n - 1)] += scale * values
+
+
+def _places(mask: Tensor, count: int) -> Tensor:
+    """Where the first `count` ones of a mask lie, as int64; for those that it lacks, 0."""
+    order = mask.cumsum(0) - 1
+    slots = torch.where(mask & (order < count), order, count)
+    found = torch.zeros(count + 1, dtype=torch.int64, device=mask.device)
+    return found.scatter_(0, slots, torch.arange(len(mask), device=mask.device))[:count]
+
+
+def damage(kept: int, count: int) -> str:
+    """What is said of a record that cannot be read."""
+    return f"a sparse record is damaged: it should hold {kept} indices below {count}"
+
+
+def _parts(plan: SparsePlan) -> Iterator[tuple[int, int, int, int]]:
+    """Of each record where its values, low bits and blocks begin, and where it ends."""
+    for n, k, width, start in zip(plan.count, plan.kept, plan.low_bits, plan.wire_at, strict=True):
+        low = int(start + 4 * k)
+        blocks = low + (int(k * width) + 7) // 8
+        yield int(start), low, blocks, blocks + (int(k + ((n - 1) >> width)) + 7) // 8

@@ -1,0 +1,85 @@
+"""What is remembered of layers from step to step: residuals, momenta, running means."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+
+class Memory:
+    """Values remembered from step to step for some layers, float32, and their pending successors.
+
+    `spans` maps a layer's name to how many values are kept of it. What is remembered of a layer that a step computes
+    nothing of, as it travels dense or not at all, stays as it is.
+    """
+
+    def __init__(self, spans: Mapping[str, int]) -> None:
+        self.offsets: dict[str, int] = {}
+        self.values = 0
+        for name, count in spans.items():
+            self.offsets[name] = self.values
+            self.values += count
+        self.spans = dict(spans)
+        self.current: Tensor | None = None
+        self.pending: Tensor | None = None
+        self._computed: set[str] = set()  # the layers of which what is pending is of this step
+
+    def allocate(self, device: torch.device, names: Iterable[str]) -> tuple[Tensor, Tensor]:
+        """(current, pending) on a device, zeros at first use: to compute what is pending of `names`, and only that."""
+        self._computed.update(names)
+        if self.current is None:
+            self.current = torch.zeros(self.values, device=device)
+        if self.pending is None:
+            self.current = self.current.to(device)
+            self.pending = torch.zeros(self.values, device=device)
+        return self.current, self.pending
+
+    def settle(self, applied: Tensor | bool) -> None:
+        """Make everything that was computed since the last time current, if `applied`."""
+        computed, self._computed = self._computed, set()
+        if self.current is None or self.pending is None or not computed:
+            return
+        for name in self.spans.keys() - computed:
+            here = self.span(name)
+            self.pending[here] = self.current[here]
+        if isinstance(applied, Tensor) and applied.device.type == "cuda":
+            torch.where(applied, self.pending, self.current, out=self.current)  # the host does not wait
+        elif applied:
+            self.current, self.pending = self.pending, self.current
+
+    def commit(self, finite: Mapping[str, Tensor]) -> None:
+        """Make what was computed of some layers current, of each where its bool scalar is true."""
+        if self.current is None or self.pending is None:
+            return
+        computed = finite.keys() & self._computed
+        self._computed -= computed
+        for name in computed:
+            here = self.span(name)
+            torch.where(finite[name], self.pending[here], self.current[here], out=self.current[here])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if self.current is None:
+            return {}
+        return {
+            name: self.current[self.span(name)].clone().cpu()
+            for name in self.offsets
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        sizes = {name: values.numel() for name, values in state.items()}
+        if sizes and sizes != self.spans:
+            differing = sorted(
+                name for name in {*sizes, *self.spans} if sizes.get(name) != self.spans.get(name)
+            )
+            raise ValueError(
+                f"the residuals in the checkpoint do not fit the layers: {differing[0]} has "
+                f"{sizes.get(differing[0], 0)} values there and {self.spans.get(differing[0], 0)} here"
+            )
+        self.current = self.pending = None
+        self._computed.clear()
+        if sizes:
+            self.current = torch.cat([state[name].to(torch.float32).reshape(-1) for name in self.offsets])
+
+    def span(self, name: str) -> slice:
+        """Where a layer lies in what is remembered."""
+        return slice(self.offsets[name], self.offsets[name] + self.spans[name])

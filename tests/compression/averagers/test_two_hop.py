@@ -1,0 +1,256 @@
+"""Averaging of codes: unbiased, bounded with error feedback, as many bytes as promised."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import pytest
+import torch
+
+from compression import DENSE, Collectives, Solo, averagers, build, codec
+from compression.averagers import TwoHop
+from compression.exchange.engine import Engine
+from compression.gradients import Gradients
+from compression.layers import layers_of
+from compression.network.collectives import ExpectedExchange, ExpectedGather, Pending
+from tests.support.threads import ThreadCollectives, run_ranks
+
+LAYERS = layers_of([("weight", (40, 50)), ("bias", (40,))], 64)
+VALUES = 2040
+GRADIENTS = torch.randn(4, VALUES, generator=torch.Generator().manual_seed(0))
+
+
+def two_hop(ranks: Collectives, bits: int, feedback: bool = False, seed: int = 0) -> TwoHop:
+    return TwoHop(codec("maxmin", bits=bits, bucket_size=64), LAYERS, ranks, seed, feedback)
+
+
+def average(bound: TwoHop, values: torch.Tensor, step: int) -> torch.Tensor:
+    flat = values.clone()
+    bound.average_(Gradients(flat, ("weight", "bias"), (0, 2000)), step)
+    return flat
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_the_average_is_unbiased(bits: int) -> None:
+    steps = 400
+
+    def work(ranks: ThreadCollectives) -> torch.Tensor:
+        bound = two_hop(ranks, bits)
+        return torch.stack([average(bound, GRADIENTS[ranks.rank], step) for step in range(steps)])
+
+    averages = run_ranks(2, work)[0]
+    error = (averages.mean(0) - GRADIENTS[:2].mean(0))[:2000]
+    variance = averages[:, :2000].var(0) / steps
+    # The mean square over 2,000 values is the mean variance, with a deviation of about 0.03 of it; 5 sigma.
+    assert float((error**2).mean() / variance.mean()) < 1.16
+
+
+def test_layers_that_are_not_compressed_travel_exactly() -> None:
+    averages = run_ranks(4, lambda ranks: average(two_hop(ranks, 2), GRADIENTS[ranks.rank], 0))
+    expected = sum(0.25 * GRADIENTS[rank, 2000:] for rank in range(4))
+    assert torch.equal(averages[0][2000:], expected)
+
+
+def test_residuals_account_for_every_loss() -> None:
+    """mean of (gradients + residuals) = average + what is remembered now, up to rounding."""
+
+    def work(ranks: ThreadCollectives) -> tuple[torch.Tensor, torch.Tensor]:
+        bound = two_hop(ranks, 2, feedback=True)
+        applied = torch.zeros(VALUES)
+        for step in range(5):
+            applied += average(bound, GRADIENTS[ranks.rank], step)
+            bound.settle(True)
+        state = bound.state_dict()
+        remembered = torch.zeros(VALUES)
+        remembered[:2000] = state["residual"]["weight"] / ranks.world_size
+        start, stop = bound.shares["weight"][ranks.rank]
+        remembered[start:stop] += state["share_residual"]["weight"]
+        ranks.sum_(remembered)
+        return applied, remembered
+
+    applied, remembered = run_ranks(3, work)[0]
+    assert torch.allclose(applied + remembered, 5 * GRADIENTS[:3].mean(0), atol=1e-4)
+
+
+def test_widths_are_per_layer_and_change_what_is_sent() -> None:
+    """One rank alone encodes everything, two ranks one half each."""
+
+    def work(ranks: Collectives) -> tuple[int, ...]:
+        bound = two_hop(ranks, 4)
+        sizes = []
+        for widths in ({}, {"weight": 2}, {"weight": DENSE}):
+            bound.set_widths(widths)
+            before = bound.encoded_bytes
+            average(bound, GRADIENTS[ranks.rank], 0)
+            sizes.append(bound.encoded_bytes - before)
+        return tuple(sizes)
+
+    expected = tuple(
+        160 + (8000 if bits == DENSE else codec("maxmin", bits=bits, bucket_size=64).wire_bytes(2000))
+        for bits in (4, 2, DENSE)
+    )
+    assert work(Solo()) == expected
+    assert [sum(sizes) for sizes in zip(*run_ranks(2, work), strict=True)] == [*expected]
+
+
+def test_widths_that_do_not_fit_are_refused() -> None:
+    bound = two_hop(Solo(), 4)
+    with pytest.raises(ValueError, match="bias is not a compressed layer of this model"):
+        bound.set_widths({"bias": 4})
+    with pytest.raises(ValueError, match="1 to 8 bits wide, got bits=9"):
+        bound.set_widths({"weight": 9})
+
+
+def test_residuals_of_another_model_are_refused() -> None:
+    bound = two_hop(Solo(), 4, feedback=True)
+    with pytest.raises(ValueError, match="do not fit the layers: weight has 7 values there and 2000 here"):
+        bound.load_state_dict({"residual": {"weight": torch.zeros(7)}, "share_residual": {}})
+
+
+@pytest.mark.parametrize("whole_steps", [True, False], ids=["settle", "commit"])
+def test_residuals_outlive_the_time_in_which_a_layer_travels_dense(whole_steps: bool) -> None:
+    """Also where the last step in which it did not was skipped, since its gradients were not finite."""
+    layers = layers_of([("a", (40, 25)), ("b", (25, 40))], 64)
+    bound = TwoHop(codec("maxmin", bits=4, bucket_size=64), layers, Solo(), 0, error_feedback=True)
+
+    def residuals_after(step: int, applied: bool = True, factor: float = 1.0) -> list[torch.Tensor]:
+        flat = GRADIENTS[step % 4, :2000] * factor
+        bound.average_(Gradients(flat, ("a", "b"), (0, 1000)), step)
+        if whole_steps:
+            bound.settle(applied)
+        else:
+            bound.commit(dict.fromkeys("ab", torch.tensor(applied)))
+        assert bool(flat.isfinite().all()) == applied
+        return [torch.stack([each[name] for each in bound.state_dict().values()]) for name in "ab"]
+
+    before, _ = residuals_after(0)
+    residuals_after(1, applied=False, factor=float("nan"))
+    bound.set_widths({"a": DENSE})
+    _, last_of_b = residuals_after(2)
+    for step in (3, 4):
+        of_a, of_b = residuals_after(step)
+        assert torch.equal(of_a, before)
+        assert not torch.equal(of_b, last_of_b)
+        last_of_b = of_b
+    bound.set_widths({"a": 4})
+    of_a, _ = residuals_after(5)
+    assert of_a.isfinite().all()
+    assert not torch.equal(of_a, before)
+
+
+def test_warm_up_steps_are_float32_and_then_compressed() -> None:
+    def work(ranks: ThreadCollectives) -> list[bool]:
+        bound = build("maxmin", bits=2, bucket_size=64, warmup_steps=2).averager(LAYERS, ranks, 0)
+        exact = (GRADIENTS[0] * 0.5) + (GRADIENTS[1] * 0.5)
+        return [torch.equal(average(bound, GRADIENTS[ranks.rank], step), exact) for step in range(4)]
+
+    assert run_ranks(2, work) == [[True, True, False, False]] * 2
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_averages_and_residuals_do_not_depend_on_the_chunks(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(ranks: ThreadCollectives) -> list[torch.Tensor]:
+        bound = two_hop(ranks, bits=3, feedback=True)
+        found = []
+        for step in range(3):
+            found.append(average(bound, GRADIENTS[ranks.rank], step))
+            bound.settle(True)
+        return [*found, *(value for state in bound.state_dict().values() for value in state.values())]
+
+    whole = run_ranks(world_size, work)
+    monkeypatch.setattr(averagers.two_hop, "CHUNK_BYTES", 100)
+    cut = run_ranks(world_size, work)
+    for ours, theirs in zip(whole, cut, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_all_chunks_are_expected_and_one_is_encoded_while_another_travels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(averagers.two_hop, "CHUNK_BYTES", 500)
+    told: list[str] = []
+
+    class Noted(ThreadCollectives):
+        """Notes what rank 0 expects, sends and waits for."""
+
+        def expect_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> ExpectedExchange:
+            self._note(f"expect {chunk}")
+            send = super().expect_exchange(sizes, chunk, device)
+
+            def note_and_send(messages: torch.Tensor) -> Pending:
+                self._note(f"exchange {chunk}")
+                return self._noted(f"exchanged {chunk}", send(messages))
+
+            return note_and_send
+
+        def expect_gather(self, messages: torch.Tensor, sizes: Sequence[int], chunk: int) -> ExpectedGather:
+            send = super().expect_gather(messages, sizes, chunk)
+
+            def note_and_send() -> Pending:
+                self._note(f"gather {chunk}")
+                return self._noted(f"gathered {chunk}", send())
+
+            return note_and_send
+
+        def _noted(self, words: str, pending: Pending) -> Pending:
+            def wait() -> torch.Tensor:
+                self._note(words)
+                return pending()
+
+            return wait
+
+        def _note(self, words: str) -> None:
+            if self.rank == 0:
+                told.append(words)
+
+    def work(ranks: ThreadCollectives) -> None:
+        average(two_hop(Noted(ranks.rank, ranks._slots, ranks._barrier), bits=4), GRADIENTS[ranks.rank], 0)
+
+    run_ranks(2, work)
+    assert told == [
+        "expect 0", "expect 1", "exchange 0", "exchange 1",
+        "exchanged 0", "gather 0", "exchanged 1", "gather 1", "gathered 0", "gathered 1",
+    ]  # fmt: skip
+
+
+def test_what_a_rank_keeps_is_not_encoded() -> None:
+    """Where the other rank has zeros, which max-min sends exactly, only the second hop loses something."""
+
+    def work(ranks: ThreadCollectives) -> torch.Tensor:
+        bound = two_hop(ranks, bits=2, feedback=True)
+        average(bound, GRADIENTS[0] * (ranks.rank == 0), 0)
+        bound.settle(True)
+        start, stop = bound.shares["weight"][ranks.rank]
+        residual: torch.Tensor = bound.state_dict()["residual"]["weight"]
+        return torch.stack([residual[start:stop].abs().sum(), residual.abs().sum()])
+
+    (kept, all_of_rank_0), (_, all_of_rank_1) = run_ranks(2, work)
+    assert kept == 0
+    assert all_of_rank_0 > 0
+    assert all_of_rank_1 == 0
+
+
+def test_only_what_ends_with_the_first_layer_travels_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(averagers.two_hop, "CHUNK_BYTES", 100)
+    bound = two_hop(Solo(), bits=4)
+    chunks = [
+        len(bound._route(Gradients(GRADIENTS[0], names, offsets)).chunks)
+        for names, offsets in [(("bias", "weight"), (0, 40)), (("weight",), (0,)), (("bias",), (0,))]
+    ]
+    weight, bias = 2000 // 2 + 8 * 32, 4 * 40  # bytes
+    assert chunks == [(weight + bias) // 100, weight // 100, 1]
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+def test_averages_may_be_under_way_at_one_time(feedback: bool) -> None:
+    def work(ranks: ThreadCollectives) -> tuple[torch.Tensor, torch.Tensor]:
+        found = []
+        for together in (False, True):
+            bound, flats = two_hop(ranks, 4, feedback), GRADIENTS[ranks.rank].clone().split([2000, 40])
+            parts = [Gradients(flat, (name,), (0,)) for flat, name in zip(flats, ("weight", "bias"), strict=True)]
+            engine = Engine(torch.device("cpu"), bool)
+            for part in parts:
+                engine.submit(partial(bound.expect(part, 0), part) if together else partial(bound.average_, part, 0))
+            engine.close()
+            found.append(torch.cat(flats))
+        return found[0], found[1]
+
+    for one_by_one, together in run_ranks(3, work):
+        assert torch.equal(one_by_one, together)

@@ -1,0 +1,142 @@
+"""The communication thread: which job runs when."""
+
+import threading
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from compression.exchange.engine import Engine
+from compression.streams import Phases, future_of
+from tests.support.threads import ThreadCollectives, Uncompletable, run_ranks, within
+
+CPU = torch.device("cpu")
+
+
+def order_of(engine: Engine, submit: Any) -> list[str]:
+    """The names of jobs in the order in which they ran, all submitted while the first one runs."""
+    ran: list[str] = []
+    go = threading.Event()
+    engine.submit(lambda: (go.wait(), ran.append("first"))[1])
+    submit(lambda name: lambda: ran.append(name))
+    go.set()
+    engine.close()
+    return ran
+
+
+@pytest.mark.parametrize(("after", "expected"), [(1, "first c a b"), (2, "first a c b"), (3, "first a b c")])
+def test_a_job_goes_ahead_of_all_that_wait_but_those_that_it_comes_after(after: int, expected: str) -> None:
+    engine = Engine(CPU, bool)
+
+    def submit(named: Any) -> None:
+        engine.submit(named("a"))
+        engine.submit(named("b"))
+        engine.submit_ahead(named("c"), after)
+
+    assert " ".join(order_of(engine, submit)) == expected
+
+
+def test_all_ranks_run_jobs_in_the_order_that_rank_0_chooses() -> None:
+    """Rank 1 has the job that goes ahead from the start, rank 0 only when it has chosen the first other one."""
+
+    def order(ranks: ThreadCollectives) -> list[str]:
+        ran: list[str] = []
+        engine = Engine(CPU, ranks.broadcast)
+        ahead = lambda: engine.submit_ahead(lambda: ran.append("ahead"), 0)  # noqa: E731
+        if ranks.rank:
+            ahead()
+        engine.submit(lambda: (ran.append("one"), ranks.rank or ahead())[0])
+        engine.submit(lambda: ran.append("two"))
+        while len(ran) < 3:
+            threading.Event().wait(0.001)
+        engine.close()
+        return ran
+
+    assert run_ranks(2, order) == [["one", "ahead", "two"]] * 2
+
+
+def test_an_engine_ends_though_another_ranks_job_never_comes() -> None:
+    engine = Engine(CPU, lambda goes_ahead: True)
+    engine.submit(lambda: pytest.fail("rank 0 chose another"))
+    engine.close()
+
+
+def test_a_closed_engine_takes_no_job() -> None:
+    engine = Engine(CPU, bool)
+    engine.close()
+    for submit in (engine.submit, partial(engine.submit_ahead, after=0)):
+        with pytest.raises(RuntimeError, match=r"the exchange of this model is closed, .* or build the model and its"):
+            submit(lambda: pytest.fail("nobody is there to run it"))
+
+
+@pytest.mark.parametrize(
+    ("others_may_begin_after", "expected"),
+    [(1, "a1 b1 a2 c1 b2 a3 c2 b3 c3"), (2, "a1 a2 b1 a3 b2 c1 b3 c2 c3"), (3, "a1 a2 a3 b1 b2 b3 c1 c2 c3")],
+)
+def test_a_job_begins_while_others_are_under_way_once_they_say_so(others_may_begin_after: int, expected: str) -> None:
+    engine = Engine(CPU, bool)
+    ran: list[str] = []
+
+    def job(name: str) -> Phases:
+        for phase in range(1, 4):
+            ran.append(f"{name}{phase}")
+            yield phase >= others_may_begin_after
+
+    go = threading.Event()
+    engine.submit(lambda: [go.wait(), None][1])
+    for name in "abc":
+        engine.submit(partial(job, name))
+    go.set()
+    engine.close()
+    assert " ".join(ran) == expected
+
+
+def test_the_last_phase_waits_for_no_other_job() -> None:
+    engine = Engine(CPU, bool)
+    done = threading.Event()
+
+    def job() -> Phases:
+        yield True
+        yield True
+        done.set()
+
+    engine.submit(job)
+    assert done.wait(10)
+    engine.close()
+
+
+def test_whoever_waits_for_a_job_that_raises_or_for_a_later_one_gets_the_exception() -> None:
+    engine = Engine(CPU, bool)
+    go = threading.Event()
+    before, failing, ahead, after = (future_of(CPU) for _ in range(4))
+
+    def job(future: Any) -> Phases:
+        go.wait()
+        yield True
+        future.set_result(1)
+
+    def fail() -> None:
+        raise OSError("out of order")
+
+    engine.submit(partial(job, before), [before])
+    engine.submit(fail, [failing])
+    engine.submit_ahead(lambda: pytest.fail("a job has raised"), 2, [ahead])
+    go.set()
+    for future in (failing, ahead):
+        with pytest.raises(OSError, match="out of order"):
+            within(10, future.wait)
+    engine.submit(lambda: pytest.fail("a job has raised"), [after])
+    with pytest.raises(OSError, match="out of order"):
+        within(10, after.wait)
+    within(10, engine.wait)
+    within(10, engine.close)
+    assert before.wait() == 1
+
+
+def test_a_future_that_cannot_be_completed_gets_the_exception() -> None:
+    engine, future = Engine(CPU, bool), Uncompletable()
+    engine.submit(lambda: future.set_result(1), [future])
+    with pytest.raises(OSError, match="no event can be recorded"):
+        within(10, future.wait)
+    engine.close()

@@ -1,0 +1,140 @@
+"""The fast kernels give the reference's bits: codes, decoded values, residuals."""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from compression import COMPRESSORS, codec
+from compression.kernels import cpu, reference
+from compression.layers import DENSE, Layer, cut
+from compression.plans import Plan, Segment, plan
+from compression.randomness import stream_keys
+
+SIZES = (5000, 1, 513, 64, 4097)
+QUANTIZERS = [name for name, row in COMPRESSORS.items() if row.quantizer is not None]
+MOST = float(torch.finfo(torch.float32).max)
+ODD = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-40, 3e38, -3e38, MOST, -MOST, float("inf"), -float("inf"), float("nan")]
+
+
+def widths_of(name: str, shift: int) -> tuple[int, ...]:
+    """Widths for the layers of SIZES: different ones where the quantizer has several, and one layer in float32."""
+    row = COMPRESSORS[name]
+    if not row.has_bits:
+        return (codec(name).bits,) * 3 + (DENSE, codec(name).bits)
+    spread = 9 - row.min_bits
+    return tuple(DENSE if k == 3 else (3 * k + shift) % spread + row.min_bits for k in range(len(SIZES)))
+
+
+def layout(
+    name: str, widths: tuple[int, ...], bucket_size: int, world_size: int, sizes: tuple[int, ...] = SIZES
+) -> Plan:
+    layers = [Layer(index, f"layer{index}", (size,), True) for index, size in enumerate(sizes)]
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    segments = [Segment(layer, at, at) for layer, at in zip(layers, starts, strict=True)]
+    shares = {layer.name: cut(layer.numel, bucket_size, world_size, layer.index) for layer in layers}
+    bits = {layer.name: width for layer, width in zip(layers, widths, strict=True)}
+    quantizer = codec(name, bucket_size=bucket_size)
+    return plan(segments, range(world_size), shares, bits, quantizer.share_bucket_size, quantizer.record_bytes)
+
+
+def same_bits(name: str, where: Plan, values: torch.Tensor, residual: torch.Tensor | None) -> None:
+    keys = stream_keys(1, 2, where.layers, 0, 0)
+    found = []
+    for kernels in (reference, cpu):
+        wire = torch.zeros(where.wire_bytes, dtype=torch.uint8)
+        pending = torch.zeros(where.values)
+        kernels.encode(name, where, values, keys, wire, *((residual.clone(), pending) if residual is not None else ()))
+        decoded = torch.ones(where.values)
+        kernels.decode(name, where, wire, decoded, 0.5, accumulate=True)
+        found.append((_comparable(wire), _comparable(pending), _comparable(decoded)))
+    assert all(torch.equal(slow, fast) for slow, fast in zip(*found, strict=True))
+
+
+def _comparable(values: torch.Tensor) -> torch.Tensor:
+    """Bits, every NaN alike: which of two NaN a sum keeps is the processor's business."""
+    if values.dtype == torch.uint8:
+        return values
+    return torch.where(values.isnan(), 0x7FC00000, values.view(torch.int32))
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("bucket_size", [512, 100, -1, 8, 1])
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("shift", [0, 4])
+def test_numba_and_torch_give_the_same_bits(name: str, bucket_size: int, feedback: bool, shift: int) -> None:
+    where = layout(name, widths_of(name, shift), bucket_size, world_size=1 + 2 * (shift > 0))
+    generator = torch.Generator().manual_seed(bucket_size + shift)
+    values, residual = torch.randn(2, where.values, generator=generator)
+    values[7:11] = torch.tensor([0.0, -0.0, 3e38, 1e-42])
+    same_bits(name, where, values, residual if feedback else None)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("power", [-140, -126, -110, -103, -101, -100, -98, -30, 100, 125])
+def test_whatever_their_size_the_bits_are_the_same(name: str, power: int) -> None:
+    """Steps between codes may be denormal numbers, or become ones in fixed point."""
+    where = layout(name, widths_of(name, 1), 512, world_size=1)
+    values = torch.randn(where.values, generator=torch.Generator().manual_seed(1)).double() * 2.0**power
+    same_bits(name, where, values.float(), None)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("bucket_size", [512, 100, -1])
+@pytest.mark.parametrize(("feedback", "rank"), [(False, None), (True, None), (False, 0), (True, 2), (False, 3)])
+def test_sums_over_ranks_are_encoded_with_the_same_bits(
+    name: str, bucket_size: int, feedback: bool, rank: int | None
+) -> None:
+    """The first layer is longer than what is decoded and encoded at a time."""
+    where = layout(name, widths_of(name, 2), bucket_size, 1, (70_000, *SIZES[1:]))
+    values, residual = torch.randn(2, where.values, generator=torch.Generator().manual_seed(bucket_size))
+    received = torch.empty(3, where.wire_bytes, dtype=torch.uint8)
+    for other, message in enumerate(received):
+        cpu.encode(name, where, values.roll(other), stream_keys(1, 2, where.layers, 1, other), message)
+    keys = stream_keys(1, 2, where.layers, 2, 0)
+    found = []
+    for kernels in (reference, cpu):
+        wire, pending = torch.zeros(where.wire_bytes, dtype=torch.uint8), torch.zeros(where.values)
+        memory, share = (residual.clone(), pending) if feedback else (), values.clone()
+        kernels.recode(name, where, received, share, rank, 1 / 3, keys, wire, *memory)
+        found.append((wire, pending, share))
+    decoded = torch.empty_like(values)
+    reference.decode(name, where, wire, decoded)
+    assert torch.equal(share, decoded)
+    assert all(torch.equal(slow, fast) for slow, fast in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@given(
+    pattern=st.lists(st.one_of(st.sampled_from(ODD), st.floats(width=32)), min_size=1, max_size=60),
+    shift=st.integers(0, 7),
+    feedback=st.booleans(),
+)
+@example(pattern=[MOST], shift=0, feedback=False)
+@example(pattern=[0.0, 3e38, 0.0, 0.0, 0.0, MOST, 0.0], shift=0, feedback=True)
+@settings(deadline=None, max_examples=25)
+def test_whatever_the_values_the_bits_are_the_same(
+    name: str, pattern: list[float], shift: int, feedback: bool
+) -> None:
+    where = layout(name, widths_of(name, shift), 64, world_size=2)
+    values = torch.tensor(pattern, dtype=torch.float32).repeat(-(-where.values // len(pattern)))[: where.values]
+    same_bits(name, where, values, values.flip(0).nan_to_num(0.0, 1e30, -1e30) if feedback else None)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_the_reference_waits_for_no_device(name: str) -> None:
+    """Tensors without values, which nobody could wait for, stand for those of a GPU."""
+    where, device = layout(name, widths_of(name, 1), 100, world_size=2), torch.device("meta")
+    values, residual, pending = torch.empty(3, where.values, device=device)
+    wire = torch.empty(where.wire_bytes, dtype=torch.uint8, device=device)
+    reference.encode(name, where, values, stream_keys(1, 2, where.layers, 0, 0), wire, residual, pending)
+    reference.decode(name, where, wire, values, 0.5, accumulate=True)
+
+
+@pytest.mark.parametrize("name", [name for name in QUANTIZERS if COMPRESSORS[name].has_bits])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_expected_error_is_the_same(name: str, bits: int) -> None:
+    quantizer = codec(name, bits=bits, bucket_size=100)
+    values = torch.randn(5000, generator=torch.Generator().manual_seed(bits))
+    expected = reference.expected_squared_error(name, quantizer._plan(1, 5000), values)
+    assert quantizer.expected_squared_error(values) == pytest.approx(expected, rel=1e-4)

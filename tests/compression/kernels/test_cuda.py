@@ -1,0 +1,345 @@
+"""The GPU's kernels give the reference's bits, and compile to instructions that can.
+
+Triton runs in processes of its own: on a GPU where there is one, else in its interpreter, which is chosen before Triton
+is imported.
+"""
+
+import importlib
+import importlib.util
+import multiprocessing
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from itertools import accumulate
+from operator import attrgetter
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from compression import kernels
+from compression.kernels import record_bytes, reference
+from compression.layers import DENSE, Layer, cut
+from compression.plans import Plan, Segment, plan
+from compression.randomness import stream_keys
+
+TRITON = importlib.util.find_spec("triton")
+pytestmark = pytest.mark.skipif(TRITON is None, reason="Triton is not installed")
+
+WIDTHS = {
+    "maxmin": range(1, 9),
+    "norm_uniform": range(2, 9),
+    "exponential": range(2, 9),
+    "1bit": [1],
+    "terngrad": [2],
+    "quantile": range(1, 9),
+}
+ENCODED = [family for family in WIDTHS if family != "quantile"]
+TINY, LARGEST = 1e-41, torch.finfo(torch.float32).max
+KINDS = {
+    "normal": lambda noise: noise,
+    "of many scales": lambda noise: noise * (6 * noise.roll(1)).exp(),
+    "negative": lambda noise: -noise.abs(),
+    "zero": lambda noise: noise * 0,  # of both signs
+    "constant": lambda noise: torch.full_like(noise, -2.5),
+    "denormal": lambda noise: noise * TINY,
+    "huge": lambda noise: (noise * 3e38).clamp(-LARGEST, LARGEST),
+    "NaN": lambda noise: noise.where(noise < noise.max(), torch.nan),
+    "infinite": lambda noise: noise.where(noise < noise.max(), -torch.inf),
+}
+
+Layers = list[tuple[int, int, str]]  # of each the values, the bits, and which of KINDS
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[Executor]:
+    with _process(_interpret_without_gpu) as process:
+        yield process
+
+
+def _process(initializer: Callable[..., None], *arguments: str) -> Executor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer, arguments)
+
+
+def _interpret_without_gpu() -> None:
+    torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+        def fma(_: object, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+            """Rounded once, as GPUs do it (but for ties that doubles hide), where the interpreter rounds twice."""
+            exact = x.data.astype(np.float64) * y.data + z.data
+            return TensorHandle(exact.astype(np.float32), z.dtype.scalar)
+
+        InterpreterBuilder.create_fma = fma
+        # Of a number and a NaN, GPUs give the number.
+        InterpreterBuilder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
+        InterpreterBuilder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
+
+
+def layers_for(family: str) -> st.SearchStrategy[Layers]:
+    width = st.sampled_from([*WIDTHS[family], DENSE])
+    return st.lists(st.tuples(st.integers(1, 300), width, st.sampled_from(sorted(KINDS))), min_size=1, max_size=5)
+
+
+def layout(family: str, layers: Layers, bucket_size: int, world_size: int) -> Plan:
+    starts = [0, *accumulate(size for size, _, _ in layers)]
+    places = [Layer(index, f"layer{index}", (size,), True) for index, (size, _, _) in enumerate(layers)]
+    segments = [Segment(layer, at, at) for layer, at in zip(places, starts, strict=False)]
+    shares = {layer.name: cut(layer.numel, bucket_size, world_size, layer.index) for layer in places}
+    bits = {layer.name: width for layer, (_, width, _) in zip(places, layers, strict=True)}
+    rule = None if family == "quantile" else bucket_size
+    return plan(segments, range(world_size), shares, bits, rule, lambda count, bits: record_bytes(family, count, bits))
+
+
+def differences(
+    family: str, layers: Layers, bucket_size: int, world_size: int, feedback: bool, adding: bool
+) -> list[str]:
+    """What is not the same after the reference and the GPU's kernels have each done the same work."""
+    from compression.kernels import cuda
+
+    where = layout(family, layers, bucket_size, world_size)
+    generator = torch.Generator().manual_seed(bucket_size + len(layers))
+    values = torch.cat([KINDS[kind](torch.randn(size, generator=generator)) for size, _, kind in layers])
+    residual = torch.randn(where.values, generator=generator)
+    keys = stream_keys(1, 2, where.layers, 0, 0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = []
+    for module, place in ((reference, torch.device("cpu")), (cuda, device)):
+        wire = torch.zeros(where.wire_bytes + 2, dtype=torch.uint8, device=place)
+        pending = torch.zeros(where.values, device=place)
+        memory = (residual.to(place), pending) if feedback else ()
+        record = wire[1:-1]  # at an odd address, with a byte on either side that is not ours
+        module.encode(family, where, values.to(place), keys, record, *memory)
+        decoded = torch.ones(where.values, device=place)
+        module.decode(family, where, record, decoded, 0.3, accumulate=adding)
+        found.append((wire.cpu(), pending.cpu(), decoded.cpu()))
+    names = ("wire", "pending", "decoded")
+    return [name for name, slow, fast in zip(names, *found, strict=True) if not same(slow, fast)]
+
+
+def differences_of_sums(
+    family: str, layers: Layers, bucket_size: int, messages: int, rank: int | None, feedback: bool
+) -> list[str]:
+    """The same after messages of some ranks, and what this rank has, were added up and encoded."""
+    from compression.kernels import cuda
+
+    where = layout(family, layers, bucket_size, 1)
+    generator = torch.Generator().manual_seed(bucket_size + messages)
+    values = torch.cat([KINDS[kind](torch.randn(size, generator=generator)) for size, _, kind in layers])
+    residual = torch.randn(where.values, generator=generator)
+    received = torch.zeros(messages, where.wire_bytes, dtype=torch.uint8)
+    for other, message in enumerate(received):
+        reference.encode(family, where, values.roll(other), stream_keys(1, 2, where.layers, 1, other), message)
+    keys = stream_keys(1, 2, where.layers, 2, 0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = []
+    for module, place in ((reference, torch.device("cpu")), (cuda, device)):
+        wire, pending = (
+            torch.zeros(count, dtype=dtype, device=place)
+            for count, dtype in ((where.wire_bytes, torch.uint8), (where.values, torch.float32))
+        )
+        memory = (residual.to(place), pending) if feedback else ()
+        share = values.clone().to(place)
+        module.recode(family, where, received.to(place), share, rank, 1 / (messages + 1), keys, wire, *memory)
+        found.append((wire.cpu(), pending.cpu(), share.cpu()))
+    names = ("wire", "pending", "decoded")
+    return [name for name, slow, fast in zip(names, *found, strict=True) if not same(slow, fast)]
+
+
+@pytest.mark.parametrize(("messages", "rank"), [(1, None), (1, 0), (3, 2), (2, 2)])
+@pytest.mark.parametrize("family", WIDTHS)
+def test_sums_over_ranks_are_encoded_with_the_same_bits(
+    gpu: Executor, family: str, messages: int, rank: int | None
+) -> None:
+    wide = max(WIDTHS[family])
+    layers = [(700, wide, "normal"), (130, DENSE, "normal"), (64, min(WIDTHS[family]), "negative"), (9, wide, "zero")]
+    for feedback in (False, True):
+        assert gpu.submit(differences_of_sums, family, layers, 100, messages, rank, feedback).result() == []
+
+
+def same(slow: Tensor, fast: Tensor) -> bool:
+    """The same bits, but for those of a NaN, which depend on the processor."""
+    if slow.dtype == torch.uint8:
+        return torch.equal(slow, fast)
+    bits = slow.view(torch.int32) == fast.view(torch.int32)
+    return bool((bits | (slow.isnan() & fast.isnan())).all())
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("family", WIDTHS)
+@given(data=st.data())
+@settings(deadline=None, max_examples=6)
+def test_triton_and_torch_give_the_same_bits(gpu: Executor, family: str, feedback: bool, data: st.DataObject) -> None:
+    unit = data.draw(st.sampled_from([1, 4]))  # memory moves four values at once where all positions allow it
+    layers = [(-(-size // unit) * unit, *rest) for size, *rest in data.draw(layers_for(family))]
+    bucket_size = data.draw(st.sampled_from([1, 3, 8, 100, 128, 512, -1]))
+    world_size, adding = data.draw(st.integers(1, 3)), data.draw(st.booleans())
+    assert gpu.submit(differences, family, layers, bucket_size, world_size, feedback, adding).result() == []
+
+
+@pytest.mark.parametrize("family", WIDTHS)
+def test_every_width_and_kind_of_values_in_one_launch(gpu: Executor, family: str) -> None:
+    widths = [*WIDTHS[family], DENSE]
+    for step in (1, 4):
+        layers = [(92 - step * index, widths[index % len(widths)], kind) for index, kind in enumerate(KINDS)]
+        assert gpu.submit(differences, family, layers, 64, 2, True, True).result() == []
+
+
+@pytest.mark.parametrize("family", WIDTHS)
+def test_buckets_of_several_trees_and_tiles(gpu: Executor, family: str) -> None:
+    layers = [(2700, WIDTHS[family][-1], "of many scales"), (2560, WIDTHS[family][0], "negative"), (1500, DENSE, "NaN")]
+    assert gpu.submit(differences, family, layers, -1, 1, True, False).result() == []
+
+
+def test_dense_layers_alone_keep_their_bits(gpu: Executor) -> None:
+    layers = [(2100, DENSE, "NaN"), (1, DENSE, "huge")]
+    assert gpu.submit(differences, "maxmin", layers, 8, 1, True, False).result() == []
+
+
+def test_buckets_too_long_for_a_program_go_beside_those_that_are_not(gpu: Executor) -> None:
+    layers = [(40, 3, "normal"), (300, 3, "negative"), (300, DENSE, "normal"), (300, 5, "huge"), (256, 4, "zero")]
+    assert gpu.submit(differences_where_256_is_long, layers).result() == []
+
+
+def differences_where_256_is_long(layers: Layers) -> list[str]:
+    from compression.kernels.cuda import pieces
+
+    with patch.object(pieces, "LONGEST", 256):
+        return differences("maxmin", layers, -1, 1, True, True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to wait for")
+@pytest.mark.parametrize("family", WIDTHS)
+def test_the_host_waits_for_nothing_but_the_plan(gpu: Executor, family: str) -> None:
+    gpu.submit(work_without_waiting, family).result()
+
+
+def work_without_waiting(family: str) -> None:
+    """RuntimeError where it waits."""
+    from compression.kernels import cuda
+
+    where, keys = layout(family, [(1000, WIDTHS[family][0], "normal")], 512, 1), np.zeros((1, 2), np.uint32)
+    values, wire = torch.ones(1000, device="cuda"), torch.empty(where.wire_bytes, dtype=torch.uint8, device="cuda")
+    try:
+        for mode in ("default", "error"):
+            torch.cuda.set_sync_debug_mode(mode)
+            cuda.encode(family, where, values, keys, wire)
+            cuda.decode(family, where, wire, values)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_plan_is_sent_once_and_forgotten_with_it(gpu: Executor) -> None:
+    assert gpu.submit(tables_of_a_plan).result() == (True, 2, 0)
+
+
+def tables_of_a_plan() -> tuple[bool, int, int]:
+    """Whether the second table is the first, and how many are kept while the plan lives and afterwards."""
+    from compression.kernels.cuda import pieces
+
+    before = len(pieces._made)
+    where, place = layout("maxmin", [(100, 4, "normal")], 10, 1), torch.device("cpu")
+    first, _ = pieces.to_encode(where, place), pieces.to_decode(where, place)
+    again, kept = pieces.to_encode(where, place) is first, len(pieces._made) - before
+    del where
+    return again, kept, len(pieces._made) - before
+
+
+@pytest.mark.parametrize(
+    ("environment", "installed", "expected"),
+    [
+        ({"CC": "cc", "PATH": ""}, True, "compression.kernels.cuda"),
+        ({"PATH": ""}, True, "compression.kernels.reference"),  # no compiler
+        ({"CC": "cc", "PATH": ""}, False, "compression.kernels.reference"),
+    ],
+)
+def test_a_gpu_gets_triton_where_it_runs_and_torch_elsewhere(
+    gpu: Executor, environment: dict[str, str], installed: bool, expected: str
+) -> None:
+    assert gpu.submit(kernels_of_a_gpu, environment, installed).result() == expected
+
+
+def kernels_of_a_gpu(environment: dict[str, str], installed: bool) -> str:
+    importlib.import_module("compression.kernels.cuda")  # as every other test does it, whatever the environment is here
+    kernels._triton_runs.cache_clear()
+    with (
+        patch.dict(os.environ, environment, clear=True),
+        patch.object(kernels, "find_spec", lambda _: installed or None),
+    ):
+        return kernels.for_device(torch.device("cuda")).__name__
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
+    if not Path(TRITON.origin, "../backends/nvidia/bin/ptxas").resolve().exists():
+        pytest.skip("this Triton comes without ptxas")
+    with _process(_compile_into, str(tmp_path_factory.mktemp("triton"))) as process:
+        yield process
+
+
+def _compile_into(folder: str) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_CACHE_DIR"] = folder
+
+
+KERNELS = [("buckets.encode", family) for family in ENCODED] + [("buckets.decode", family) for family in WIDTHS]
+KERNELS.append(("quantiles.codes", "quantile"))
+OTHERS = [(f"quantiles.{name}", "quantile") for name in ("extremes", "histogram", "heads")]
+BUFFERS = dict.fromkeys(("values", "residual", "pending", "out", "tables"), "*fp32") | {"wire": "*u8"}
+NUMBERS = {"table": "*i64", "factor": "fp32", "stride": "i64"}
+NUMBERS |= dict.fromkeys(("keys", "ends", "shifts", "counts"), "*i32")
+NUMBERS |= dict.fromkeys(("pieces", "ranks", "own"), "i32")
+
+
+def assembly(kernel: str, family: str, language: str, rows: int = 1, values: int = 1024, warps: int = 32) -> str:
+    """What a kernel becomes on an H100, for which no GPU is needed: few values a thread, so that it is quick."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from compression.kernels import cuda
+
+    function = attrgetter(kernel)(cuda)
+    shape = {"ALIGNED": rows == 1, "M": rows, "Q": values // 4}
+    constants = {"FAMILY": family, "FEEDBACK": True, "ACCUMULATE": True, **shape}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    types = {**BUFFERS, **NUMBERS, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(function, {name: types[name] for name in function.arg_names}, constants)
+    compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps, **cuda.EXACTLY})
+    return str(compiled.asm[language])
+
+
+@pytest.mark.parametrize(("kernel", "family"), KERNELS)
+def test_compiled_kernels_round_every_operation(compiler: Executor, kernel: str, family: str) -> None:
+    code = compiler.submit(assembly, kernel, family, "ptx").result()
+    assert re.findall(r"\S*approx\S*|div\.full\S*|\b(?:add|sub|mul|div|sqrt|fma)\S*ftz\S*", code) == []
+    written = compiler.submit(assembly, kernel, family, "ttgir").result()
+    assert len(re.findall(r"\bfma\.", code)) == written.count("math.fma")  # one value a thread: none was made of others
+
+
+@pytest.mark.parametrize(("kernel", "family"), KERNELS + OTHERS)
+def test_kernels_compile_for_the_shortest_rows(compiler: Executor, kernel: str, family: str) -> None:
+    assert compiler.submit(assembly, kernel, family, "ptx", rows=64, values=8, warps=1).result()
+
+
+def test_sums_of_floats_add_two_at_a_time(compiler: Executor) -> None:
+    code = compiler.submit(assembly, "buckets.encode", "maxmin", "ttgir").result()
+    sums = [part for part in code.split('"tt.reduce"')[1:] if "arith.addf" in part.partition("})")[0]]
+    axes = [int(re.search(r"axis = (\d)", part)[1]) for part in sums]
+    shapes = [re.search(r"\(tensor<([\dx]+)xf32", part)[1].split("x") for part in sums]
+    lengths = [shape[axis] for shape, axis in zip(shapes, axes, strict=True)]
+    assert lengths == ["2"] * 2 * (9 + 1)  # two trees of 512 terms, and of two trees each
+
+
+def test_products_are_not_fused_into_sums_by_the_assembler(compiler: Executor) -> None:
+    code = compiler.submit(assembly, "buckets.decode", "maxmin", "sass").result()
+    assert "FMUL" in code
+    assert "FFMA" not in code  # max-min decodes without dividing, which would be made of them

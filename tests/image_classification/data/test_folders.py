@@ -1,0 +1,123 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from image_classification.data.folders import IMAGE_SUFFIXES, list_splits
+from image_classification.torchvision_import import torchvision
+from tests.support.image_folders import write_folder
+
+
+def test_a_split_lists_what_torchvisions_image_folder_lists(tmp_path):
+    root = write_folder(tmp_path, train=9, val=6, classes=3)
+    nested = root / "train" / "class1" / "more" / "deep"
+    nested.mkdir(parents=True)
+    shutil.copy(root / "train" / "class0" / "000.jpg", nested / "UPPER.JPEG")
+    (root / "train" / "class0" / "notes.txt").write_text("not an image")
+    (root / "train" / "README").write_text("not a class")
+    for split in list_splits(root, num_classes=3):
+        theirs = torchvision.datasets.ImageFolder(split.folder)
+        ours = [(str(split.path(index)), int(split.labels[index])) for index in range(len(split))]
+        assert ours == theirs.samples
+        assert list(split.classes) == theirs.classes
+
+
+def test_image_suffixes_are_torchvisions():
+    assert IMAGE_SUFFIXES == torchvision.datasets.folder.IMG_EXTENSIONS
+
+
+def test_classes_are_the_sorted_folder_names(tmp_path):
+    for name in ("b", "a", "10", "9", "ä"):
+        for split in ("train", "val"):
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "x.png").touch()
+    train, _ = list_splits(tmp_path, num_classes=5)
+    assert train.classes == ("10", "9", "a", "b", "ä")
+    assert np.array_equal(train.labels, range(5))
+
+
+def test_a_missing_folder_is_named_with_the_layout_and_the_embedded_data_set(tmp_path):
+    with pytest.raises(
+        ValueError,
+        match=r"^data folder .*/none does not exist; expected DIR/train/CLASS/\* and DIR/val/CLASS/\*, "
+        r"or the word digits for the embedded data set$",
+    ):
+        list_splits(tmp_path / "none", 10)
+
+
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path):
+    (tmp_path / "data.tar").touch()
+    with pytest.raises(ValueError, match=r"^data folder .*/data.tar is not a folder; expected DIR/train"):
+        list_splits(tmp_path / "data.tar", 10)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_missing_split_is_named(tmp_path, split):
+    shutil.rmtree(write_folder(tmp_path) / split)
+    with pytest.raises(ValueError, match=rf"^data folder {tmp_path} has no folder {split}; expected DIR/train"):
+        list_splits(tmp_path, 10)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_class_folders_is_named(tmp_path, split):
+    folder = write_folder(tmp_path) / split
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "image.jpg").touch()
+    with pytest.raises(ValueError, match=rf"^{folder} holds no class folders; expected DIR/train"):
+        list_splits(tmp_path, 10)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_empty_class_folders_are_named(tmp_path, split):
+    write_folder(tmp_path, classes=3)
+    for name in ("class0", "class2"):
+        for image in (tmp_path / split / name).iterdir():
+            image.rename(image.with_suffix(".txt"))
+    with pytest.raises(
+        ValueError, match=r"has class folders without an image: class0, class2; add images \(\.jpg \.jpeg "
+    ) as caught:
+        list_splits(tmp_path, 10)
+    assert str(caught.value).startswith(str(tmp_path / split))
+
+
+def test_classes_that_only_one_split_has_are_named(tmp_path):
+    write_folder(tmp_path, classes=3)
+    (tmp_path / "train" / "class1").rename(tmp_path / "train" / "clas1")
+    shutil.rmtree(tmp_path / "val" / "class2")
+    with pytest.raises(
+        ValueError,
+        match=r"/train and .*/val name different classes: only train has clas1, class2, only val has class1; give",
+    ):
+        list_splits(tmp_path, 10)
+
+
+def test_of_many_names_the_first_few_are_told(tmp_path):
+    write_folder(tmp_path, train=20, val=20, classes=10)
+    for folder in (tmp_path / "val").iterdir():
+        if folder.name != "class0":
+            shutil.rmtree(folder)
+    words = "only train has class1, class2, class3, class4, class5 and 4 more, only val has none; "
+    with pytest.raises(ValueError, match=words):
+        list_splits(tmp_path, 10)
+
+
+def test_more_classes_than_the_model_has_are_counted(tmp_path):
+    write_folder(tmp_path, classes=3)
+    assert len(list_splits(tmp_path, 4)[0].classes) == 3
+    with pytest.raises(
+        ValueError, match=r"/train holds 3 classes, more than the 2 that the model tells apart; use --num-classes 3$"
+    ):
+        list_splits(tmp_path, 2)
+
+
+@pytest.mark.parametrize("name", ["spaces and ünicode.jpg", "line\nbreak.jpg", b"\xff\xfe.jpg"], ids=repr)
+def test_any_file_name_is_found_again(tmp_path, name):
+    write_folder(tmp_path)
+    source = tmp_path / "train" / "class0" / "000.jpg"
+    target = Path(str(source.parent)) / (name if isinstance(name, str) else name.decode(errors="surrogateescape"))
+    source.rename(target)
+    train, _ = list_splits(tmp_path, 10)
+    assert target in [train.path(index) for index in range(len(train))]
+    assert all(train.path(index).is_file() for index in range(len(train)))

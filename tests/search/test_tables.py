@@ -1,0 +1,158 @@
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import search
+from compression import codec
+from search import Objective, Tables, measure
+from tests.support.table_examples import fifty_layers
+
+
+@dataclass(frozen=True)
+class Halving:
+    """A stand-in for a codec: each bit halves the error, and four bytes of scale come on top."""
+
+    bits: int
+
+    def wire_bytes(self, count):
+        return 4 + (count * self.bits + 7) // 8
+
+    def expected_squared_error(self, values):
+        assert values.ndim == 1
+        return float(values.square().sum()) / 4**self.bits
+
+
+def two_layers(**changes):
+    fields = {
+        "layers": ["a", "b"],
+        "widths": [2, 4],
+        "error": [[2.0, 1.0], [6.0, 3.0]],
+        "nbytes": [[10, 20], [30, 60]],
+        "dense_bytes": 8,
+        "values": 100,
+        "numel": [40, 58],
+    }
+    return Tables(**{**fields, **changes})
+
+
+def test_no_module_has_the_name_of_a_public_function():
+    modules = {path.stem for path in Path(search.__file__).parent.glob("*.py")}
+    assert not modules & set(search.__all__)
+
+
+def test_a_measured_error_is_the_root_of_the_expected_squared_error():
+    m = {"a": torch.tensor([[3.0, 4.0]]), "b": torch.arange(6.0).view(2, 3)}
+    tables = measure(m, Halving, range(1, 4), dense_bytes=12, values=11)
+    norms = [math.sqrt(25), math.sqrt(55)]
+    assert np.allclose(tables.error, [[norm / 2**bits for bits in (1, 2, 3)] for norm in norms], rtol=1e-12)
+    assert tables.nbytes.tolist() == [[5, 5, 5], [5, 6, 7]]
+    assert (tables.layers, tables.widths, tables.numel) == (("a", "b"), (1, 2, 3), (2, 6))
+    assert (tables.dense_bytes, tables.values) == (12, 11)
+
+
+def test_max_min_tables_hold_the_codecs_bytes_and_lose_less_with_every_bit():
+    m = {"weight": torch.randn(64, 24, generator=torch.Generator().manual_seed(0))}
+    tables = measure(m, lambda bits: codec("maxmin", bits=bits, bucket_size=512), range(1, 9), 0, 1536)
+    assert tables.nbytes.tolist() == [[3 * (8 + 64 * bits) for bits in range(1, 9)]]
+    assert (np.diff(tables.error[0]) < 0).all()
+    assert 0 < tables.error[0, -1] < 0.05 * tables.error[0, 0]
+
+
+def test_a_model_without_compressed_layers_has_nothing_to_search():
+    with pytest.raises(ValueError, match="at least one compressed layer and one width, got 0 and 3"):
+        measure({}, Halving, range(1, 4), dense_bytes=12, values=3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_measuring_names_the_layer_that_is_not_finite(bad):
+    m = {"good": torch.ones(4), "bad": torch.tensor([1.0, bad])}
+    with pytest.raises(ValueError, match="must be finite, got NaN or infinity in bad"):
+        measure(m, Halving, [2], dense_bytes=0, values=6)
+
+
+def test_an_assignment_is_worth_its_total_error_and_all_bytes_sent():
+    tables = two_layers()
+    assert tables.total_error((2, 4)) == 5.0
+    assert tables.encoded_bytes((2, 4)) == 70
+    assert tables.ratio((2, 4)) == (70 + 8) / 400
+    assert tables.bits_a_value((2, 4)) == 8 * 70 / 98
+    assert Objective(tables, 2.0, 1.0)((2, 4)) == 25 * 0.195
+
+
+def test_tables_keep_their_own_copy_that_nobody_can_write_to():
+    error = np.ones((2, 2))
+    tables = two_layers(error=error)
+    error[0, 0] = 7
+    assert tables.error[0, 0] == 1
+    with pytest.raises(ValueError, match="read-only"):
+        tables.nbytes[0, 0] = 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers": []}, "at least one compressed layer and one width, got 0 and 2"),
+        ({"widths": []}, "at least one compressed layer and one width, got 2 and 0"),
+        ({"layers": ["a", "a"]}, "distinct names"),
+        ({"widths": [4, 2]}, r"must ascend within 1 to 8 bits, got \[4, 2\]"),
+        ({"widths": [2, 9]}, r"must ascend within 1 to 8 bits, got \[2, 9\]"),
+        ({"error": [[1.0, 1.0]]}, r"error must be \[layers, widths\] = \(2, 2\), got \(1, 2\)"),
+        ({"nbytes": [1, 2]}, r"nbytes must be \[layers, widths\] = \(2, 2\), got \(2,\)"),
+        (
+            {"error": [[1, 1], [1, math.nan]]},
+            "error must be finite and not negative, got nan for b at 4 bits",
+        ),
+        ({"error": [[1, -1], [1, 1]]}, r"error must be finite and not negative, got -1\.0 for a at 4 bits"),
+        ({"nbytes": [[1, 1], [0, 1]]}, "nbytes must be above 0, got 0 for b at 2 bits"),
+        ({"dense_bytes": -1}, "got -1 and 100"),
+        ({"values": 0}, "got 8 and 0"),
+        ({"numel": [5]}, "numel must be above 0 for each of 2 layers"),
+        ({"numel": [5, 0]}, "numel must be above 0 for each of 2 layers"),
+    ],
+)
+def test_tables_that_make_no_sense_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        two_layers(**changes)
+
+
+@pytest.mark.parametrize("bits", [(2,), (2, 3), (2, 4, 4)])
+def test_an_assignment_outside_the_tables_is_refused(bits):
+    with pytest.raises(ValueError, match=r"each of 2 layers one of the widths \[2, 4\], got"):
+        two_layers().ratio(bits)
+
+
+def test_bits_a_value_need_the_layers_sizes():
+    with pytest.raises(ValueError, match="got Tables without numel"):
+        two_layers(numel=()).bits_a_value((2, 4))
+
+
+@pytest.mark.parametrize("power", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+def test_powers_must_be_above_zero(name, power):
+    with pytest.raises(ValueError, match=f"search's {name} must be a finite number above 0, got {power}"):
+        replace(Objective(two_layers(), 1.0, 1.0), **{name: power})
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(900.0, 1.0), (1.0, 900.0)])
+def test_an_objective_outside_of_float64_says_to_scale_both_powers(alpha, beta):
+    with pytest.raises(ValueError, match="only beta/alpha matters, so divide both"):
+        Objective(two_layers(), alpha, beta)((2, 4))
+
+
+def test_assignments_rank_as_their_objectives_do():
+    tables = fifty_layers()
+    objective = Objective(tables, 0.5, 2.0)
+    choices = np.random.default_rng(0).integers(0, 7, size=(200, 54))
+    by_objective = sorted(range(200), key=lambda row: objective(tables.bits(choices[row])))
+    assert np.argsort(objective.rank(choices)).tolist() == by_objective
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.5), (0.01, 5.0), (5.0, 0.01)])
+def test_no_error_ranks_before_any_error_and_fewer_bytes_before_more(alpha, beta):
+    tables = two_layers(error=[[0, 0], [1e-9, 0]], nbytes=[[1, 10_000], [1, 10_000]])
+    choices = np.array([[1, 1], [0, 1], [1, 0], [0, 0]])
+    assert np.argsort(Objective(tables, alpha, beta).rank(choices)).tolist() == [1, 0, 3, 2]

@@ -1,0 +1,99 @@
+"""Ranks as threads: an in-memory `Collectives`, so that tests of many ranks take milliseconds."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from compression.network.collectives import AtOnce
+
+Result = TypeVar("Result")
+
+
+class ThreadCollectives(AtOnce):
+    """One rank of a world whose ranks are threads of this process. Sums are taken in rank order."""
+
+    def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.world_size = rank, len(slots)
+        self._slots, self._barrier = slots, barrier
+
+    def collect(self, value: Any) -> list[Any]:
+        self._slots[self.rank] = value
+        self._barrier.wait()
+        values = list(self._slots)
+        self._barrier.wait()
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        return self.collect(value)[0]
+
+    def sum_(self, values: Tensor) -> None:
+        total = torch.zeros_like(values)
+        for other in self.collect(values.clone()):
+            total += other
+        values.copy_(total)
+
+    def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
+        received = messages.new_empty(self.world_size - 1, sizes[self.rank])
+        others = [other for other in range(self.world_size) if other != self.rank]
+        sent = self.collect(messages.split([sizes[other] for other in others]))
+        for row, other in zip(received, others, strict=True):
+            row.copy_(sent[other][self.rank - (self.rank > other)])
+        self.collect(None)  # nobody goes on and changes what others still read
+        return received
+
+    def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
+        assert len(message) == sizes[self.rank]
+        return torch.cat(self.collect(message.clone()))
+
+
+def within(seconds: float, work: Callable[[], Result]) -> Result:
+    """What `work()` returns, or raises. TimeoutError where it takes longer: what waits for good has no other end."""
+    outcome: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome.result(seconds)
+
+
+class Uncompletable(torch.futures.Future[Any]):
+    """A future that takes no result, as on a GPU where no event can be recorded."""
+
+    def set_result(self, result: Any) -> None:
+        if not isinstance(result, BaseException):
+            raise OSError("no event can be recorded")
+        super().set_result(result)
+
+
+def run_ranks(world_size: int, rank_main: Callable[[ThreadCollectives], Result]) -> list[Result]:
+    """What `rank_main(collectives)` returns on every rank. The first error of any rank is raised."""
+    slots: list[Any] = [None] * world_size
+    barrier = threading.Barrier(world_size)
+    results: list[Any] = [None] * world_size
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = rank_main(ThreadCollectives(rank, slots, barrier))
+        except threading.BrokenBarrierError:
+            pass
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
