@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import compression
 import search
-from compression.averagers import Observing
-from compression.network.world import Failure, World, in_words, join_ranks, tells_of_lost_ranks
+from compression.averagers import StatisticsAverager
+from compression.network.world import Failure, World, is_lost_peer, join_ranks, one_line
 from compression.statistics import JsonLines, TensorBoard, to_all
 from image_classification import checkpoints, data, logs, models
 from image_classification.allocator import keep_freed_memory
@@ -93,7 +93,7 @@ count_or_none = number(int, "an integer of at least 0", lambda n: n >= 0)
 seed = number(int, "an integer from 0 to 4294967295", lambda n: 0 <= n < 2**32)  # what numpy seeds with
 amount = number(float, "a number of at least 0", lambda x: x >= 0)
 positive = number(float, "a number above 0", lambda x: x > 0)
-share = number(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
+fraction = number(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
 below_one = number(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
 probability = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 
@@ -142,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"model architecture: {' | '.join(models.ARCHITECTURES)}")
     add("--model-config", "-c", metavar="CONF", choices=tuple(models.MODEL_CONFIGS), default="classic",
         help=f"initialization: {' | '.join(models.MODEL_CONFIGS)}")
-    add("--num-classes", metavar="N", type=count, default=1000, help="classes that the model tells apart")
+    add("--num-classes", metavar="N", type=count, default=1000, help="number of classes")
     add("-j", "--workers", metavar="N", type=count_or_none, default=5,
         help="loader processes per rank, or DALI threads")
 
@@ -184,7 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--static-loss-scale", type=positive, default=1,
         help="constant loss scale, with --fp16 or --amp; a power of 2 is exact")
     add("--dynamic-loss-scale", action="store_true",
-        help="let the loss scale follow the gradients, with --fp16 or --amp; goes before --static-loss-scale")
+        help="let the loss scale follow the gradients, with --fp16 or --amp; overrides --static-loss-scale")
     run.add_argument("--prof", metavar="N", type=count_or_off, default=-1,
                      help="run the first N iterations of each epoch only (default: %(default)s, all)")
     add("--amp", action="store_true", help="automatic mixed precision as --opt-level says")
@@ -211,7 +211,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = ranks.add_argument
     add("--hvd", action="store_true", help="average through Horovod, under horovodrun")
-    add("--bb-ratio", type=share,
+    add("--bb-ratio", type=fraction,
         help="broken barrier: a step waits for the first layers that hold this share of the squared gradient norm, "
         "and applies the others' averages late; none waits for all")
     add("--bb-num-parallel-steps", type=count, default=10,
@@ -231,10 +231,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--error-feedback", action="store_true", help="add what an encoding lost to the next step's gradient")
     add("--efx-bits", type=bit_width,
         help="with top-k, in place of --error-feedback: send the dropped values too, in this many bits")
-    add("--efx-randk", type=share,
+    add("--efx-randk", type=fraction,
         help="with top-k, in place of --error-feedback: send this share of the dropped values too, drawn at "
         "random")
-    add("--topk-ratio", type=share, default=0.01, help="with top-k or --dgc: share of values sent")
+    add("--topk-ratio", type=fraction, default=0.01, help="with top-k or --dgc: share of values sent")
     add("--big-grad", action="store_true",
         help="encode and average all gradients as one tensor after backward")
     add("--dgc", action="store_true", help="deep gradient compression: top-k with momentum correction")
@@ -258,7 +258,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = extensions.add_argument
     add("--image-size", metavar="PIXELS", type=count, default=224, help="side of the square crop")
-    add("--crop-scale", metavar="SHARE", type=share, default=0.08,
+    add("--crop-scale", metavar="SHARE", type=fraction, default=0.08,
         help="least share of the image's area in a random crop")
     add("--hflip", metavar="P", type=probability, default=0.5,
         help="probability that a training image is flipped")
@@ -397,10 +397,10 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
         refuse(name in changed and option not in compression.COMPRESSORS[chosen].takes,
                f"{spelled(name)} has no effect with {CHOSEN_BY.get(chosen, f'--compression-type {chosen}')}; "
                f"use {', '.join(others)}")
-    refuse(flags.bb_ratio and not compression.COMPRESSORS[chosen].can_be_late,
+    refuse(flags.bb_ratio and not compression.COMPRESSORS[chosen].supports_stale_updates,
            "--bb-ratio lets the averages of some layers come late, and "
            f"{CHOSEN_BY.get(chosen, f'--compression-type {chosen}')} settles whole steps; "
-           f"use {', '.join(compression.can_be_late())}")
+           f"use {', '.join(compression.with_stale_updates())}")
 
     # search
     goes_with("search_alpha search_beta search_max_bits search_min_bits popsize search_iterations "
@@ -553,11 +553,11 @@ class Run:
         if flags.deterministic:
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
-        with ranks.together():
+        with ranks.fail_together():
             self.train_loader, self.val_loader = build_data(flags, self.seed, ranks)
             self.module = build_model(flags, self.seed)
             self.module.train(not flags.evaluate or flags.search)
-            models.try_input(self.module, flags.batch_size, flags.image_size)
+            models.check_input_shape(self.module, flags.batch_size, flags.image_size)
             compressor = compressor_of(flags)
         self._seed_by_rank()
         self.precision = Precision.choose(
@@ -583,7 +583,7 @@ class Run:
             compressor,
             ranks.gradients,
             self.seed,
-            barrier_share=flags.bb_ratio or 1.0,
+            barrier_fraction=flags.bb_ratio or 1.0,
             late_steps=flags.bb_num_parallel_steps,
         )
         if flags.search:
@@ -600,7 +600,7 @@ class Run:
         )
         if flags.hvd:  # as DDP does it
             self.module.load_state_dict(ranks.control.broadcast(self.module.state_dict()))
-        with ranks.together():
+        with ranks.fail_together():
             compressed = [layer for layer in self.exchange.layers if layer.compressed]
             refuse(
                 flags.search and not compressed,
@@ -612,7 +612,7 @@ class Run:
                 print(f"nothing is compressed: no layer has a bucket of {flags.bucket_size} values", file=sys.stderr)
             if flags.search_target_bits:
                 sizes = [layer.numel for layer in compressed]
-                search.hold_budget(sizes, *search_space(flags), flags.search_target_bits)
+                search.check_budget(sizes, *search_space(flags), flags.search_target_bits)
             if flags.compression_scheme:
                 needing, names = ([layer.name for layer in some] for some in (compressed, self.exchange.layers))
                 self.exchange.set_widths(search.load_scheme(flags.compression_scheme, needing, names))
@@ -620,10 +620,10 @@ class Run:
                 self._restore(saved)
             self.trained = False  # the epoch's steps are all done, and what follows them is not
             if not flags.evaluate and self.epoch < flags.epochs:
-                self._hold_position(saved.get("images_per_iteration") if saved else None)
+                self._align_resume_position(saved.get("images_per_iteration") if saved else None)
         if flags.hvd:
             self.optimizer.load_state_dict(ranks.control.broadcast(self.optimizer.state_dict()))
-        with ranks.together():
+        with ranks.fail_together():
             if ranks.rank == 0:
                 self.workspace.mkdir(parents=True, exist_ok=True)
                 if flags.save_weights:
@@ -759,7 +759,7 @@ class Run:
         gradients = exchange.recorder.averaged(self.ranks.control)
         compressed = sum(layer.numel for layer in exchange.layers if layer.compressed)
         values = sum(layer.numel for layer in exchange.layers)
-        with self.ranks.together():
+        with self.ranks.fail_together():
             if self.ranks.rank == 0:
                 tables = search.measure(gradients, *search_space(flags), 4 * (values - compressed), values)
                 result = search.search(
@@ -773,7 +773,7 @@ class Run:
                 )
                 self._report(result, when)
         exchange.set_widths(self.ranks.control.broadcast(result.bits_by_layer() if result else None))
-        self.ranks.hold_equal(exchange.widths, "the bit widths")
+        self.ranks.check_equal_across_ranks(exchange.widths, "the bit widths")
 
     def _report(self, result: search.SearchResult, when: int | str) -> None:
         names = [layer.name for layer in self.exchange.layers if not layer.compressed]
@@ -791,7 +791,7 @@ class Run:
     def _observe(self) -> None:
         """Let gradient statistics, where they are asked for, go to a file and to TensorBoard."""
         averager = self.exchange.averager
-        if isinstance(averager, Observing) and self.ranks.rank == 0 and not self.flags.evaluate:
+        if isinstance(averager, StatisticsAverager) and self.ranks.rank == 0 and not self.flags.evaluate:
             path = self.workspace / STATISTICS
             boards = [sink.writer for sink in self.log.sinks if isinstance(sink, logs.TensorBoard)]
             averager.sink = to_all([JsonLines(path, self.exchange.step), *map(TensorBoard, boards)])
@@ -847,7 +847,7 @@ class Run:
             "exchange": self.exchange.state_dict(),
         }
         everyone = ranks.control.collect(own)
-        with ranks.together():
+        with ranks.fail_together():
             if ranks.rank == 0:
                 content = {
                     "epoch": self.epoch,
@@ -874,7 +874,7 @@ class Run:
         """Write what validation scores: the weights, and the batch-norm statistics averaged over the ranks."""
         if self.flags.save_weights:
             path = Path(self.flags.save_weights)
-            with averaged_batch_norm(self.module, self.ranks.sum), self.ranks.together():
+            with averaged_batch_norm(self.module, self.ranks.sum), self.ranks.fail_together():
                 if self.ranks.rank == 0:
                     checkpoints.save_weights(self.module, path)
                     self.written.append(path)
@@ -885,14 +885,14 @@ class Run:
         expected = {"arch": flags.arch, "num_classes": flags.num_classes}
         path = None if flags.resume in (None, "auto") else Path(flags.resume)
         if flags.resume == "auto":
-            with ranks.together():
+            with ranks.fail_together():
                 if ranks.rank == 0:
                     found = checkpoints.newest_good(
                         self.workspace, flags.checkpoint_filename, expected, lambda words: print(words, file=sys.stderr)
                     )
                     path = found and found[0]
             path = ranks.control.broadcast(path)
-        with ranks.together():
+        with ranks.fail_together():
             return checkpoints.load(path, expected) if path else None
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
@@ -927,7 +927,7 @@ class Run:
                 file=sys.stderr,
             )
 
-    def _hold_position(self, images_per_iteration: int | None) -> None:
+    def _align_resume_position(self, images_per_iteration: int | None) -> None:
         """See that training can go on where the checkpoint ends, whose iterations had so many images on all ranks.
 
         Raises ValueError where no step fits into an epoch, or none begins there.
@@ -971,7 +971,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     try:
         with join_ranks(flags.device, flags.local_rank, backend=flags.dist_backend, hvd=flags.hvd) as ranks:
-            ranks.hold_equal({name: value for name, value in vars(flags).items() if name != "local_rank"}, "the flags")
+            shared = {name: value for name, value in vars(flags).items() if name != "local_rank"}
+            ranks.check_equal_across_ranks(shared, "the flags")
             if "compression_type" not in flags.given and (flags.search or flags.compression_scheme) and ranks.rank == 0:
                 print("no --compression-type given: widths of maxmin are chosen", file=sys.stderr)
             with contextlib.closing(Run(flags, ranks)) as run:
@@ -981,10 +982,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"main.py: error: {failure}", file=sys.stderr)
         return failure.status
     except (ValueError, OSError) as error:  # on this rank alone, and the others lose it
-        print(f"main.py: error: {in_words(error)}", file=sys.stderr)
+        print(f"main.py: error: {one_line(error)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if not tells_of_lost_ranks(error):
+        if not is_lost_peer(error):
             raise
         words = " ".join(str(error).splitlines()[0].split())
         print(f"main.py: error: no way to the other ranks ({words}); one that has ended says why", file=sys.stderr)

@@ -71,7 +71,7 @@ class Training:
         self.model = DistributedDataParallel(build(plan.arch, "classic", 10))
         compressor = compression.build(name, **SETTINGS.get(name, {}))
         self.exchange = compression.attach(
-            self.model, compressor, barrier_share=share, late_steps=plan.late_steps
+            self.model, compressor, barrier_fraction=share, late_steps=plan.late_steps
         )
         self.optimizer = sgd(parameter_groups(self.model.module, weight_decay=1e-4), lr=1e-3)
         self.images = torch.randn(plan.batch_size, 3, 32, 32)

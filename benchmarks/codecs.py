@@ -39,9 +39,9 @@ def one_message(layers: tuple[Layer, ...], quantizer: Quantizer) -> Plan:
     for layer in layers:
         segments.append(Segment(layer, at, at))
         at += layer.numel
-    shares = {layer.name: [(0, layer.numel)] for layer in layers}
+    shards = {layer.name: [(0, layer.numel)] for layer in layers}
     widths = {layer.name: quantizer.bits if layer.compressed else DENSE for layer in layers}
-    return plan(segments, [0], shares, widths, quantizer.share_bucket_size, quantizer.record_bytes)
+    return plan(segments, [0], shards, widths, quantizer.shard_bucket_size, quantizer.record_bytes)
 
 
 def works(name: str, quantizer: Quantizer, layers: tuple[Layer, ...], values: Tensor) -> dict[str, Callable[[], None]]:

@@ -41,7 +41,7 @@ def layout(quantizer: Quantizer, count: int) -> Plan:
     """One layer of `count` values on one rank."""
     layer = Layer(0, "layer", (count,), True)
     share, widths = {layer.name: [(0, count)]}, {layer.name: quantizer.bits}
-    rules = (quantizer.share_bucket_size, quantizer.record_bytes)
+    rules = (quantizer.shard_bucket_size, quantizer.record_bytes)
     return plan([Segment(layer, 0, 0)], [0], share, widths, *rules)
 
 

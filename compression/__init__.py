@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .layers import DENSE, Layer
     from .network.collectives import Collectives, Metered, Solo
     from .network.torch_distributed import TorchDistributed
-    from .registry import COMPRESSORS, Compressor, build, can_be_late, codec, with_bits
+    from .registry import COMPRESSORS, Compressor, build, codec, with_bits, with_stale_updates
 
 _MODULE_OF = {
     "COMPRESSORS": "registry",
@@ -41,9 +41,9 @@ _MODULE_OF = {
     "TorchDistributed": "network.torch_distributed",
     "attach": "exchange.attachment",
     "build": "registry",
-    "can_be_late": "registry",
     "codec": "registry",
     "with_bits": "registry",
+    "with_stale_updates": "registry",
 }
 
 __all__ = [
@@ -61,9 +61,9 @@ __all__ = [
     "TorchDistributed",
     "attach",
     "build",
-    "can_be_late",
     "codec",
     "with_bits",
+    "with_stale_updates",
 ]
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Memory:
+class LayerState:
     """Values remembered from step to step for some layers, float32, and their pending successors.
 
     `spans` maps a layer's name to how many values are kept of it. What is remembered of a layer that a step computes

@@ -54,7 +54,7 @@ def bucket_length(numel: int, bucket_size: int) -> int:
     return max(numel, 1) if bucket_size == -1 else bucket_size
 
 
-def cut(numel: int, bucket_size: int, world_size: int, first: int) -> list[tuple[int, int]]:
+def shard(numel: int, bucket_size: int, world_size: int, first: int) -> list[tuple[int, int]]:
     """The share of each rank: (start, stop) in values, `world_size` of them, together the whole layer.
 
     Cuts lie on bucket boundaries, the shares differ by one bucket at most, and the larger ones begin at rank
@@ -64,13 +64,13 @@ def cut(numel: int, bucket_size: int, world_size: int, first: int) -> list[tuple
     length = bucket_length(numel, bucket_size)
     buckets = -(-numel // length)
     base, larger = divmod(buckets, world_size)
-    shares = [(0, 0)] * world_size
+    shards = [(0, 0)] * world_size
     start = 0
     for turn in range(world_size):
         stop = start + (base + (turn < larger)) * length
-        shares[(first + turn) % world_size] = (min(start, numel), min(stop, numel))
+        shards[(first + turn) % world_size] = (min(start, numel), min(stop, numel))
         start = stop
-    return shares
+    return shards
 
 
 

@@ -56,7 +56,7 @@ class Segment:
 def plan(
     segments: Sequence[Segment],
     owners: Sequence[int],
-    shares: Mapping[str, Sequence[tuple[int, int]]],
+    shards: Mapping[str, Sequence[tuple[int, int]]],
     bits: Mapping[str, int],
     bucket_size: int | None,
     record_bytes: Callable[[int, int], int],
@@ -73,7 +73,7 @@ def plan(
     for owner in owners:
         message_start = at
         for slot, segment in enumerate(segments):
-            start, stop = shares[segment.layer.name][owner]
+            start, stop = shards[segment.layer.name][owner]
             if start == stop:
                 continue
             width = bits[segment.layer.name]
@@ -110,7 +110,7 @@ def plan(
     )
 
 
-def chunks(whole: Plan, count: int) -> list[Plan]:
+def split_into_chunks(whole: Plan, count: int) -> list[Plan]:
     """A plan cut into at most `count` plans, each with about as many bytes of every message, cut between records.
 
     Where the values lie, and what the slots are, stays as it is; a chunk's wire holds its own records only. The plan of
@@ -120,20 +120,20 @@ def chunks(whole: Plan, count: int) -> list[Plan]:
     return [_part(whole, edges[:, k : k + 2]) for k in range(count)]
 
 
-def without(whole: Plan, owner: int) -> Plan:
+def drop_message(whole: Plan, owner: int) -> Plan:
     """A plan but for the message of one owner, which becomes empty."""
     edges = _edges(whole, 1)
     edges[owner] = edges[owner, 0]
     return _part(whole, edges)
 
 
-def apart_from(whole: Plan, owner: int) -> Plan:
+def mask_owner(whole: Plan, owner: int) -> Plan:
     """The buckets of a plan that are not one owner's, where they lie: the wire is that of all owners."""
     first, last = _edges(whole, 1)[owner]
-    return some_of(whole, np.r_[:first, last : len(whole.count)])
+    return select(whole, np.r_[:first, last : len(whole.count)])
 
 
-def some_of(whole: Plan, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> Plan:
+def select(whole: Plan, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> Plan:
     """The chosen buckets of a plan, by index or mask [M], where they lie: the wire stays that of all."""
     columns = ("position", "count", "bits", "wire_at", "slot", "element", "memory_at")
     kept = {name: getattr(whole, name)[chosen] for name in columns}
@@ -154,7 +154,7 @@ def _part(whole: Plan, edges: Ints) -> Plan:
     rows = [np.arange(first, last) for first, last in edges]
     nbytes = np.diff(at, axis=1)[:, 0]
     shifts = at[:, 0] - (np.cumsum(nbytes) - nbytes)
-    kept = some_of(whole, np.concatenate(rows))
+    kept = select(whole, np.concatenate(rows))
     return replace(
         kept,
         wire_at=kept.wire_at - np.repeat(shifts, [len(each) for each in rows]),

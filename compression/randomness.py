@@ -41,7 +41,7 @@ def stream_keys(seed: int, step: int, layers: NDArray[np.int64], hop: int, rank:
     return keys.view(np.uint32).reshape(-1, 2)  # little-endian, as the wire is
 
 
-def words(elements: torch.Tensor, key_low: torch.Tensor, key_high: torch.Tensor) -> torch.Tensor:
+def random_bits(elements: torch.Tensor, key_low: torch.Tensor, key_high: torch.Tensor) -> torch.Tensor:
     """Random integers below 2^32, int64: what the stream of the key holds at `elements`.
 
     All arguments are int64 tensors that broadcast against one another; the keys are halves below 2^32.
@@ -57,5 +57,5 @@ def words(elements: torch.Tensor, key_low: torch.Tensor, key_high: torch.Tensor)
 
 
 def uniform(elements: torch.Tensor, key_low: torch.Tensor, key_high: torch.Tensor) -> torch.Tensor:
-    """Multiples of 2^-24 in [0, 1), float32, from the leading bits of `words`."""
-    return (words(elements, key_low, key_high) >> 8).to(torch.float32) * 2.0**-24
+    """Multiples of 2^-24 in [0, 1), float32, from the leading bits of `random_bits`."""
+    return (random_bits(elements, key_low, key_high) >> 8).to(torch.float32) * 2.0**-24

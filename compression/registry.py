@@ -14,12 +14,12 @@ from .averagers import (
     Dense,
     Gathered,
     LowRank,
-    Observing,
     OneHop,
-    RandomShare,
+    RandomKAverager,
     Residual,
     RmsScore,
     Sanity,
+    StatisticsAverager,
     TwoHop,
     WarmUp,
 )
@@ -81,7 +81,7 @@ class Row:
         return self._with_bits is not None
 
     @property
-    def can_be_late(self) -> bool:
+    def supports_stale_updates(self) -> bool:
         """Whether the average of a layer may last longer than its step: what is remembered of it is kept by itself."""
         return self.stateless or self.quantizer is not None
 
@@ -119,7 +119,7 @@ def _svd(options: Options, layers: Sequence[Layer], collectives: Collectives, se
 
 
 def _stats(options: Options, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:
-    return Observing(collectives, {layer.name: layer.numel for layer in layers})
+    return StatisticsAverager(collectives, {layer.name: layer.numel for layer in layers})
 
 
 def _top_k(score: type[RmsScore] | None = None) -> Build:
@@ -128,7 +128,7 @@ def _top_k(score: type[RmsScore] | None = None) -> Build:
         if options.efx_bits is not None:
             dropped = TwoHop(MaxMin(options.efx_bits, options.bucket_size), layers, collectives, seed)
         if options.efx_randk is not None:
-            dropped = RandomShare(RandomK(options.efx_randk), layers, collectives, seed)
+            dropped = RandomKAverager(RandomK(options.efx_randk), layers, collectives, seed)
         return Gathered(
             TopK(options.ratio),
             layers,
@@ -136,7 +136,7 @@ def _top_k(score: type[RmsScore] | None = None) -> Build:
             Residual(layers) if options.error_feedback else None,
             score(layers) if score is not None else None,
             dropped,
-            whole=options.big_grad,
+            global_top_k=options.big_grad,
         )
 
     return average
@@ -151,7 +151,7 @@ def _dgc(options: Options, layers: Sequence[Layer], collectives: Collectives, se
         options.nesterov,
         clip=options.clip,
         ramp_steps=options.warmup_steps,
-        whole=options.big_grad,
+        global_top_k=options.big_grad,
     )
 
 
@@ -232,7 +232,7 @@ class Compressor:
         return self.options.bucket_size
 
     @property
-    def at_once(self) -> bool:
+    def needs_full_gradient(self) -> bool:
         """Whether it needs the whole gradient at once: as one tensor, or for its norm."""
         return self.options.big_grad or self.options.clip is not None
 
@@ -307,9 +307,9 @@ def with_bits() -> list[str]:
     return [name for name, row in COMPRESSORS.items() if row.has_bits]
 
 
-def can_be_late() -> list[str]:
+def with_stale_updates() -> list[str]:
     """Names of the compressors whose averages a broken barrier may let be late."""
-    return [name for name, row in COMPRESSORS.items() if row.can_be_late]
+    return [name for name, row in COMPRESSORS.items() if row.supports_stale_updates]
 
 
 def _row(name: str) -> Row:

@@ -108,7 +108,7 @@ class JsonLines:
         kept = []
         if first_step and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # a line that a kill tore apart
+                with suppress(ValueError):  # a truncated line
                     if json.loads(line)["step"] < first_step:
                         kept.append(line + "\n")
         beside = path.with_name(path.name + ".part")

@@ -21,13 +21,13 @@ def run_all(phases: Phases) -> None:
         pass
 
 
-def future_of(device: torch.device) -> "torch.futures.Future[Any]":
+def device_future(device: torch.device) -> "torch.futures.Future[Any]":
     """A future that a job completes: on a GPU, waiting for it makes the waiter's stream wait for the job's."""
     devices: list[Any] | None = [device] if device.type == "cuda" else None
     return torch.futures.Future(devices=devices)
 
 
-def used_here(*tensors: object) -> None:
+def record_stream(*tensors: object) -> None:
     """Keep the memory of tensors that another stream made, although it may let go of them, until this one is done."""
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":

@@ -114,7 +114,7 @@ class Logger(Sink):
 
 
 def records(path: Path) -> list[dict[str, Any]]:
-    """All records of a raport file in order; a line that a kill tore apart is left out."""
+    """All records of a raport file in order; a truncated line is left out."""
     return [record for _, record in _lines(path)]
 
 

@@ -47,7 +47,7 @@ class Precision:
 
         O0 float32; O1 autocast; O2 half-precision weights with float32 batch norms and master weights; O3 all
         half precision. Half precision is float16 on a GPU and bfloat16 on a CPU. A dynamic scale starts at
-        2^16, like torch.amp's, and goes before a static one.
+        2^16, like torch.amp's, and overrides a static one.
 
         Raises:
             ValueError: an unknown level, or a loss scale that is not above 0.

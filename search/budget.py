@@ -114,10 +114,10 @@ class _Rest:
         least = tables.error[layers].min(axis=1).sum()
         self.error_P = least + np.append(0.0, saved_M[::-1].cumsum())[::-1]
 
-    def complete(self, choice_L: Ints, corner: int) -> Ints:
+    def complete(self, columns_L: Ints, corner: int) -> Ints:
         """A copy of an assignment with the undecided layers at one of the corners."""
         taken = self._steps[:corner]
-        completed_L = np.where(self._undecided_L, self._edges.start_L, choice_L)
+        completed_L = np.where(self._undecided_L, self._edges.start_L, columns_L)
         completed_L[self._edges.layer_M[taken]] = self._edges.column_M[taken]  # a layer's last step stays
         return completed_L
 
@@ -132,7 +132,7 @@ def _budget_nbytes(tables: Tables, bits_a_value: float) -> int:
     return nbytes
 
 
-def hold_budget(
+def check_budget(
     numel: Sequence[int], codec_at: Callable[[int], MeasuredCodec], widths: Sequence[int], bits_a_value: float
 ) -> None:
     """Raise ValueError where layers of so many values cannot keep within a budget, known before any gradient is."""

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import differential_evolution
 
-from .objective import Choice, Objective
+from .objective import Assignment, Objective
 from .tables import Floats, Tables
 
 
 @dataclass(frozen=True)
-class Evolved(Choice):
+class Evolved(Assignment):
     """The best assignment that differential evolution met, how many it looked at, and for how long."""
 
     evaluations: int
@@ -44,14 +44,14 @@ def evolve(
     objective = Objective(tables, alpha, beta)
     evaluations = 0
 
-    def rank(columns_LP: Floats) -> Floats:
+    def sort_key(columns_LP: Floats) -> Floats:
         nonlocal evaluations
         evaluations += columns_LP.shape[1]
-        return objective.rank(columns_LP.T.astype(np.int64))
+        return objective.sort_key(columns_LP.T.astype(np.int64))
 
     began = time.perf_counter()
     found = differential_evolution(
-        rank,
+        sort_key,
         bounds=[(0, len(tables.widths) - 1)] * len(tables.layers),
         integrality=True,
         vectorized=True,

@@ -9,11 +9,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from .objective import Choice, Objective
+from .objective import Assignment, Objective
 from .tables import Floats, Ints, Tables
 
 
-def optimum(tables: Tables, alpha: float, beta: float) -> Choice:
+def optimum(tables: Tables, alpha: float, beta: float) -> Assignment:
     """The assignment with the least E^alpha C^beta of all K^L; of equals, the one with fewer bytes.
 
     Why a walk of at most L (K - 1) + 1 steps is enough. Give every assignment its point (bytes, E).
@@ -36,9 +36,9 @@ def optimum(tables: Tables, alpha: float, beta: float) -> Choice:
     Raises ValueError where alpha or beta is not above 0.
     """
     objective = Objective(tables, alpha, beta)
-    choices_PL = hull_walk(tables)
-    bits = tables.bits(choices_PL[objective.rank(choices_PL).argmin()])
-    return Choice(objective(bits), bits)
+    columns_PL = hull_walk(tables)
+    bits = tables.bits(columns_PL[objective.sort_key(columns_PL).argmin()])
+    return Assignment(objective(bits), bits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,10 +83,10 @@ def hull_walk(tables: Tables) -> Ints:
     From the fewest bytes to the least error; P is at most L (K - 1) + 1.
     """
     edges = merge_edges(tables)
-    choices_PL = np.tile(edges.start_L, (len(edges.layer_M) + 1, 1))
+    columns_PL = np.tile(edges.start_L, (len(edges.layer_M) + 1, 1))
     for step, (layer, column) in enumerate(zip(edges.layer_M, edges.column_M, strict=True), start=1):
-        choices_PL[step:, layer] = column
-    return choices_PL
+        columns_PL[step:, layer] = column
+    return columns_PL
 
 
 def lower_hull(x_P: Sequence[float], y_P: Sequence[float]) -> list[int]:

@@ -13,7 +13,7 @@ from .tables import Floats, Ints, Tables
 
 
 @dataclass(frozen=True)
-class Choice:
+class Assignment:
     """One assignment and what it is worth: the L layers' bit widths, and E^alpha C^beta."""
 
     objective: float
@@ -58,14 +58,14 @@ class Objective:
             )
         return value
 
-    def rank(self, choice_PL: Ints) -> Floats:
+    def sort_key(self, columns_PL: Ints) -> Floats:
         """Numbers [P] that order P assignments as the objective does; finite at E = 0, too.
 
         It is the objective's logarithm over alpha, log E + (beta/alpha) log C. All assignments without error
         share the objective 0, and of those the one with the fewest bytes is wanted. So E = 0 counts as an
         error so small that fewer bytes never outweigh it: bytes then decide among the zeros.
         """
-        error_P, nbytes_P = self.tables.totals(choice_PL)
+        error_P, nbytes_P = self.tables.totals(columns_PL)
         power = self.beta / self.alpha
         dense_bytes, entries = self.tables.dense_bytes, self.tables.error
         fewest, most = (column(self.tables.nbytes, axis=1).sum() + dense_bytes for column in (np.min, np.max))

@@ -11,7 +11,7 @@ from pathlib import Path
 from .objective import Objective, gap
 from .run import NAMES, SearchResult
 from .scheme import scheme_of, write_json
-from .steering import power_reaching
+from .tradeoff import ratio_for_bits
 
 MOST = 0.5  # an optimum with more than this share of layers at one end of the range is called bang-bang
 
@@ -107,7 +107,7 @@ def _steering(result: SearchResult) -> Iterator[str]:
     rows = [("for at most", "beta/alpha above", "gives")]
     for target in widths[:-1]:
         at_most = tables.bits_a_value((target,) * len(tables.layers))
-        landing = power_reaching(tables, at_most)
+        landing = ratio_for_bits(tables, at_most)
         reached = math.isfinite(landing.power)
         power, gives = (f"{landing.power:.4g}", f"{landing.bits_a_value:.3f}") if reached else ("none", "")
         rows.append((f"{at_most:.3f} bits/value", power, gives))

@@ -12,7 +12,7 @@ import numpy as np
 from .budget import Budgeted, within_budget
 from .evolution import Evolved, evolve
 from .hulls import optimum
-from .objective import Choice, Objective, gap
+from .objective import Assignment, Objective, gap
 from .tables import Tables
 
 NAMES = {"de": "differential evolution", "optimum": "optimum", "budget": "least error in budget"}
@@ -32,10 +32,10 @@ class SearchResult:
     alpha: float
     beta: float
     de: Evolved
-    optimum: Choice
+    optimum: Assignment
     uniform: Mapping[int, float]
     budget: Budgeted | None
-    installed: Choice
+    installed: Assignment
     installed_by: str
 
     @property
@@ -55,7 +55,7 @@ class SearchResult:
     def error_by_layer(self) -> dict[str, float]:
         """Each layer's error at its installed width."""
         rows = np.arange(len(self.tables.layers))
-        errors = self.tables.error[rows, self.tables.choice(self.installed.bits)]
+        errors = self.tables.error[rows, self.tables.columns(self.installed.bits)]
         return dict(zip(self.tables.layers, errors.tolist(), strict=True))
 
     def to_json(self) -> dict[str, Any]:
@@ -101,12 +101,12 @@ def search(
     evolved = evolve(tables, alpha, beta, popsize, iterations, seed)
     best = optimum(tables, alpha, beta)
     installed, by = best, "optimum"
-    rank_of_optimum, rank_of_evolved = objective.rank(
-        np.stack([tables.choice(best.bits), tables.choice(evolved.bits)])
+    rank_of_optimum, rank_of_evolved = objective.sort_key(
+        np.stack([tables.columns(best.bits), tables.columns(evolved.bits)])
     )
     if rank_of_evolved < rank_of_optimum:
-        installed, by = Choice(evolved.objective, evolved.bits), "de"
+        installed, by = Assignment(evolved.objective, evolved.bits), "de"
     if budget is not None:
-        installed, by = Choice(objective(budget.bits), budget.bits), "budget"
+        installed, by = Assignment(objective(budget.bits), budget.bits), "budget"
     uniform = {width: objective((width,) * len(tables.layers)) for width in tables.widths}
     return SearchResult(tables, alpha, beta, evolved, best, uniform, budget, installed, by)

@@ -4,7 +4,7 @@ Tensors, codecs and ranks end here. `measure` looks at the gradients once; whate
 afterwards only looks numbers up.
 
 Shapes: L layers, K widths, P assignments of a width to every layer. An assignment is a row of L column
-indices into the tables (a `choice_L`); outside this package it is a row of L bit widths (`bits`).
+indices into the tables (a `columns_L`); outside this package it is a row of L bit widths (`bits`).
 """
 
 import math
@@ -30,7 +30,7 @@ class MeasuredCodec(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """Every layer's error and encoded bytes at every width, checked once, at birth.
+    """Every layer's error and encoded bytes at every width, validated on construction.
 
     layers       L names
     widths       K bit widths, ascending
@@ -94,7 +94,7 @@ class Tables:
                 f"for {self.layers[layer]} at {self.widths[column]} bits"
             )
 
-    def choice(self, bits: Sequence[int]) -> Ints:
+    def columns(self, bits: Sequence[int]) -> Ints:
         """Column indices [L] of L bit widths. Raises ValueError where a width is not in the tables."""
         if len(bits) != len(self.layers) or not set(bits) <= set(self.widths):
             raise ValueError(
@@ -103,22 +103,22 @@ class Tables:
             )
         return np.array([self.widths.index(b) for b in bits], dtype=np.int64)
 
-    def bits(self, choice_L: Ints) -> tuple[int, ...]:
+    def bits(self, columns_L: Ints) -> tuple[int, ...]:
         """Bit widths of L column indices."""
-        return tuple(self.widths[column] for column in choice_L)
+        return tuple(self.widths[column] for column in columns_L)
 
-    def totals(self, choice_PL: Ints) -> tuple[Floats, Ints]:
+    def totals(self, columns_PL: Ints) -> tuple[Floats, Ints]:
         """Total error [P] and encoded bytes [P] of P assignments."""
         rows = np.arange(len(self.layers))
-        return self.error[rows, choice_PL].sum(axis=-1), self.nbytes[rows, choice_PL].sum(axis=-1)
+        return self.error[rows, columns_PL].sum(axis=-1), self.nbytes[rows, columns_PL].sum(axis=-1)
 
     def total_error(self, bits: Sequence[int]) -> float:
         """E of one assignment, rounded once."""
-        return math.fsum(self.error[np.arange(len(self.layers)), self.choice(bits)])
+        return math.fsum(self.error[np.arange(len(self.layers)), self.columns(bits)])
 
     def encoded_bytes(self, bits: Sequence[int]) -> int:
         """Bytes of the compressed layers under one assignment, scales included."""
-        return int(self.totals(self.choice(bits))[1])
+        return int(self.totals(self.columns(bits))[1])
 
     def ratio(self, bits: Sequence[int]) -> float:
         """C of one assignment: all bytes sent over what float32 would take."""

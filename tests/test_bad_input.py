@@ -95,7 +95,7 @@ CASES = {
         data="{bad}/unequal",
     ),
     "too many classes": Bad(
-        "--num-classes 2", "{data}/train holds 3 classes, more than the 2 that the model tells apart; "
+        "--num-classes 2", "{data}/train holds 3 classes, more than the 2 of the model; "
         "use --num-classes 3"
     ),
     "too few images": Bad(

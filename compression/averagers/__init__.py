@@ -20,14 +20,13 @@ W ranks, N values, rank R.
 """
 
 from ..gradients import Gradients
-from ..layer_state import Memory
 from .base import Averager, Begin, Stateless
 from .dense import Dense, Sanity
 from .dgc import DeepGradientCompression
-from .observed import Observing
+from .observed import StatisticsAverager
 from .one_hop import OneHop
 from .powersgd import LowRank
-from .random_k import RandomShare
+from .random_k import RandomKAverager
 from .top_k import Gathered, Residual, RmsScore
 from .two_hop import TwoHop
 from .warm_up import WarmUp
@@ -41,13 +40,13 @@ __all__ = [
     "Gradients",
     "LowRank",
     "Memory",
-    "Observing",
     "OneHop",
-    "RandomShare",
+    "RandomKAverager",
     "Residual",
     "RmsScore",
     "Sanity",
     "Stateless",
+    "StatisticsAverager",
     "TwoHop",
     "WarmUp",
 ]

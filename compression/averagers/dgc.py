@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..codecs.sparsifiers import TopK
 from ..gradients import Gradients
-from ..layer_state import Memory
+from ..layer_state import LayerState
 from ..layers import Layer
 from ..network.collectives import Collectives
 from .top_k import Gathered, placed, spans
@@ -26,10 +26,10 @@ class MomentumCorrection:
     def __init__(self, layers: Sequence[Layer], momentum: float, nesterov: bool = False, masking: bool = True) -> None:
         sizes = {layer.name: layer.numel for layer in layers if layer.compressed}
         self.momentum, self.nesterov, self.masking = momentum, nesterov, masking
-        self.velocity, self.accumulated = Memory(sizes), Memory(sizes)
-        self.memories: Mapping[str, Memory] = {"velocity": self.velocity, "accumulated": self.accumulated}
+        self.velocity, self.accumulated = LayerState(sizes), LayerState(sizes)
+        self.states: Mapping[str, LayerState] = {"velocity": self.velocity, "accumulated": self.accumulated}
 
-    def add(self, gradients: Gradients) -> Gradients:
+    def accumulate(self, gradients: Gradients) -> Gradients:
         u, new_u = self.velocity.allocate(gradients.flat.device, gradients.names)
         v, new_v = self.accumulated.allocate(gradients.flat.device, gradients.names)
         for gradient, here in spans(gradients, self.velocity):
@@ -38,7 +38,7 @@ class MomentumCorrection:
             torch.add(v[here], update, out=new_v[here])
         return placed(new_v, gradients, self.accumulated)
 
-    def sent(self, positions: Tensor) -> None:
+    def clear_sent(self, positions: Tensor) -> None:
         for memory in (self.accumulated, self.velocity) if self.masking else (self.accumulated,):
             assert memory.pending is not None
             memory.pending.index_fill_(0, positions, 0.0)
@@ -68,14 +68,14 @@ class DeepGradientCompression(Gathered):
         masking: bool = True,
         clip: float | None = None,
         ramp_steps: int = 0,
-        whole: bool = False,
+        global_top_k: bool = False,
     ) -> None:
         correction = MomentumCorrection(layers, momentum, nesterov, masking)
-        super().__init__(TopK(ratio), layers, collectives, correction, whole=whole)
+        super().__init__(TopK(ratio), layers, collectives, correction, global_top_k=global_top_k)
         self.ratio, self.ramp_steps, self.clip = ratio, ramp_steps, clip
         self.without_momentum = frozenset(layer.name for layer in layers if layer.compressed)
 
-    def share_at(self, step: int) -> float:
+    def ratio_at(self, step: int) -> float:
         """The share of values kept at a step."""
         if step >= self.ramp_steps:
             return self.ratio
@@ -87,5 +87,5 @@ class DeepGradientCompression(Gathered):
             limit = self.clip / math.sqrt(self.collectives.world_size)
             factor = (limit / norm).clamp(max=1.0).nan_to_num(nan=1.0)  # a NaN stays in its layer
             gradients.flat.mul_(factor.to(torch.float32))
-        self.codec = TopK(self.share_at(step))
+        self.codec = TopK(self.ratio_at(step))
         super().average_(gradients, step)

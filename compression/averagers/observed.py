@@ -8,7 +8,7 @@ from .dense import Dense
 PERIOD = 50
 
 
-class Observing(Dense):
+class StatisticsAverager(Dense):
     """All-reduce as `Dense`; every 50 steps `sink` gets the statistics of this rank's own gradient of each layer.
 
     Set `sink` on the ranks that shall measure, one is enough: the others spend nothing. It is called on the thread that

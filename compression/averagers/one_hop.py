@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..codecs.base import Codec, Float32
 from ..gradients import Gradients
-from ..layer_state import Memory
+from ..layer_state import LayerState
 from ..layers import Layer
 from ..network.collectives import Collectives
 from ..randomness import stream_key
@@ -45,20 +45,20 @@ class OneHop(Plain):
             layer.name: codec_of(layer) if layer.compressed else Float32() for layer in layers
         }
         remembered = [layer for layer in layers if layer.compressed and error_feedback]
-        self._residual = Memory({layer.name: layer.numel for layer in remembered})
+        self._residual = LayerState({layer.name: layer.numel for layer in remembered})
 
     def average_(self, gradients: Gradients, step: int) -> None:
         network = self.collectives
         message = torch.cat([self._encode(name, values, step) for name, values in self._parts(gradients)])
         self.encoded_bytes += message.nbytes
         received = network.gather(message, [len(message)] * network.world_size)
-        share_of_mean = 1.0 / network.world_size
+        inverse_world_size = 1.0 / network.world_size
         for rank, sent in enumerate(received.view(network.world_size, -1)):
             at = 0
             for name, values in self._parts(gradients):
                 nbytes = self.codecs[name].wire_bytes(len(values))
                 own = sent[at : at + nbytes].clone()  # where it lies, its floats may not be aligned
-                part = self.codecs[name].decode(own[None], len(values))[0] * share_of_mean
+                part = self.codecs[name].decode(own[None], len(values))[0] * inverse_world_size
                 values.copy_(part) if rank == 0 else values.add_(part)
                 at += nbytes
 
@@ -88,7 +88,7 @@ class OneHop(Plain):
             return codec.encode(values[None], seed)[0]
         residual, pending = self._residual.allocate(values.device, [name])
         here = self._residual.span(name)
-        owed = torch.add(values, residual[here], out=pending[here])
-        wire = codec.encode(owed[None], seed)
-        owed -= codec.decode(wire, len(values))[0]
+        compensated = torch.add(values, residual[here], out=pending[here])
+        wire = codec.encode(compensated[None], seed)
+        compensated -= codec.decode(wire, len(values))[0]
         return wire[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import randomness
 from ..codecs.low_rank import gains, sides
 from ..gradients import Gradients
-from ..layer_state import Memory
+from ..layer_state import LayerState
 from ..layers import Layer
 from ..limits import LIMIT
 from ..network.collectives import Collectives
@@ -96,20 +96,20 @@ class LowRank(Plain):
         self.layers = {layer.name: layer for layer in layers}
         self._seed = seed
         factored = [layer for layer in layers if layer.compressed and gains(*sides(layer.shape), rank)]
-        self._residual = Memory({layer.name: layer.numel for layer in factored})
-        self._basis = Memory({layer.name: rank * sides(layer.shape)[1] for layer in factored})
+        self._residual = LayerState({layer.name: layer.numel for layer in factored})
+        self._basis = LayerState({layer.name: rank * sides(layer.shape)[1] for layer in factored})
         self._routes: dict[tuple[tuple[str, ...], tuple[int, ...]], _Route] = {}
 
     def average_(self, gradients: Gradients, step: int) -> None:
         route = self._route(gradients)
         flat, network = gradients.flat, self.collectives
-        share_of_mean = 1.0 / network.world_size
-        residual, owed = self._residual.allocate(flat.device, route.names)
+        inverse_world_size = 1.0 / network.world_size
+        residual, compensated = self._residual.allocate(flat.device, route.names)
         basis, next_basis = self._bases(flat.device, route.names)
         first, second = flat.new_empty(route.first_values), flat.new_empty(route.second_values)
 
         for place in route.matrices:
-            gradient, own = place.whole(flat, place.gradient_at), place.whole(owed, place.residual_at)
+            gradient, own = place.whole(flat, place.gradient_at), place.whole(compensated, place.residual_at)
             torch.add(gradient, place.whole(residual, place.residual_at), out=own)
             place.right(second, place.right_at).copy_(place.right(basis, place.basis_at))
         for stack in route.rights:
@@ -117,20 +117,20 @@ class LowRank(Plain):
             rows.copy_(torch.linalg.qr(rows.mT).Q.mT)
         second *= HEADROOM
         for place in route.matrices:
-            own = place.whole(owed, place.residual_at)
+            own = place.whole(compensated, place.residual_at)
             torch.mm(own, place.right(second, place.right_at).T, out=place.left(first))
         for here, there in route.dense:
-            torch.mul(flat[here], share_of_mean, out=first[there])
+            torch.mul(flat[here], inverse_world_size, out=first[there])
         network.sum_(first)
 
         for stack in route.lefts:
             columns = stack.view(first, self.rank).view(stack.members, stack.side, self.rank)
             columns.copy_(torch.linalg.qr(columns).Q)
         for place in route.matrices:
-            left, own = place.left(first), place.whole(owed, place.residual_at)
+            left, own = place.left(first), place.whole(compensated, place.residual_at)
             own_right = torch.mm((left * HEADROOM).T, own, out=place.right(second, place.right_at))
             own.addmm_(left, _restored(own_right), alpha=-1.0).clamp_(-LIMIT, LIMIT)
-        second *= share_of_mean
+        second *= inverse_world_size
         if route.matrices:
             network.sum_(second)
 

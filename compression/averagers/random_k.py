@@ -15,7 +15,7 @@ from .base import Stateless
 _HOP = 3  # of the stream of positions; quantized averaging draws from 1 and 2
 
 
-class RandomShare(Stateless):
+class RandomKAverager(Stateless):
     """The mean over ranks at random positions, unscaled, and zero elsewhere: one all-reduce of float32.
 
     The positions are those of `RandomK` in every layer, new in each step and the same on all ranks: their stream names

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import kernels
 from ..codecs.sparsifiers import TopK
 from ..gradients import Gradients
-from ..layer_state import Memory
+from ..layer_state import LayerState
 from ..layers import Ints, Layer
 from ..limits import LIMIT
 from ..network.collectives import Collectives
@@ -26,33 +26,33 @@ from .base import Averager, Plain
 class Accumulator(Protocol):
     """What a rank owes, and how that changes when some of it is sent. All changes are pending until settled."""
 
-    memories: Mapping[str, Memory]
+    states: Mapping[str, LayerState]
 
-    def add(self, gradients: Gradients) -> Gradients:
+    def accumulate(self, gradients: Gradients) -> Gradients:
         """What is owed of these layers with this step's gradients: same names, a buffer of the accumulator's."""
 
-    def sent(self, positions: Tensor) -> None:
+    def clear_sent(self, positions: Tensor) -> None:
         """The values at these positions of that buffer are sent. int64."""
 
 
 class Score(Protocol):
     """What the top-k selects by."""
 
-    memories: Mapping[str, Memory]
+    states: Mapping[str, LayerState]
 
-    def rate(self, gradients: Gradients, owed: Gradients) -> Gradients:
+    def score(self, gradients: Gradients, compensated: Gradients) -> Gradients:
         """A score for each value that is owed; its magnitude counts. Same names, any buffer."""
 
 
-class Oblivious:
+class NoMemory:
     """Owes this step's gradients; what is not sent is lost."""
 
-    memories: Mapping[str, Memory] = {}
+    states: Mapping[str, LayerState] = {}
 
-    def add(self, gradients: Gradients) -> Gradients:
+    def accumulate(self, gradients: Gradients) -> Gradients:
         return gradients
 
-    def sent(self, positions: Tensor) -> None:
+    def clear_sent(self, positions: Tensor) -> None:
         pass
 
 
@@ -60,16 +60,16 @@ class Residual:
     """Owes the gradient and all that was not sent before: error feedback (Stich et al. 2018, arXiv:1809.07599)."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
-        self.memory = Memory({layer.name: layer.numel for layer in layers if layer.compressed})
-        self.memories: Mapping[str, Memory] = {"residual": self.memory}
+        self.memory = LayerState({layer.name: layer.numel for layer in layers if layer.compressed})
+        self.states: Mapping[str, LayerState] = {"residual": self.memory}
 
-    def add(self, gradients: Gradients) -> Gradients:
+    def accumulate(self, gradients: Gradients) -> Gradients:
         residual, pending = self.memory.allocate(gradients.flat.device, gradients.names)
         for gradient, here in spans(gradients, self.memory):
             torch.add(gradient, residual[here], out=pending[here])
         return placed(pending, gradients, self.memory)
 
-    def sent(self, positions: Tensor) -> None:
+    def clear_sent(self, positions: Tensor) -> None:
         assert self.memory.pending is not None
         self.memory.pending.index_fill_(0, positions, 0.0)
 
@@ -85,19 +85,19 @@ class RmsScore:
     EPSILON = 1e-8
 
     def __init__(self, layers: Sequence[Layer]) -> None:
-        self.memory = Memory({layer.name: layer.numel for layer in layers if layer.compressed})
-        self.memories: Mapping[str, Memory] = {"mean_square": self.memory}
+        self.memory = LayerState({layer.name: layer.numel for layer in layers if layer.compressed})
+        self.states: Mapping[str, LayerState] = {"mean_square": self.memory}
 
-    def rate(self, gradients: Gradients, owed: Gradients) -> Gradients:
+    def score(self, gradients: Gradients, compensated: Gradients) -> Gradients:
         mean_square, pending = self.memory.allocate(gradients.flat.device, gradients.names)
         scores = torch.empty_like(gradients.flat)
-        places = zip(spans(gradients, self.memory), gradients.offsets, owed.offsets, strict=True)
-        for (gradient, here), at, owed_at in places:
+        places = zip(spans(gradients, self.memory), gradients.offsets, compensated.offsets, strict=True)
+        for (gradient, here), at, compensated_at in places:
             score, new = scores[at : at + len(gradient)], pending[here]
             torch.mul(mean_square[here], self.DECAY, out=new)
             new.addcmul_(gradient, gradient, value=1 - self.DECAY).clamp_(max=LIMIT)
             torch.sqrt(new, out=score).add_(self.EPSILON)
-            torch.div(owed.flat[owed_at : owed_at + len(gradient)], score, out=score)
+            torch.div(compensated.flat[compensated_at : compensated_at + len(gradient)], score, out=score)
         return Gradients(scores, gradients.names, gradients.offsets)
 
 
@@ -109,8 +109,8 @@ class Gathered(Plain):
     sparsify the mean a second time.
 
     `dropped` averages what the top-k leaves out, in place, and is added: an alternative to an accumulator that
-    remembers it, so that the two exclude each other. With `whole`, the top-k selects over all compressed layers of a
-    buffer as if they were one, and they must lie side by side in it, in the model's order.
+    remembers it, so that the two exclude each other. With `global_top_k`, the top-k selects over all compressed layers
+    of a buffer as if they were one, and they must lie side by side in it, in the model's order.
     """
 
     lossless = False
@@ -123,16 +123,16 @@ class Gathered(Plain):
         accumulator: Accumulator | None = None,
         score: Score | None = None,
         dropped: Averager | None = None,
-        whole: bool = False,
+        global_top_k: bool = False,
     ) -> None:
         if accumulator is not None and dropped is not None:
             raise ValueError("what a top-k drops is either remembered by an accumulator or averaged, not both")
         self.codec, self.collectives = codec, collectives
-        self.accumulator: Accumulator = accumulator or Oblivious()
-        self.score, self.dropped, self.whole = score, dropped, whole
+        self.accumulator: Accumulator = accumulator or NoMemory()
+        self.score, self.dropped, self.global_top_k = score, dropped, global_top_k
         self.sizes = {layer.name: layer.numel for layer in layers}
         self.compressed = {layer.name for layer in layers if layer.compressed}
-        self.memories = {**self.accumulator.memories, **(score.memories if score else {})}
+        self.states = {**self.accumulator.states, **(score.states if score else {})}
         self._encoded_bytes = 0
 
     @property
@@ -159,16 +159,16 @@ class Gathered(Plain):
     def _encode(self, layout: SparsePlan, compressed: Gradients, dense: Tensor) -> tuple[Tensor, Tensor]:
         """What this rank sends, and the positions of the values in it, in the buffer of what is owed."""
         fast = kernels.sparse_for_device(dense.device)
-        owed = self.accumulator.add(compressed)
-        scores = owed if self.score is None else self.score.rate(compressed, owed)
+        compensated = self.accumulator.accumulate(compressed)
+        scores = compensated if self.score is None else self.score.score(compressed, compensated)
         indices = fast.select(layout, scores.flat, self._starts(scores))
-        starts = self._starts(owed)
+        starts = self._starts(compensated)
         message = torch.empty(layout.wire_bytes + dense.nbytes, dtype=torch.uint8, device=dense.device)
-        fast.encode(layout, owed.flat, starts, indices, message[: layout.wire_bytes])
+        fast.encode(layout, compensated.flat, starts, indices, message[: layout.wire_bytes])
         message[layout.wire_bytes :] = dense.view(torch.uint8)
         self._encoded_bytes += message.nbytes
         positions = indices + on_device(np.repeat(starts, layout.kept), indices.device)
-        self.accumulator.sent(positions)
+        self.accumulator.clear_sent(positions)
         return message, positions
 
     def _add_up(self, layout: SparsePlan, received: Tensor, compressed: Gradients, dense: Tensor) -> None:
@@ -182,19 +182,19 @@ class Gathered(Plain):
             dense += floats * share
 
     def settle(self, applied: Tensor | bool) -> None:
-        for memory in self.memories.values():
+        for memory in self.states.values():
             memory.settle(applied)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: memory.state_dict() for name, memory in self.memories.items()}
+        return {name: memory.state_dict() for name, memory in self.states.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if unknown := sorted(set(state) - set(self.memories)):
+        if unknown := sorted(set(state) - set(self.states)):
             raise ValueError(
                 f"the checkpoint holds {unknown[0]!r}, which this compression does not remember; "
                 "resume with the compression that wrote it"
             )
-        for name, memory in self.memories.items():
+        for name, memory in self.states.items():
             memory.load_state_dict(state.get(name, {}))
 
     def _sort(self, gradients: Gradients) -> tuple[Gradients, Tensor]:
@@ -213,12 +213,12 @@ class Gathered(Plain):
 
     def _plan(self, compressed: Gradients) -> SparsePlan:
         counts = [self.sizes[name] for name in compressed.names]
-        return self.codec.plan([sum(counts)] if self.whole and counts else counts)
+        return self.codec.plan([sum(counts)] if self.global_top_k and counts else counts)
 
     def _starts(self, gradients: Gradients) -> Ints:
-        """Where the layers, or with `whole` all of them as one, begin in the buffer."""
+        """Where the layers, or with `global_top_k` all of them as one, begin in the buffer."""
         starts = np.array(gradients.offsets, np.int64)
-        if not self.whole:
+        if not self.global_top_k:
             return starts
         counts = np.array([self.sizes[name] for name in gradients.names], np.int64)
         if not np.array_equal(starts[1:], (starts + counts)[:-1]):
@@ -226,12 +226,12 @@ class Gathered(Plain):
         return starts[:1]
 
 
-def spans(gradients: Gradients, memory: Memory) -> Iterator[tuple[Tensor, slice]]:
+def spans(gradients: Gradients, memory: LayerState) -> Iterator[tuple[Tensor, slice]]:
     """Of each layer its gradient, flat, and where it lies in what is remembered."""
     for name, at in zip(gradients.names, gradients.offsets, strict=True):
         yield gradients.flat[at : at + memory.spans[name]], memory.span(name)
 
 
-def placed(values: Tensor, gradients: Gradients, memory: Memory) -> Gradients:
+def placed(values: Tensor, gradients: Gradients, memory: LayerState) -> Gradients:
     """The same layers, in a buffer laid out as `memory` is."""
     return Gradients(values, gradients.names, tuple(memory.offsets[name] for name in gradients.names))

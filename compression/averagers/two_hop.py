@@ -13,10 +13,10 @@ from torch import Tensor
 from .. import kernels
 from ..codecs.quantizers import Quantizer
 from ..gradients import Gradients
-from ..layer_state import Memory
-from ..layers import DENSE, Ints, Layer, cut
-from ..network.collectives import Collectives, ExpectedExchange, ExpectedGather, Pending, part_of
-from ..plans import Plan, Segment, apart_from, chunks, plan, without
+from ..layer_state import LayerState
+from ..layers import DENSE, Ints, Layer, shard
+from ..network.collectives import Collectives, PostedExchange, PostedGather, Work, part_of
+from ..plans import Plan, Segment, drop_message, mask_owner, plan, split_into_chunks
 from ..randomness import stream_keys
 from ..streams import Phases, run_all
 from .base import Begin, Plain
@@ -49,12 +49,12 @@ class _Route:
 class _Messages(NamedTuple):
     """A chunk whose messages of both hops may arrive: the average that this rank owns goes into `own`."""
 
-    send_shares: ExpectedExchange
+    send_shards: PostedExchange
     own: Tensor
-    send_own: ExpectedGather
+    send_own: PostedGather
 
 
-def _keep_all(wire: Tensor) -> Pending:
+def _keep_all(wire: Tensor) -> Work:
     """The exchange of a rank that is alone: what it encoded is what there is to add up."""
     return lambda: wire.view(1, -1)
 
@@ -90,8 +90,8 @@ class TwoHop(Plain):
         self.codec, self.collectives, self.seed = codec, collectives, seed
         self.encoded_bytes = 0
         self.layers = {layer.name: layer for layer in layers}
-        self.shares = {
-            layer.name: cut(layer.numel, codec.bucket_size, collectives.world_size, layer.index)
+        self.shards = {
+            layer.name: shard(layer.numel, codec.bucket_size, collectives.world_size, layer.index)
             for layer in layers
         }
         self.widths: dict[str, int] = {layer.name: codec.bits if layer.compressed else DENSE for layer in layers}
@@ -99,13 +99,13 @@ class TwoHop(Plain):
         self._step: int | None = None  # whose keys and chunks, so far, these are
         self._keys = np.empty((2, 0, 2), np.uint32)
         self._chunks_of_step = 0
-        self._memories: tuple[Memory, Memory] | None = None
+        self._states: tuple[LayerState, LayerState] | None = None
         if error_feedback:
-            mine = {name: shares[collectives.rank] for name, shares in self.shares.items()}
+            mine = {name: shards[collectives.rank] for name, shards in self.shards.items()}
             compressed = [layer for layer in layers if layer.compressed]
-            self._memories = (
-                Memory({layer.name: layer.numel for layer in compressed}),
-                Memory({layer.name: mine[layer.name][1] - mine[layer.name][0] for layer in compressed}),
+            self._states = (
+                LayerState({layer.name: layer.numel for layer in compressed}),
+                LayerState({layer.name: mine[layer.name][1] - mine[layer.name][0] for layer in compressed}),
             )
 
     def set_widths(self, widths: Mapping[str, int]) -> None:
@@ -132,7 +132,7 @@ class TwoHop(Plain):
         def expected() -> list[_Messages]:
             return [self._expect(chunk, first_number + k, device) for k, chunk in enumerate(route.chunks)]
 
-        if self.collectives.any_order(device):  # else in their turn, on the thread and the stream that send
+        if self.collectives.matched_by_tag(device):  # else in their turn, on the thread and the stream that send
             expected()
         return lambda gradients: self._phases(gradients.flat, route, keys, expected())
 
@@ -142,14 +142,14 @@ class TwoHop(Plain):
         """Three: encode and send all shares, add up and send the own one, decode the averages."""
         network, fast = self.collectives, kernels.for_device(flat.device)
         family, rank = self.codec.family, None if self._alone else network.rank
-        shares, averages = [], []
+        shards, averages = [], []
         for chunk, messages in zip(route.chunks, expected, strict=True):
             wire = torch.empty(chunk.sent.wire_bytes, dtype=torch.uint8, device=flat.device)
             fast.encode(family, chunk.sent, flat, keys[0], wire, *self._memory(0, flat, route))
             self.encoded_bytes += wire.nbytes
-            shares.append(messages.send_shares(wire))
-        yield network.any_order(flat.device)
-        for chunk, messages, received in zip(route.chunks, expected, shares, strict=True):
+            shards.append(messages.send_shards(wire))
+        yield network.matched_by_tag(flat.device)
+        for chunk, messages, received in zip(route.chunks, expected, shards, strict=True):
             summands = (received(), flat, rank, 1.0 / network.world_size)
             fast.recode(family, chunk.owned, *summands, keys[1], messages.own, *self._memory(1, flat, route))
             averages.append(messages.send_own())
@@ -158,25 +158,25 @@ class TwoHop(Plain):
             fast.decode(family, chunk.others, received(), flat)
 
     def settle(self, applied: Tensor | bool) -> None:
-        for memory in self._memories or ():
+        for memory in self._states or ():
             memory.settle(applied)
 
     def commit(self, finite: Mapping[str, Tensor]) -> None:
-        for memory in self._memories or ():
+        for memory in self._states or ():
             memory.commit(finite)
 
     def state_dict(self) -> dict[str, Any]:
-        if self._memories is None:
+        if self._states is None:
             return {}
-        residual, share_residual = self._memories
+        residual, share_residual = self._states
         return {"residual": residual.state_dict(), "share_residual": share_residual.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self._memories is None:
+        if self._states is None:
             if state:
                 raise ValueError("the checkpoint holds residuals, and --error-feedback is off")
             return
-        for memory, name in zip(self._memories, ("residual", "share_residual"), strict=True):
+        for memory, name in zip(self._states, ("residual", "share_residual"), strict=True):
             memory.load_state_dict(state.get(name, {}))
 
     @property
@@ -187,9 +187,9 @@ class TwoHop(Plain):
         sizes, network = chunk.whole.message_bytes, self.collectives
         messages = torch.empty(chunk.whole.wire_bytes, dtype=torch.uint8, device=device)
         return _Messages(
-            _keep_all if self._alone else network.expect_exchange(sizes, number, device),
+            _keep_all if self._alone else network.post_exchange(sizes, number, device),
             part_of(messages, sizes, network.rank),
-            network.expect_gather(messages, sizes, number),
+            network.post_gather(messages, sizes, number),
         )
 
     def _stream_keys(self, step: int) -> NDArray[np.uint32]:
@@ -198,7 +198,7 @@ class TwoHop(Plain):
         return np.stack([stream_keys(self.seed, step, layers, hop, rank) for hop in (1, 2)])
 
     def _memory(self, hop: int, flat: Tensor, route: _Route) -> tuple[Tensor, ...]:
-        return self._memories[hop].allocate(flat.device, route.encoded) if self._memories is not None else ()
+        return self._states[hop].allocate(flat.device, route.encoded) if self._states is not None else ()
 
     def _route(self, gradients: Gradients) -> _Route:
         key = (gradients.names, gradients.offsets)
@@ -209,22 +209,22 @@ class TwoHop(Plain):
     def _plan(self, gradients: Gradients) -> _Route:
         rank = self.collectives.rank
         layers = [self.layers[name] for name in gradients.names]
-        where = [memory.offsets for memory in self._memories] if self._memories else [{}, {}]
+        where = [memory.offsets for memory in self._states] if self._states else [{}, {}]
         segments, owned_segments = [], []
         for layer, offset in zip(layers, gradients.offsets, strict=True):
-            start, _ = self.shares[layer.name][rank]
+            start, _ = self.shards[layer.name][rank]
             segments.append(Segment(layer, offset, where[0].get(layer.name, 0)))
             owned_segments.append(Segment(layer, offset, where[1].get(layer.name, 0) - start))
-        rules = (self.shares, self.widths, self.codec.share_bucket_size, self.codec.record_bytes)
-        all_shares = plan(segments, range(self.collectives.world_size), *rules)
-        my_share = plan(owned_segments, [rank], *rules)
+        rules = (self.shards, self.widths, self.codec.shard_bucket_size, self.codec.record_bytes)
+        all_shards = plan(segments, range(self.collectives.world_size), *rules)
+        my_shard = plan(owned_segments, [rank], *rules)
         # A GPU encodes faster than it launches, and gets one launch a hop.
-        in_chunks = gradients.flat.device.type == "cpu" and 0 in all_shares.layers
-        count = max(1, all_shares.wire_bytes // CHUNK_BYTES) if in_chunks else 1
+        in_chunks = gradients.flat.device.type == "cpu" and 0 in all_shards.layers
+        count = max(1, all_shards.wire_bytes // CHUNK_BYTES) if in_chunks else 1
         parts = [
-            _Chunk(whole if self._alone else without(whole, rank), owned, whole, apart_from(whole, rank))
-            for whole, owned in zip(chunks(all_shares, count), chunks(my_share, count), strict=True)
+            _Chunk(whole if self._alone else drop_message(whole, rank), owned, whole, mask_owner(whole, rank))
+            for whole, owned in zip(*(split_into_chunks(each, count) for each in (all_shards, my_shard)), strict=True)
             if whole.wire_bytes
         ]
         encoded = tuple(layer.name for layer in layers if self.widths[layer.name] != DENSE)
-        return _Route(tuple(parts), all_shares.layers, encoded)
+        return _Route(tuple(parts), all_shards.layers, encoded)

@@ -46,7 +46,7 @@ class Quantizer(ABC):
             )
 
     @property
-    def share_bucket_size(self) -> int | None:
+    def shard_bucket_size(self) -> int | None:
         """Values that share scales, within what one rank owns of a layer; None where all of them do."""
         return self.bucket_size
 
@@ -62,7 +62,7 @@ class Quantizer(ABC):
 
     def wire_bytes(self, count: int) -> int:
         """Exact length of a message of `count` values, known without seeing them."""
-        length = max(count, 1) if self.share_bucket_size is None else bucket_length(count, self.bucket_size)
+        length = max(count, 1) if self.shard_bucket_size is None else bucket_length(count, self.bucket_size)
         full, rest = divmod(count, length)
         return full * self.record_bytes(length, self.bits) + (self.record_bytes(rest, self.bits) if rest else 0)
 
@@ -93,7 +93,7 @@ class Quantizer(ABC):
         segments = [Segment(layer, row * count, row * count) for row, layer in enumerate(layers)]
         shares = {layer.name: [(0, count)] for layer in layers}
         widths = dict.fromkeys(shares, self.bits)
-        return plan(segments, [0], shares, widths, self.share_bucket_size, self.record_bytes)
+        return plan(segments, [0], shares, widths, self.shard_bucket_size, self.record_bytes)
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Quantile(VariableWidth):
     family = "quantile"
 
     @property
-    def share_bucket_size(self) -> int | None:
+    def shard_bucket_size(self) -> int | None:
         return None
 
 

@@ -84,15 +84,15 @@ class RandomK:
     is meant to go with a top-k.
     """
 
-    share: float
+    fraction: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"RandomK sends a share of the values above 0 and at most 1, got share={self.share}")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"RandomK sends a share of the values above 0 and at most 1, got fraction={self.fraction}")
 
     def kept(self, count: int) -> int:
         """How many of `count` positions are drawn."""
-        return math.ceil(self.share * count)
+        return math.ceil(self.fraction * count)
 
     def positions(self, count: int, key: tuple[int, int], device: torch.device) -> Tensor:
         """Different indices below `count`: int64 [kept(count)]. `key`: the low and the high half of a stream's key."""

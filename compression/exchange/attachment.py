@@ -17,7 +17,7 @@ def attach(
     collectives: Collectives | None = None,
     seed: int = 0,
     *,
-    barrier_share: float = 1.0,
+    barrier_fraction: float = 1.0,
     late_steps: int = 1,
 ) -> Exchange:
     """Average the model's gradients through a compressor, from the next backward on.
@@ -27,15 +27,15 @@ def attach(
     parameters, and is a world of one rank unless `collectives` are given. Close the exchange when done.
     `seed` must be equal on all ranks: it names the streams of random numbers, which differ by rank by themselves.
 
-    With a `barrier_share` below 1 the exchange is a `BrokenBarrier`, whose late averages are applied `late_steps` steps
-    later. Raises ValueError where the compressor cannot be late.
+    With a `barrier_fraction` below 1 the exchange is a `BrokenBarrier`, whose late averages are applied `late_steps`
+    steps later. Raises ValueError where the compressor cannot be late.
     """
     if isinstance(model, DistributedDataParallel) and collectives is None:
         collectives = TorchDistributed(*_groups(model))
     collectives = collectives or Solo()
-    if barrier_share == 1.0:
+    if barrier_fraction == 1.0:
         return Exchange(model, compressor, collectives, seed)
-    return BrokenBarrier(model, compressor, collectives, seed, barrier_share, late_steps)
+    return BrokenBarrier(model, compressor, collectives, seed, barrier_fraction, late_steps)
 
 
 def _groups(model: DistributedDataParallel) -> list[dist.ProcessGroup]:

@@ -39,15 +39,15 @@ from torch import Tensor, nn
 
 from ..gradients import Gradients
 from ..network.collectives import Collectives
-from ..registry import COMPRESSORS, Compressor, can_be_late
-from ..streams import Phases, future_of, run_all
-from .exchange import Exchange, is_one, not_finite, unscaled
+from ..registry import COMPRESSORS, Compressor, with_stale_updates
+from ..streams import Phases, device_future, run_all
+from .exchange import Exchange, is_unit_scale, not_finite, unscaled
 from .hooks import shaped
 
 _CHUNK = 2**16  # values that are squared at a time, so that their float64 copy stays in the cache
 
 
-def prefix_length(squares: Sequence[float], share: float) -> int:
+def prefix_length(squares: Sequence[float], fraction: float) -> int:
     """How many layers, from the first on, hold a share of the sum of their squared norms.
 
     All of them where there is nothing to share: the sum is zero, or not finite.
@@ -56,7 +56,7 @@ def prefix_length(squares: Sequence[float], share: float) -> int:
     held = 0.0
     for length, square in enumerate(squares, start=1):
         held += square
-        if 0 < total < math.inf and held >= share * total:
+        if 0 < total < math.inf and held >= fraction * total:
             return length
     return len(squares)
 
@@ -73,7 +73,7 @@ class _Part:
     done: Any = field(init=False)  # a future
 
     def __post_init__(self) -> None:
-        self.done = future_of(self.gradients.flat.device)
+        self.done = device_future(self.gradients.flat.device)
 
     def complete(self) -> None:
         self.done.set_result([self.gradients.flat, *self.bad])
@@ -95,21 +95,21 @@ class BrokenBarrier(Exchange):
         compressor: Compressor,
         collectives: Collectives,
         seed: int,
-        share: float,
+        fraction: float,
         late_steps: int,
     ) -> None:
-        if not (0 < share <= 1 and late_steps >= 1):
+        if not (0 < fraction <= 1 and late_steps >= 1):
             raise ValueError(
-                f"a broken barrier waits for a share above 0 and at most 1, and is late by 1 step or more, got {share} "
-                f"and {late_steps}"
+                f"a broken barrier waits for a fraction above 0 and at most 1, and is late by 1 step or more, got "
+                f"{fraction} and {late_steps}"
             )
-        if not COMPRESSORS[compressor.name].can_be_late or compressor.at_once:
+        if not COMPRESSORS[compressor.name].supports_stale_updates or compressor.needs_full_gradient:
             raise ValueError(
                 f"compressor {compressor.name} averages whole steps, and a broken barrier lets layers be late; "
-                f"use {', '.join(can_be_late())}, without big_grad"
+                f"use {', '.join(with_stale_updates())}, without big_grad"
             )
         super().__init__(model, compressor, collectives, seed)
-        self.share, self.late_steps = share, late_steps
+        self.fraction, self.late_steps = fraction, late_steps
         self._squares = dict.fromkeys(self._parameters, math.nan)  # of the averages that were applied last
         self.prefix = frozenset(self._parameters)
         self._outstanding: list[_Part] = []  # of this step and earlier ones, in their order
@@ -118,7 +118,7 @@ class BrokenBarrier(Exchange):
 
     def begin_step(self, loss_scale: float | Tensor = 1.0) -> None:
         super().begin_step(loss_scale)
-        length = prefix_length(list(self._squares.values()), self.share)
+        length = prefix_length(list(self._squares.values()), self.fraction)
         self.prefix = frozenset(list(self._squares)[:length])
 
     def finish(self) -> Tensor:
@@ -166,18 +166,18 @@ class BrokenBarrier(Exchange):
     def _remember(self, applied: Tensor) -> None:
         """Nothing: every part has committed what it computed."""
 
-    def _choose(self, goes_ahead: bool) -> bool:
+    def _choose(self, urgent: bool) -> bool:
         """Rank 0's choice: 4 bytes, and the rank's wait for the others."""
         start = time.perf_counter()
         try:
             if self._failure is None:
-                word = torch.tensor([float(goes_ahead and self.collectives.rank == 0)], device=self.device)
+                word = torch.tensor([float(urgent and self.collectives.rank == 0)], device=self.device)
                 self.collectives.sum_(word)
-                goes_ahead = bool(word)
+                urgent = bool(word)
         except BaseException as error:
             self._failure = error
         self._job_seconds += time.perf_counter() - start
-        return goes_ahead
+        return urgent
 
     def _submit(self, gradients: Gradients, done: "torch.futures.Future[Tensor]") -> None:
         """Copy what is in the prefix and queue it, copy the rest and hold it back; the buffer is done with at once.
@@ -189,7 +189,7 @@ class BrokenBarrier(Exchange):
         if any(urgent):
             part = self._part(gradients, urgent, self.step)
             after = max(self._last_late[name] for name in part.gradients.names)
-            self._engine.submit_ahead(partial(self._average_part, part), after, [part.done])
+            self._engine.submit_urgent(partial(self._average_part, part), after, [part.done])
         if not all(urgent):
             self._held.append(self._part(gradients, [not each for each in urgent], self.step + self.late_steps))
         done.set_result(gradients.flat)
@@ -204,7 +204,7 @@ class BrokenBarrier(Exchange):
 
     def _average_part(self, part: _Part) -> None:
         """On the communication thread."""
-        with self._noting_failure():
+        with self._capturing_failure():
             run_all(self._timed(self._phases(part)))
         part.complete()
 
@@ -212,14 +212,14 @@ class BrokenBarrier(Exchange):
         gradients = self._prepared(part.gradients)
         self.averager.average_(gradients, part.step)
         part.gradients = unscaled(gradients)
-        self._look_at(part)
+        self._inspect(part)
         finite = {name: ~bad for name, bad in zip(part.gradients.names, part.bad, strict=True)}
         self.averager.commit(finite)
         if self.recorder is not None:
             self.recorder.memory.commit(finite)
         yield False
 
-    def _look_at(self, part: _Part) -> None:
+    def _inspect(self, part: _Part) -> None:
         views = self._views(part.gradients)
         part.bad = not_finite(part.gradients.flat, views)
         part.squares = torch.stack([_squared_norm(view) for view in views]).tolist()
@@ -227,7 +227,7 @@ class BrokenBarrier(Exchange):
     def _restored(self, step: int, due: int, averages: Mapping[str, Tensor]) -> _Part:
         """What `state_dict` made of a part."""
         part = _Part(step, due, _packed({name: values.to(self.device) for name, values in averages.items()}))
-        self._look_at(part)
+        self._inspect(part)
         part.complete()
         return part
 
@@ -251,7 +251,7 @@ class BrokenBarrier(Exchange):
         for name, parameter in self._parameters.items():
             parameter.grad = None
             if name in sums:
-                total = sums[name] if is_one(self._loss_scale) else sums[name] * self._loss_scale
+                total = sums[name] if is_unit_scale(self._loss_scale) else sums[name] * self._loss_scale
                 parameter.grad = shaped(total.to(parameter.dtype), parameter)
         return super().finish()
 

@@ -9,7 +9,7 @@ messages of one while the other computes. A job says no while it has collectives
 
 On a GPU the thread has a stream of its own, or backward's kernels would queue behind what a collective waits for. A job
 begins behind what the submitter's stream holds when it submits. Whoever takes a job's results waits for them with a
-future that the job completes (`future_of`), which orders the two streams; the host waits for neither.
+future that the job completes (`device_future`), which orders the two streams; the host waits for neither.
 
 A job reports what goes wrong in it itself. Where one raises all the same, no other begins, and whoever waits for a
 future that is still to be completed gets the exception. One that completes no future ends the thread with it.
@@ -64,7 +64,7 @@ class Engine:
             self._submitted += 1
             return self._submitted
 
-    def submit_ahead(self, job: Job, after: int, futures: Futures = ()) -> None:
+    def submit_urgent(self, job: Job, after: int, futures: Futures = ()) -> None:
         """Queue a job that overtakes all others but the first `after` that were submitted, and those of its kind.
 
         RuntimeError once closed.
@@ -145,16 +145,16 @@ class Engine:
             self._changed.wait_for(lambda: self._waiting or self._ahead or self._closing or not wait)
             if not (self._waiting or self._ahead):
                 return None
-            goes_ahead = bool(self._ahead) and self._after[0] <= self._taken
+            urgent = bool(self._ahead) and self._after[0] <= self._taken
         if self.failure is None:
-            goes_ahead = self._choose(goes_ahead)
-        queue = self._ahead if goes_ahead else self._waiting
+            urgent = self._choose(urgent)
+        queue = self._ahead if urgent else self._waiting
         with self._changed:
             self._changed.wait_for(lambda: queue or self._closing)  # another rank may have come here first
             if not queue:
                 return None
             self._idle = False
-            if goes_ahead:
+            if urgent:
                 self._after.popleft()
             else:
                 self._taken += 1

@@ -19,9 +19,9 @@ from ..gradients import Gradients
 from ..layers import Layer, layers_of
 from ..network.collectives import Collectives, Metered
 from ..registry import Compressor
-from ..streams import Phases, used_here
+from ..streams import Phases, record_stream
 from .engine import Engine
-from .flat_gradient import Whole
+from .flat_gradient import FlatGradient
 from .hooks import flattened, hook
 from .recorder import Recorder
 from .report import Report
@@ -48,7 +48,7 @@ class Exchange:
         self._loss_scale: float | Tensor = 1.0
         self._open = False  # a step is under way
         self._travelling = False  # and some of its gradients have been submitted
-        self._whole = Whole(self.layers) if compressor.at_once else None
+        self._whole = FlatGradient(self.layers) if compressor.needs_full_gradient else None
         self._waiting: list[tuple[Gradients, torch.futures.Future[Tensor]]] = []  # submitted, but not yet queued
         self._bad: dict[str, Tensor] = {}  # of each average of the step under way: it is not finite
         self._suspect: tuple[tuple[str, ...], Tensor] | None = None
@@ -205,9 +205,9 @@ class Exchange:
         if self.recorder is not None:
             self.recorder.memory.settle(applied)
 
-    def _choose(self, goes_ahead: bool) -> bool:
+    def _choose(self, urgent: bool) -> bool:
         """On the communication thread: whether a job that goes ahead is next. There is none."""
-        return goes_ahead
+        return urgent
 
     def _submit(self, gradients: Gradients, done: "torch.futures.Future[Tensor]") -> None:
         """Queue the averaging of one flat buffer; `done` is completed whether it succeeds or not.
@@ -220,11 +220,11 @@ class Exchange:
             return
         waiting, self._waiting = self._waiting, []
         phases: Phases = iter(())
-        with self._noting_failure():
+        with self._capturing_failure():
             phases = self._expect([part for part, _ in waiting])
 
         def job() -> Phases:
-            with self._noting_failure():
+            with self._capturing_failure():
                 yield from self._timed(phases)
             for part, done in waiting:
                 done.set_result(part.flat)
@@ -232,7 +232,7 @@ class Exchange:
         self._engine.submit(job, [done for _, done in waiting])
 
     @contextlib.contextmanager
-    def _noting_failure(self) -> Iterator[None]:
+    def _capturing_failure(self) -> Iterator[None]:
         """On threads that are not the loop's: what goes wrong inside is for `finish` to raise."""
         try:
             yield
@@ -258,7 +258,7 @@ class Exchange:
         (part,) = parts
         return self._average(part, self.averager.expect(part, self.step))
 
-    def _average_whole(self, whole: Whole, parts: Sequence[Gradients]) -> Phases:
+    def _average_whole(self, whole: FlatGradient, parts: Sequence[Gradients]) -> Phases:
         joined = whole.join(parts)
         yield from self._average(joined, self.averager.expect(joined, self.step))
         whole.part(joined, parts)
@@ -269,12 +269,12 @@ class Exchange:
         prepared = self._prepared(replace(gradients, loss_scale=scale))
         yield from begin(prepared)
         if prepared.flat is not flat:
-            flat.copy_(prepared.flat if is_one(scale) else prepared.flat.mul_(scale))
+            flat.copy_(prepared.flat if is_unit_scale(scale) else prepared.flat.mul_(scale))
         self._measure(gradients)
 
     def _prepared(self, gradients: Gradients) -> Gradients:
         """What the averager gets, and averages in place: the same, or float32 and without loss scale elsewhere."""
-        used_here(gradients.flat, gradients.loss_scale)
+        record_stream(gradients.flat, gradients.loss_scale)
         if not self.averager.lossless:
             gradients = unscaled(gradients)
             if self.recorder is not None:
@@ -293,10 +293,10 @@ class Exchange:
 def unscaled(gradients: Gradients) -> Gradients:
     """The same in float32 and without loss scale; they share the buffer where it is both."""
     flat, scale = gradients.flat.to(torch.float32), gradients.loss_scale
-    return Gradients(flat if is_one(scale) else flat / scale, gradients.names, gradients.offsets)
+    return Gradients(flat if is_unit_scale(scale) else flat / scale, gradients.names, gradients.offsets)
 
 
-def is_one(scale: float | Tensor) -> bool:
+def is_unit_scale(scale: float | Tensor) -> bool:
     """Whether the loss scale is known to be 1; one on the device is not looked at."""
     return isinstance(scale, float) and scale == 1.0
 

@@ -11,7 +11,7 @@ from ..gradients import Gradients
 from ..layers import Layer
 
 
-class Whole:
+class FlatGradient:
     """One buffer of all layers: the compressed ones side by side in the model's order, then the others.
 
     Parts of several types meet in the type that holds them all.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..gradients import Gradients
-from ..streams import future_of
+from ..streams import device_future
 
 BUCKET_BYTES = 25 * 2**20  # of gradients that travel together where DDP does not choose
 
@@ -79,7 +79,7 @@ class DdpHooks:
         flat = bucket.buffer()
         names = tuple(self._names[id(p)] for p in bucket.parameters())
         offsets = tuple(int(view.storage_offset() - flat.storage_offset()) for view in bucket.gradients())
-        future = future_of(flat.device)
+        future = device_future(flat.device)
         self._submit(Gradients(flat, names, offsets), future)
         return future
 
@@ -193,7 +193,7 @@ class _Bucket:
 
     def reset(self) -> None:
         self.missing = set(self.views)
-        self.done = future_of(self.flat.device)
+        self.done = device_future(self.flat.device)
 
     def fill(self, name: str, gradient: Tensor) -> None:
         if gradient.data_ptr() != self.views[name].data_ptr():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..gradients import Gradients
-from ..layer_state import Memory
+from ..layer_state import LayerState
 from ..layers import Layer
 from ..network.collectives import Collectives
 
@@ -22,7 +22,7 @@ class Recorder:
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = {layer.name: layer for layer in layers if layer.compressed}
-        self.memory = Memory({name: layer.numel for name, layer in self.layers.items()})
+        self.memory = LayerState({name: layer.numel for name, layer in self.layers.items()})
 
     def record(self, gradients: Gradients) -> None:
         """Take in this rank's own gradients of one step, before anything encodes them."""

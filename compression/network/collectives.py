@@ -15,13 +15,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-Pending = Callable[[], Tensor]
+Work = Callable[[], Tensor]
 """What is under way: to be called once, it waits and returns what has arrived."""
 
-ExpectedExchange = Callable[[Tensor], Pending]
+PostedExchange = Callable[[Tensor], Work]
 """An exchange whose messages may arrive: to be called once, with this rank's own, which it begins to send."""
 
-ExpectedGather = Callable[[], Pending]
+PostedGather = Callable[[], Work]
 """A gather likewise. This rank's message has to be in its place by then."""
 
 
@@ -46,20 +46,20 @@ class Collectives(Protocol):
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
         """Everyone gets everyone's message. uint8 [sizes[rank]] -> uint8 [sum(sizes)], in rank order."""
 
-    def expect_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> ExpectedExchange:
+    def post_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> PostedExchange:
         """An exchange in parts, of messages on `device`: say that those of the others may come, send, and wait.
 
         Those under way at one time have numbers of their own. Said early, it is known when the others send: before
         anything is sent, if there is time.
         """
 
-    def expect_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> ExpectedGather:
+    def post_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> PostedGather:
         """A gather likewise. In `messages`, uint8 [sum(sizes)], every rank has its place.
 
         The others' arrive there, or all in another tensor that is returned.
         """
 
-    def any_order(self, device: torch.device) -> bool:
+    def matched_by_tag(self, device: torch.device) -> bool:
         """Whether ranks may send what they expect on `device` in different orders. No send waits then."""
 
     def broadcast(self, value: Any) -> Any:
@@ -72,21 +72,21 @@ class Collectives(Protocol):
 class AtOnce:
     """For networks that are through with a message before they return."""
 
-    def expect_exchange(self: Collectives, sizes: Sequence[int], chunk: int, device: torch.device) -> ExpectedExchange:
-        def send(messages: Tensor) -> Pending:
+    def post_exchange(self: Collectives, sizes: Sequence[int], chunk: int, device: torch.device) -> PostedExchange:
+        def send(messages: Tensor) -> Work:
             received = self.exchange(messages, sizes)
             return lambda: received
 
         return send
 
-    def expect_gather(self: Collectives, messages: Tensor, sizes: Sequence[int], chunk: int) -> ExpectedGather:
-        def send() -> Pending:
+    def post_gather(self: Collectives, messages: Tensor, sizes: Sequence[int], chunk: int) -> PostedGather:
+        def send() -> Work:
             received = self.gather(part_of(messages, sizes, self.rank), sizes)
             return lambda: received
 
         return send
 
-    def any_order(self, device: torch.device) -> bool:
+    def matched_by_tag(self, device: torch.device) -> bool:
         return False
 
 
@@ -161,10 +161,10 @@ class Metered:
         self._count(message.nbytes * (self.world_size - 1), start)
         return received
 
-    def expect_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> ExpectedExchange:
-        inner = self.inner.expect_exchange(sizes, chunk, device)
+    def post_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> PostedExchange:
+        inner = self.inner.post_exchange(sizes, chunk, device)
 
-        def send(messages: Tensor) -> Pending:
+        def send(messages: Tensor) -> Work:
             start = time.perf_counter()
             pending = inner(messages)
             self._count(messages.nbytes, start)
@@ -172,10 +172,10 @@ class Metered:
 
         return send
 
-    def expect_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> ExpectedGather:
-        inner = self.inner.expect_gather(messages, sizes, chunk)
+    def post_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> PostedGather:
+        inner = self.inner.post_gather(messages, sizes, chunk)
 
-        def send() -> Pending:
+        def send() -> Work:
             start = time.perf_counter()
             pending = inner()
             self._count(sizes[self.rank] * (self.world_size - 1), start)
@@ -183,10 +183,10 @@ class Metered:
 
         return send
 
-    def any_order(self, device: torch.device) -> bool:
-        return self.inner.any_order(device)
+    def matched_by_tag(self, device: torch.device) -> bool:
+        return self.inner.matched_by_tag(device)
 
-    def _timed(self, pending: Pending) -> Pending:
+    def _timed(self, pending: Work) -> Work:
         def wait() -> Tensor:
             start = time.perf_counter()
             received = pending()

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..streams import used_here
-from .collectives import ExpectedExchange, ExpectedGather, Pending, part_of
+from ..streams import record_stream
+from .collectives import PostedExchange, PostedGather, Work, part_of
 
 
 def join() -> Any:
@@ -51,13 +51,13 @@ class Horovod:
             self._wait(self._hvd.allreduce_async_(values, op=self._hvd.Sum, name=name))
 
     def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
-        return self.expect_exchange(sizes, 0, messages.device)(messages)()
+        return self.post_exchange(sizes, 0, messages.device)(messages)()
 
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
         return self._begin_gather(message, sizes, 0)()
 
-    def expect_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> ExpectedExchange:
-        def send(messages: Tensor) -> Pending:
+    def post_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> PostedExchange:
+        def send(messages: Tensor) -> Work:
             splits = torch.tensor(sizes, dtype=torch.int32)
             splits[self.rank] = 0
             name = f"{self._prefix}.exchange.{chunk}.{sum(sizes)}"
@@ -72,13 +72,13 @@ class Horovod:
 
         return send
 
-    def expect_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> ExpectedGather:
+    def post_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> PostedGather:
         return lambda: self._begin_gather(part_of(messages, sizes, self.rank), sizes, chunk)
 
-    def any_order(self, device: torch.device) -> bool:
+    def matched_by_tag(self, device: torch.device) -> bool:
         return device.type == "cpu"  # it goes by names; on GPUs what is sent must come from the stream that fills it
 
-    def _begin_gather(self, message: Tensor, sizes: Sequence[int], chunk: int) -> Pending:
+    def _begin_gather(self, message: Tensor, sizes: Sequence[int], chunk: int) -> Work:
         handle = self._hvd.allgather_async(message, name=f"{self._prefix}.gather.{chunk}.{sum(sizes)}")
         return lambda: self._wait(handle)
 
@@ -94,5 +94,5 @@ class Horovod:
         while not self._hvd.poll(handle):
             time.sleep(1e-4)
         received = self._hvd.synchronize(handle)
-        used_here(*(received if isinstance(received, tuple) else (received,)))  # Horovod's own thread made it
+        record_stream(*(received if isinstance(received, tuple) else (received,)))  # Horovod's own thread made it
         return received

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import ExpectedExchange, ExpectedGather, Pending, part_of
+from .collectives import PostedExchange, PostedGather, Work, part_of
 
 
 class TorchDistributed:
@@ -34,29 +34,29 @@ class TorchDistributed:
         dist.all_reduce(values, group=self.group)
 
     def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
-        return self.expect_exchange(sizes, 0, messages.device)(messages)()
+        return self.post_exchange(sizes, 0, messages.device)(messages)()
 
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
         messages = message.new_empty(sum(sizes))
         part_of(messages, sizes, self.rank).copy_(message)
-        return self.expect_gather(messages, sizes, 0)()()
+        return self.post_gather(messages, sizes, 0)()()
 
-    def expect_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> ExpectedExchange:
+    def post_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> PostedExchange:
         received = torch.empty(self.world_size - 1, sizes[self.rank], dtype=torch.uint8, device=device)
         rows = received.unbind()
         send = self._expect([*rows[: self.rank], received[:0], *rows[self.rank :]], 2 * chunk, received)
         outgoing = [*sizes[: self.rank], 0, *sizes[self.rank + 1 :]]
         return lambda messages: send(messages.split_with_sizes(outgoing))
 
-    def expect_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> ExpectedGather:
+    def post_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> PostedGather:
         parts = messages.split_with_sizes(list(sizes))
         send = self._expect(parts, 2 * chunk + 1, messages)
         return lambda: send([parts[self.rank]] * self.world_size)
 
-    def any_order(self, device: torch.device) -> bool:
+    def matched_by_tag(self, device: torch.device) -> bool:
         return device.type == "cpu"  # gloo goes by numbers, NCCL by order
 
-    def _expect(self, incoming: Sequence[Tensor], tag: int, received: Tensor) -> Callable[[Sequence[Tensor]], Pending]:
+    def _expect(self, incoming: Sequence[Tensor], tag: int, received: Tensor) -> Callable[[Sequence[Tensor]], Work]:
         """Fill `incoming[r]`, part of `received`, with what every other rank r sends. Returns what sends them theirs.
 
         Gloo begins to send when its peer says that it is ready to receive. In one group it says so on the connection
@@ -71,7 +71,7 @@ class TorchDistributed:
         if not on_gpus:  # by the groups' own methods: checking in Python takes longer than gloo does
             works = [self._group_from(peer, self.rank).recv([incoming[peer]], peer, tag) for peer in senders]
 
-        def send(outgoing: Sequence[Tensor]) -> Pending:
+        def send(outgoing: Sequence[Tensor]) -> Work:
             receivers = [peer for peer in peers if outgoing[peer].numel()]
             if on_gpus:  # NCCL has to start them together
                 asked = [dist.P2POp(dist.irecv, incoming[peer], None, self.group, tag, peer) for peer in senders]

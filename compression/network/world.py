@@ -58,18 +58,18 @@ class World:
         return total
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         """Around what can fail on one rank alone: where any rank fails, all of them end with the same line."""
         failure = None
         try:
             yield
         except (ValueError, OSError) as error:
-            failure = in_words(error)
+            failure = one_line(error)
         failures = [words for words in self.control.collect(failure) if words is not None]
         if failures:
             raise Failure(failures[0])
 
-    def hold_equal(self, values: Mapping[str, Any], what: str) -> None:
+    def check_equal_across_ranks(self, values: Mapping[str, Any], what: str) -> None:
         """Raises Failure, on every rank alike, where a value differs from rank 0's."""
         first, *others = self.control.collect(dict(values))
         for rank, theirs in enumerate(others, start=1):
@@ -81,14 +81,14 @@ class World:
                     )
 
 
-def in_words(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """One line for what went wrong; the system's own errors name the file and the way out, too."""
     if isinstance(error, OSError) and error.filename:
         return f"cannot use {error.filename}: {error.strerror}; choose another"
     return " ".join(str(error).split())
 
 
-def tells_of_lost_ranks(error: Exception) -> bool:
+def is_lost_peer(error: Exception) -> bool:
     """Whether this is how torch.distributed or Horovod say that a rank is gone. Gloo has no error type of its own."""
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Horovod" in str(error)
 

@@ -58,8 +58,8 @@ def list_splits(root: Path, num_classes: int) -> tuple[Split, Split]:
         )
     if len(classes["train"]) > num_classes:
         raise ValueError(
-            f"{root}/train holds {len(classes['train'])} classes, more than the {num_classes} that the model "
-            f"tells apart; use --num-classes {len(classes['train'])}"
+            f"{root}/train holds {len(classes['train'])} classes, more than the {num_classes} of the "
+            f"model; use --num-classes {len(classes['train'])}"
         )
     return _list_images(root / "train", classes["train"]), _list_images(root / "val", classes["val"])
 

@@ -12,7 +12,7 @@ from image_classification.models import resnets
 from image_classification.models.initialization import MODEL_CONFIGS, initialize_
 from image_classification.torchvision_import import torchvision
 
-__all__ = ["ARCHITECTURES", "MODEL_CONFIGS", "build", "try_input"]
+__all__ = ["ARCHITECTURES", "MODEL_CONFIGS", "build", "check_input_shape"]
 
 _models = torchvision.models
 
@@ -53,7 +53,7 @@ def build(arch: str, config: str = "classic", num_classes: int = 1000) -> nn.Mod
 
 
 @torch.no_grad()
-def try_input(model: nn.Module, batch_size: int, image_size: int) -> None:
+def check_input_shape(model: nn.Module, batch_size: int, image_size: int) -> None:
     """Go through a model with a batch of square images that has shapes and no values; the model stays as it was.
 
     Raises:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compression.layers import DENSE, Layer, compressible, cut, layers_of
-from compression.plans import Segment, apart_from, chunks, plan
+from compression.layers import DENSE, Layer, compressible, layers_of, shard
+from compression.plans import Segment, mask_owner, plan, split_into_chunks
 
 sizes = st.integers(1, 5000)
 bucket_sizes = st.sampled_from([-1, 1, 3, 64, 512, 10_000])
@@ -15,8 +15,8 @@ worlds = st.integers(1, 9)
 
 @given(sizes, bucket_sizes, worlds, st.integers(0, 20))
 def test_shares_partition_a_layer_at_bucket_boundaries(numel, bucket_size, world_size, first):
-    shares = cut(numel, bucket_size, world_size, first)
-    covered = sorted((start, stop) for start, stop in shares if start < stop)
+    shards = shard(numel, bucket_size, world_size, first)
+    covered = sorted((start, stop) for start, stop in shards if start < stop)
     assert [start for start, _ in covered] == [0, *(stop for _, stop in covered[:-1])]
     assert covered[-1][1] == numel
     if bucket_size != -1:
@@ -25,14 +25,14 @@ def test_shares_partition_a_layer_at_bucket_boundaries(numel, bucket_size, world
 
 @given(sizes, worlds, st.integers(0, 20))
 def test_shares_differ_by_one_bucket_at_most(numel, world_size, first):
-    buckets = [-(-(stop - start) // 64) for start, stop in cut(numel, 64, world_size, first)]
+    buckets = [-(-(stop - start) // 64) for start, stop in shard(numel, 64, world_size, first)]
     assert max(buckets) - min(buckets) <= 1
 
 
 @given(worlds, st.integers(0, 20))
 def test_the_largest_share_begins_at_the_layers_index_mod_world(world_size, first):
-    shares = cut(64, 64, world_size, first)
-    assert shares[first % world_size] == (0, 64)
+    shards = shard(64, 64, world_size, first)
+    assert shards[first % world_size] == (0, 64)
 
 
 shapes = st.lists(st.tuples(sizes, st.sampled_from([1, 3, 4, 8, DENSE])), min_size=1, max_size=5)
@@ -47,9 +47,9 @@ def planned(shape, bucket_size, world_size, owners):
     layers = [Layer(i, f"layer{i}", (numel,), True) for i, (numel, _) in enumerate(shape)]
     starts = np.cumsum([0, *(layer.numel for layer in layers)])
     segments = [Segment(layer, int(at), int(at)) for layer, at in zip(layers, starts, strict=False)]
-    shares = {layer.name: cut(layer.numel, bucket_size, world_size, layer.index) for layer in layers}
+    shards = {layer.name: shard(layer.numel, bucket_size, world_size, layer.index) for layer in layers}
     bits = {layer.name: width for layer, (_, width) in zip(layers, shape, strict=True)}
-    return plan(segments, owners, shares, bits, bucket_size, record_bytes)
+    return plan(segments, owners, shards, bits, bucket_size, record_bytes)
 
 
 @settings(max_examples=50)
@@ -71,7 +71,7 @@ def test_a_plan_covers_every_value_and_every_byte_once(shape, bucket_size, world
 @given(shapes, bucket_sizes, worlds, st.integers(1, 9))
 def test_chunks_hold_every_record_of_a_plan_once_in_order(shape, bucket_size, world_size, count):
     whole = planned(shape, bucket_size, world_size, range(world_size))
-    parts = chunks(whole, count)
+    parts = split_into_chunks(whole, count)
     assert len(parts) == count
     assert [sum(sent) for sent in zip(*(part.message_bytes for part in parts), strict=True)] == [*whole.message_bytes]
     found = []
@@ -90,8 +90,8 @@ def test_chunks_hold_every_record_of_a_plan_once_in_order(shape, bucket_size, wo
 @given(shapes, bucket_sizes, worlds, st.integers(1, 9), st.data())
 def test_the_plan_of_one_owner_is_cut_at_the_same_records(shape, bucket_size, world_size, count, data):
     owner = data.draw(st.integers(0, world_size - 1))
-    of_all = chunks(planned(shape, bucket_size, world_size, range(world_size)), count)
-    of_one = chunks(planned(shape, bucket_size, world_size, [owner]), count)
+    of_all = split_into_chunks(planned(shape, bucket_size, world_size, range(world_size)), count)
+    of_one = split_into_chunks(planned(shape, bucket_size, world_size, [owner]), count)
     assert [part.message_bytes[owner] for part in of_all] == [part.wire_bytes for part in of_one]
     for everyone, own in zip(of_all, of_one, strict=True):
         first = sum(everyone.message_bytes[:owner])
@@ -117,7 +117,7 @@ def test_layers_keep_the_models_order():
 def test_apart_from_one_owner_is_what_the_others_own_in_place(shape, bucket_size, world_size, data):
     owner = data.draw(st.integers(0, world_size - 1))
     whole = planned(shape, bucket_size, world_size, range(world_size))
-    others = apart_from(whole, owner)
+    others = mask_owner(whole, owner)
     columns = ("position", "count", "bits", "slot", "element", "memory_at", "wire_at")
     start = sum(whole.message_bytes[:owner])
     inside = (start <= whole.wire_at) & (whole.wire_at < start + whole.message_bytes[owner])

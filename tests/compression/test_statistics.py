@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import compression
 from compression import Solo
-from compression.averagers import Observing
+from compression.averagers import StatisticsAverager
 from compression.gradients import Gradients
 from compression.statistics import BINS, PROBABILITIES, JsonLines, Statistics, TensorBoard, measure, to_all
 
@@ -72,15 +72,15 @@ def test_a_constant_has_no_shape() -> None:
 SHAPES = {"weight": (40, 30), "bias": (40,)}
 
 
-def told(bound: Observing, values: Tensor, step: int, loss_scale: float = 1.0) -> dict[str, Statistics]:
+def told(bound: StatisticsAverager, values: Tensor, step: int, loss_scale: float = 1.0) -> dict[str, Statistics]:
     seen: dict[str, Statistics] = {}
     bound.sink = lambda at, layer, statistics: seen.__setitem__(f"{at} {layer}", statistics)
     bound.average_(Gradients(values.clone(), tuple(SHAPES), (0, 1200), loss_scale), step)
     return seen
 
 
-def observing() -> Observing:
-    return Observing(Solo(), {"weight": 1200, "bias": 40})
+def observing() -> StatisticsAverager:
+    return StatisticsAverager(Solo(), {"weight": 1200, "bias": 40})
 
 
 def test_every_fiftieth_step_is_told_layer_by_layer() -> None:
@@ -109,7 +109,7 @@ def train(name: str, sink: Any, steps: int = 60) -> Tensor:
     model = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 5))
     exchange = compression.attach(model, compression.build(name))
     if sink is not None:
-        assert isinstance(exchange.averager, Observing)
+        assert isinstance(exchange.averager, StatisticsAverager)
         exchange.averager.sink = sink
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for step in range(steps):
@@ -161,7 +161,7 @@ def test_a_resumed_run_goes_on_in_the_file_and_a_new_one_begins_it_anew(tmp_path
     for step in (0, 50, 100):
         sink(step, "fc", seen)
     with path.open("a") as file:
-        file.write('{"step": 1')  # torn apart by a kill
+        file.write('{"step": 1')  # truncated by a kill
     resumed = JsonLines(path, first_step=80)
     resumed(100, "fc", seen)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 50, 100]

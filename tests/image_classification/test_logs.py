@@ -1,4 +1,4 @@
-"""Logs: every record is one line, a resumed run writes none twice, and what is torn is left out."""
+"""Logs: every record is one line, a resumed run writes none twice, and what is truncated is left out."""
 
 import json
 import math

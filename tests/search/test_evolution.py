@@ -25,13 +25,13 @@ def numbers(count, widths):
 )
 def test_exactly_popsize_by_layers_by_generations_are_evaluated(monkeypatch, tables, popsize, iterations):
     seen = []
-    rank = Objective.rank
+    rank = Objective.sort_key
 
     def counted(self, choices):
         seen.append(len(choices))
         return rank(self, choices)
 
-    monkeypatch.setattr(Objective, "rank", counted)
+    monkeypatch.setattr(Objective, "sort_key", counted)
     found = evolve(tables, 0.5, 0.5, popsize, iterations, seed=0)
     assert found.evaluations == sum(seen) == popsize * len(tables.layers) * (iterations + 1)
 

@@ -148,11 +148,11 @@ def test_assignments_rank_as_their_objectives_do():
     objective = Objective(tables, 0.5, 2.0)
     choices = np.random.default_rng(0).integers(0, 7, size=(200, 54))
     by_objective = sorted(range(200), key=lambda row: objective(tables.bits(choices[row])))
-    assert np.argsort(objective.rank(choices)).tolist() == by_objective
+    assert np.argsort(objective.sort_key(choices)).tolist() == by_objective
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.5), (0.01, 5.0), (5.0, 0.01)])
 def test_no_error_ranks_before_any_error_and_fewer_bytes_before_more(alpha, beta):
     tables = two_layers(error=[[0, 0], [1e-9, 0]], nbytes=[[1, 10_000], [1, 10_000]])
     choices = np.array([[1, 1], [0, 1], [1, 0], [0, 0]])
-    assert np.argsort(Objective(tables, alpha, beta).rank(choices)).tolist() == [1, 0, 3, 2]
+    assert np.argsort(Objective(tables, alpha, beta).sort_key(choices)).tolist() == [1, 0, 3, 2]

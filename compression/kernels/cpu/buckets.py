@@ -9,7 +9,19 @@ from ...layers import DENSE
 from ...limits import HUGE
 from ..reference.families import FRACTION_BITS, TREE
 from .compiling import inlined, jit
-from .families import ONEBIT, TERNGRAD, axis, clamp, fit, is_even, levels, positions, reach, scale_count, top_code
+from .families import (
+    ONEBIT,
+    TERNGRAD,
+    axis,
+    clamp,
+    fit,
+    is_even,
+    levels,
+    max_magnitude,
+    positions,
+    scale_count,
+    top_code,
+)
 from .memory import STREAMED, counted, fence, load, load_float, prefetch, store, store_float, stream, unaligned
 from .packing import pack, pack_ternary, unpack, unpack_ternary
 from .scratch import TILE
@@ -123,11 +135,11 @@ def _get_codes(family: int, wire: np.ndarray, at: int, tile: int, count: int, bi
 def _project(family: int, bits: int, dot: np.float32, square: np.float32, scales: np.ndarray) -> None:
     """Scales times <v, Q> / |Q|^2, as `reference.project`."""
     if square > 0:
-        share = dot / square
-        if reach(family, bits, scales) > _HUGE:
-            share = clamp(share, -_ONE, _ONE)
+        fraction = dot / square
+        if max_magnitude(family, bits, scales) > _HUGE:
+            fraction = clamp(fraction, -_ONE, _ONE)
         for k in range(scale_count(family, bits)):
-            scales[k] *= share
+            scales[k] *= fraction
 
 
 @inlined
@@ -181,7 +193,7 @@ def _encode(
             source, at = block, 0
         finite = fit(family, source, at, n, b, scales, terms, sums, bins)
         head = record + 4 * scale_count(family, b)
-        inverse, top = _ONE / reach(family, b, scales), np.float32(top_code(family, b))
+        inverse, top = _ONE / max_magnitude(family, b, scales), np.float32(top_code(family, b))
         low, unit, middle = axis(family, b, scales)
         even = finite and is_even(family) and unit > _LEAST_UNIT
         projects = feedback and finite and family != ONEBIT
@@ -395,7 +407,7 @@ def squared_error(
     for m in range(start, stop):
         n, b, at = count[m], bits[m], position[m]
         finite = fit(family, values, at, n, b, scales, terms, sums, bins)
-        top, unit = top_code(family, b), _ONE / reach(family, b, scales)
+        top, unit = top_code(family, b), _ONE / max_magnitude(family, b, scales)
         for tile in range(0, n, TREE):
             length = min(TREE, n - tile)
             positions(family, values, at + tile, length, b, scales, finite, bins, terms, places)

@@ -45,7 +45,7 @@ def clamp(value: np.float32, low: np.float32, high: np.float32) -> np.float32:
 
 
 @inlined
-def reach(family: int, bits: int, scales: np.ndarray) -> np.float32:
+def max_magnitude(family: int, bits: int, scales: np.ndarray) -> np.float32:
     """The largest magnitude of any scale and any level, but no denormal number."""
     first, last = scales[0], scales[scale_count(family, bits) - 1]
     farthest = _larger(abs(first), abs(last))
@@ -282,8 +282,8 @@ def _quantile_positions(
         for i in range(length):
             low = load(terms, 2 * i) * half
             gap = load(terms, 2 * i + 1) * half - low
-            share = (load(values, start + i) * half - low) / gap if gap > 0 else _ZERO
-            store(out, first + i, np.float32(np.int32(load_four(out, first + i))) + share)
+            fraction = (load(values, start + i) * half - low) / gap if gap > 0 else _ZERO
+            store(out, first + i, np.float32(np.int32(load_four(out, first + i))) + fraction)
 
 
 @inlined
@@ -294,7 +294,7 @@ def _exponential_positions(
     least, inverse = _float((128 - zero) << 23), _float((126 + zero) << 23)
     for i in range(count):
         value = load(values, at + i)
-        share = abs(value) / norm
-        steps = np.float32(np.int32(np.float32(share).view(np.int32) - offset)) * _STEP
-        steps = share * inverse if share < least else steps
+        fraction = abs(value) / norm
+        steps = np.float32(np.int32(np.float32(fraction).view(np.int32) - offset)) * _STEP
+        steps = fraction * inverse if fraction < least else steps
         store(out, i, middle + (-steps if value < 0 else steps))

@@ -26,7 +26,7 @@ from .pieces import Pieces, to_decode, to_encode
 __all__ = ["decode", "encode", "expected_squared_error", "recode"]
 
 DECODING_REGISTERS = 48  # of a thread: with more, fewer warps fit beside one another, and memory waits for them
-EXACTLY = {"enable_fp_fusion": False}  # options to compile with: a product is rounded before it is added
+NO_FMA = {"enable_fp_fusion": False}  # options to compile with: a product is rounded before it is added
 
 
 def encode(
@@ -50,7 +50,7 @@ def encode(
         reference.encode(family, pieces.longer, values, keys, wire, residual, pending)
     feedback = residual is not None and pending is not None
     memory = (residual, pending) if feedback else (values, values)
-    _launch(buckets.encode, pieces, _mixed(keys, wire.device), values, *memory, wire, family, feedback)
+    _launch(buckets.encode, pieces, mixed_keys(keys, wire.device), values, *memory, wire, family, feedback)
 
 
 def _encode_quantiles(plan: Plan, values: Tensor, keys: np.ndarray, wire: Tensor) -> None:
@@ -62,11 +62,11 @@ def _encode_quantiles(plan: Plan, values: Tensor, keys: np.ndarray, wire: Tensor
     shifts = quantiles.shifts_of(ends)
     _launch(quantiles.histogram, pieces, values, ends, shifts, counts)
     tables = quantiles.tables_of(plan, ends, shifts, counts)
-    _launch(quantiles.heads, pieces, tables, wire)
-    _launch(quantiles.codes, pieces, _mixed(keys, device), values, tables, wire)
+    _launch(quantiles.level_tables, pieces, tables, wire)
+    _launch(quantiles.codes, pieces, mixed_keys(keys, device), values, tables, wire)
 
 
-def _mixed(keys: np.ndarray, device: torch.device) -> Tensor:
+def mixed_keys(keys: np.ndarray, device: torch.device) -> Tensor:
     """Keys of layers, uint32 [slots, 2], as the kernels want them (`blocks._word`)."""
     return on_device(np.stack([keys[:, 0], keys[:, 1] ^ (keys[:, 1] >> 15)], axis=1).view(np.int32), device)
 
@@ -110,5 +110,5 @@ def _launch(kernel: Any, pieces: Pieces, *arguments: object) -> None:
             pieces.width // 4,
             num_warps=pieces.warps,
             maxnreg=DECODING_REGISTERS if kernel is buckets.decode and pieces.rows == 1 else None,
-            **EXACTLY,
+            **NO_FMA,
         )

@@ -39,7 +39,7 @@ def column(
 
 
 @triton.jit
-def here_of(quad: tl.tensor, count: tl.tensor, ALIGNED: tl.constexpr) -> tl.tensor:
+def mask_of(quad: tl.tensor, count: tl.tensor, ALIGNED: tl.constexpr) -> tl.tensor:
     """Which values there are: of whole quads, [Q, M, 1], where all is aligned, else [Q, M, 4]."""
     return quad < count if ALIGNED else quad + tl.arange(0, 4)[None, None, :] < count
 
@@ -70,9 +70,9 @@ def streams(table: tl.tensor, pieces: tl.tensor, row: tl.tensor, keys: tl.tensor
 
 
 @triton.jit
-def round_at_random(places: tl.tensor, hashed: tl.tensor, mixed: tl.tensor) -> tl.tensor:
+def round_at_random(scaled_positions: tl.tensor, hashed: tl.tensor, mixed: tl.tensor) -> tl.tensor:
     """As `reference.round_at_random`, of positions in units of 2^-FRACTION_BITS; the others as in `_word`."""
-    fixed = places.to(tl.int32).to(tl.uint32)
+    fixed = scaled_positions.to(tl.int32).to(tl.uint32)
     return ((fixed + (_word(hashed, mixed) >> _UNUSED)) >> _FRACTION).to(tl.int32)
 
 

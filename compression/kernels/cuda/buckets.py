@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from ... import layers
-from .blocks import column, copy_dense, here_of, quads, round_at_random, rows, streams
-from .families import divisor, fit, levels, places, project, scale_count
+from .blocks import column, copy_dense, mask_of, quads, round_at_random, rows, streams
+from .families import divisor, fit, levels, project, scale_count, scaled_positions
 from .pieces import BITS, COUNT, FIRST, MEMORY_AT, POSITION, WHOLE, WIRE_AT
 from .records import load_words, pack, store_scale, ternary_source, ternary_unpack, unpack
 
@@ -47,10 +47,10 @@ def encode(
     count = tl.where(dense, 0, count)
     bits = tl.where(dense, 8, bits)
     start, mixed = streams(table, pieces, row, keys)
-    here = here_of(quad, count, ALIGNED)
+    mask = mask_of(quad, count, ALIGNED)
     POLICY: tl.constexpr = "" if FAMILY == "terngrad" else "evict_first"  # whether values are read again
-    vectors = _vectors(values + position, residual + memory, here, FEEDBACK, POLICY)
-    first, second = fit(vectors, here, count, bits, FAMILY)
+    vectors = _vectors(values + position, residual + memory, mask, FEEDBACK, POLICY)
+    first, second = fit(vectors, mask, count, bits, FAMILY)
     over = divisor(first, second, bits, FAMILY)
     payload = record + 4 * scale_count(bits, FAMILY)
     hashed = start + quad.to(tl.uint32) + four.to(tl.uint32)
@@ -67,9 +67,9 @@ def encode(
             packed += tl.where(there, code, 0) * 3**digit
         tl.store(payload + byte, packed.to(tl.uint8), mask=byte < (count + 4) // 5)
     else:
-        pack(codes, here, count, bits, payload)
+        pack(codes, mask, count, bits, payload)
     if FEEDBACK and FAMILY != "1bit":  # which is a projection already
-        first, second = project(vectors, codes, here, first, second, bits, FAMILY)
+        first, second = project(vectors, codes, mask, first, second, bits, FAMILY)
     store_scale(record, first, count > 0)
     if FAMILY == "maxmin" or FAMILY == "1bit":
         store_scale(record + 4, second, count > 0)
@@ -77,7 +77,7 @@ def encode(
         # Read back: scales that sums over buckets lead to would have every thread hold whole buckets (Triton 3.6).
         tl.debug_barrier()
         first, second = _scales(record, count > 0, FAMILY)
-        tl.store(pending + memory, vectors - levels(codes, first, second, bits, FAMILY), mask=here)
+        tl.store(pending + memory, vectors - levels(codes, first, second, bits, FAMILY), mask=mask)
 
 
 @triton.jit(do_not_specialize=["pieces", "own", "stride"], do_not_specialize_on_alignment=["wire"])
@@ -107,20 +107,20 @@ def decode(
     record = wire + column(table, pieces, row, WIRE_AT)
     first = column(table, pieces, row, FIRST)
     whole = column(table, pieces, row, WHOLE)
-    here, dense = here_of(quad, count, ALIGNED), bits == _DENSE
+    mask, dense = mask_of(quad, count, ALIGNED), bits == _DENSE
     bits = tl.where(dense, 8, bits)
     total = tl.zeros((Q, M, 4), tl.float32)
     if ACCUMULATE:
-        total = tl.load(target, mask=here, other=0.0)
+        total = tl.load(target, mask=mask, other=0.0)
     for rank in range(ranks):
         if rank == own:
-            summand = factor * tl.load(target, mask=here, other=0.0)
+            summand = factor * tl.load(target, mask=mask, other=0.0)
         else:
-            summand = factor * _decoded(record, first, quad, whole, count, bits, here, dense, FAMILY)
+            summand = factor * _decoded(record, first, quad, whole, count, bits, mask, dense, FAMILY)
             record += stride
         added = total + summand
         total = added if ACCUMULATE else tl.where(rank == 0, summand, added)
-    tl.store(target, total, mask=here)
+    tl.store(target, total, mask=mask)
 
 
 @triton.jit
@@ -131,12 +131,12 @@ def _decoded(
     whole: tl.tensor,
     count: tl.tensor,
     bits: tl.tensor,
-    here: tl.tensor,
+    mask: tl.tensor,
     dense: tl.tensor,
     FAMILY: tl.constexpr,
 ) -> tl.tensor:
     """What one message's records say of the pieces' values."""
-    coded, four = here & (dense == 0), tl.arange(0, 4)[None, None, :]
+    coded, four = mask & (dense == 0), tl.arange(0, 4)[None, None, :]
     payload = record + 4 * scale_count(bits, FAMILY)
     if FAMILY == "terngrad":
         codes = ternary_unpack(first, quad + four, whole, payload, coded)
@@ -148,29 +148,29 @@ def _decoded(
         scale, second = _scales(record, count > 0, FAMILY)
         decoded = levels(codes, scale, second, bits, FAMILY)
     if tl.max(dense.to(tl.int32)) > 0:
-        words = load_words(record + 4 * (first + quad + four), here & dense)
+        words = load_words(record + 4 * (first + quad + four), mask & dense)
         decoded = tl.where(dense, words.to(tl.float32, bitcast=True), decoded)
     return decoded
 
 
 @triton.jit
-def _scales(record: tl.tensor, here: tl.tensor, FAMILY: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+def _scales(record: tl.tensor, mask: tl.tensor, FAMILY: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """The two scales of records, or one that stands for both."""
-    first = load_words(record, here).to(tl.float32, bitcast=True)
+    first = load_words(record, mask).to(tl.float32, bitcast=True)
     second = first
     if FAMILY == "maxmin" or FAMILY == "1bit":
-        second = load_words(record + 4, here).to(tl.float32, bitcast=True)
+        second = load_words(record + 4, mask).to(tl.float32, bitcast=True)
     return first, second
 
 
 @triton.jit
 def _vectors(
-    values: tl.tensor, residual: tl.tensor, here: tl.tensor, FEEDBACK: tl.constexpr, POLICY: tl.constexpr
+    values: tl.tensor, residual: tl.tensor, mask: tl.tensor, FEEDBACK: tl.constexpr, POLICY: tl.constexpr
 ) -> tl.tensor:
     """What is encoded, 0 where there is nothing."""
-    vectors = tl.load(values, mask=here, other=0.0, eviction_policy=POLICY)
+    vectors = tl.load(values, mask=mask, other=0.0, eviction_policy=POLICY)
     if FEEDBACK:
-        vectors += tl.load(residual, mask=here, other=0.0, eviction_policy=POLICY)
+        vectors += tl.load(residual, mask=mask, other=0.0, eviction_policy=POLICY)
     return vectors
 
 
@@ -187,4 +187,4 @@ def _codes(
     """The codes of values; signs are codes that need no rounding."""
     if FAMILY == "1bit":
         return (vectors < 0).to(tl.int32)
-    return round_at_random(places(vectors, first, over, bits, FAMILY), hashed, mixed)
+    return round_at_random(scaled_positions(vectors, first, over, bits, FAMILY), hashed, mixed)

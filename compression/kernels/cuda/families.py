@@ -4,7 +4,7 @@
 two scales, or one that stands for both. Tables of quantiles are made in `quantiles.py`.
 
 Shapes: M buckets, 4 Q values per bucket, both powers of two; 1M1 is one number per bucket. float32, codes int32.
-`here` says which values there are, by quads or one by one: [Q, M, 1] or [Q, M, 4].
+`mask` says which values there are, by quads or one by one: [Q, M, 1] or [Q, M, 4].
 """
 
 import triton
@@ -42,7 +42,7 @@ def top_code(bits_1M1: tl.tensor, FAMILY: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def fit(
-    vectors_QM4: tl.tensor, here: tl.tensor, count_1M1: tl.tensor, bits_1M1: tl.tensor, FAMILY: tl.constexpr
+    vectors_QM4: tl.tensor, mask: tl.tensor, count_1M1: tl.tensor, bits_1M1: tl.tensor, FAMILY: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
     """The two scales of each bucket; both NaN where a value is not finite. Values are 0 where there are none.
 
@@ -50,11 +50,11 @@ def fit(
     there are none of a sign, the end of the other nearest to zero is the smallest unsigned one.
     """
     unsigned = vectors_QM4.to(tl.uint32, bitcast=True)
-    above, below = _max(unsigned.to(tl.int32, bitcast=True), here, -0x80000000), _max(unsigned, here, 0)
+    above, below = _max(unsigned.to(tl.int32, bitcast=True), mask, -0x80000000), _max(unsigned, mask, 0)
     largest = tl.maximum(above, (below & 0x7FFFFFFF).to(tl.int32))
     norm = tl.minimum(_float(largest), _LIMIT)
     if FAMILY == "maxmin":
-        least = _max(unsigned ^ _ONES, here, 0) ^ _ONES
+        least = _max(unsigned ^ _ONES, mask, 0) ^ _ONES
         low = tl.where(below > 0x7FFFFFFF, below, least).to(tl.float32, bitcast=True)
         high = _float(tl.where(above >= 0, above, least.to(tl.int32, bitcast=True)))
         first = tl.minimum(tl.maximum(low, -_LIMIT), _LIMIT) + 0.0  # + 0.0: no negative zero
@@ -62,16 +62,16 @@ def fit(
         second = tl.div_rn(span, top_code(bits_1M1, FAMILY).to(tl.float32))
     elif FAMILY == "1bit" or FAMILY == "terngrad":
         power = tl.maximum(_float(largest & _INFINITY), _TINY)
-        shares = vectors_QM4 * tl.div_rn(1.0, power)  # rounded as the quotient is: the inverse is exact
+        fractions = vectors_QM4 * tl.div_rn(1.0, power)  # rounded as the quotient is: the inverse is exact
         if FAMILY == "terngrad":
-            mean = tl.div_rn(tree_sum(shares * shares), count_1M1.to(tl.float32))
+            mean = tl.div_rn(tree_sum(fractions * fractions), count_1M1.to(tl.float32))
             first = tl.minimum(norm, 2.5 * (tl.sqrt_rn(mean) * power))
             second = first
         else:
             negative = vectors_QM4 < 0
             negatives = tl.sum(tl.sum(negative.to(tl.int32), 2, keep_dims=True), 0, keep_dims=True)
-            first = _mean(tl.where(negative, 0.0, shares), count_1M1 - negatives, power)
-            second = _mean(tl.where(negative, shares, 0.0), negatives, power)
+            first = _mean(tl.where(negative, 0.0, fractions), count_1M1 - negatives, power)
+            second = _mean(tl.where(negative, fractions, 0.0), negatives, power)
     else:
         first = norm
         second = norm
@@ -88,12 +88,12 @@ def _mean(shares_QM4: tl.tensor, count_1M1: tl.tensor, power_1M1: tl.tensor) -> 
 
 
 @triton.jit
-def _max(values_QM4: tl.tensor, here: tl.tensor, least: tl.constexpr) -> tl.tensor:
+def _max(values_QM4: tl.tensor, mask: tl.tensor, least: tl.constexpr) -> tl.tensor:
     """The largest of the values that there are of each bucket, none of them below `least`."""
-    if here.shape[2] == 1:
-        quads = tl.where(here, tl.max(values_QM4, 2, keep_dims=True), least)
+    if mask.shape[2] == 1:
+        quads = tl.where(mask, tl.max(values_QM4, 2, keep_dims=True), least)
     else:
-        quads = tl.max(tl.where(here, values_QM4, least), 2, keep_dims=True)
+        quads = tl.max(tl.where(mask, values_QM4, least), 2, keep_dims=True)
     return tl.max(quads, 0, keep_dims=True)
 
 
@@ -101,7 +101,7 @@ def _max(values_QM4: tl.tensor, here: tl.tensor, least: tl.constexpr) -> tl.tens
 def divisor(
     first_1M1: tl.tensor, second_1M1: tl.tensor, bits_1M1: tl.tensor, FAMILY: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """What `places` divides by, the step from one code to the next, made ready for `_quotient`.
+    """What `scaled_positions` divides by, the step from one code to the next, made ready for `_quotient`.
 
     That is a power of two that brings the step near 1, the inverse of the product in two parts, and the product. The
     power is 0 where the step is zero or NaN.
@@ -129,7 +129,7 @@ def _quotient(scaled_QM4: tl.tensor, over: tl.tuple) -> tl.tensor:
 
 
 @triton.jit
-def places(
+def scaled_positions(
     vectors_QM4: tl.tensor, first_1M1: tl.tensor, over: tl.tuple, bits_1M1: tl.tensor, FAMILY: tl.constexpr
 ) -> tl.tensor:
     """Where the values lie on the axis of codes, from 0 to the top code, in units of 1 / `_CODE`. Not of 1bit.
@@ -145,10 +145,10 @@ def places(
         found = _quotient(tl.fma(vectors_QM4, over[0], -first_1M1 * over[0]), over)
         high = tl.where(known, high, 0.0)
     elif FAMILY == "exponential":  # whose shares count where they are denormal, too
-        share = tl.where(first_1M1 > 0, tl.div_rn(tl.abs(vectors_QM4), first_1M1), 0.0)
-        steps = (share.to(tl.int32, bitcast=True) - ((127 - top // 2) << 23)).to(tl.float32)
-        linear = share * _float((126 + top // 2) << 23) * _CODE
-        steps = tl.where(share < _float((128 - top // 2) << 23), linear, steps)
+        fraction = tl.where(first_1M1 > 0, tl.div_rn(tl.abs(vectors_QM4), first_1M1), 0.0)
+        steps = (fraction.to(tl.int32, bitcast=True) - ((127 - top // 2) << 23)).to(tl.float32)
+        linear = fraction * _float((126 + top // 2) << 23) * _CODE
+        steps = tl.where(fraction < _float((128 - top // 2) << 23), linear, steps)
         found = zero + tl.where(vectors_QM4 < 0, -steps, steps)
     else:
         found = _quotient(vectors_QM4 * over[0], over) + zero
@@ -179,25 +179,25 @@ def levels(
 def project(
     vectors_QM4: tl.tensor,
     codes_QM4: tl.tensor,
-    here: tl.tensor,
+    mask: tl.tensor,
     first_1M1: tl.tensor,
     second_1M1: tl.tensor,
     bits_1M1: tl.tensor,
     FAMILY: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """The scales of the projection, as `reference.project`."""
-    reach = tl.maximum(tl.abs(first_1M1), tl.abs(second_1M1))
+    max_magnitude = tl.maximum(tl.abs(first_1M1), tl.abs(second_1M1))
     if FAMILY == "maxmin":
         highest = first_1M1 + second_1M1 * top_code(bits_1M1, FAMILY).to(tl.float32)
-        reach = tl.maximum(reach, tl.abs(highest))
-    reach = tl.maximum(reach, _TINY)
-    unit = tl.div_rn(1.0, reach)
-    q = tl.where(here, levels(codes_QM4, first_1M1, second_1M1, bits_1M1, FAMILY) * unit, 0.0)
+        max_magnitude = tl.maximum(max_magnitude, tl.abs(highest))
+    max_magnitude = tl.maximum(max_magnitude, _TINY)
+    unit = tl.div_rn(1.0, max_magnitude)
+    q = tl.where(mask, levels(codes_QM4, first_1M1, second_1M1, bits_1M1, FAMILY) * unit, 0.0)
     length = tree_sum(q * q)
-    share = tl.div_rn(tree_sum((vectors_QM4 * unit) * q), length)
-    share = tl.where(reach > _HUGE, tl.minimum(tl.maximum(share, -1.0), 1.0), share)
-    first = tl.where(length > 0, first_1M1 * share, first_1M1)
-    return first, tl.where(length > 0, second_1M1 * share, second_1M1)
+    fraction = tl.div_rn(tree_sum((vectors_QM4 * unit) * q), length)
+    fraction = tl.where(max_magnitude > _HUGE, tl.minimum(tl.maximum(fraction, -1.0), 1.0), fraction)
+    first = tl.where(length > 0, first_1M1 * fraction, first_1M1)
+    return first, tl.where(length > 0, second_1M1 * fraction, second_1M1)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...layers import DENSE
-from ...plans import Plan, some_of
+from ...plans import Plan, select
 
 # Columns of a table, as in a plan. BUCKET: the piece's bucket, WHOLE: that one's size, FIRST: the index in it of the
 # piece's first value.
@@ -95,7 +95,7 @@ def _make(plan: Plan, device: torch.device, whole: bool) -> Pieces:
     )
     table = np.stack(rows, axis=1)
     aligned = not (table[:, [POSITION.value, COUNT.value, MEMORY_AT.value]] % 4).any()
-    return Pieces(torch.from_numpy(table).to(device), width, aligned, None if kept.all() else some_of(plan, ~kept))
+    return Pieces(torch.from_numpy(table).to(device), width, aligned, None if kept.all() else select(plan, ~kept))
 
 
 def _power_of_two(count: int) -> int:

@@ -18,7 +18,7 @@ from ...plans import Plan
 from ...streams import on_device
 from ..reference import families
 from ..reference.families import HISTOGRAM_BITS
-from .blocks import column, copy_dense, here_of, quads, round_at_random, rows, streams
+from .blocks import column, copy_dense, mask_of, quads, round_at_random, rows, streams
 from .pieces import BITS, BUCKET, COUNT, FIRST, POSITION, WIRE_AT
 from .records import pack, store_words
 
@@ -42,9 +42,9 @@ def extremes(
 ) -> None:
     """Widen `ends`, int32 [S, 2], by the smallest and the largest of each piece, in the order of `families.ordered`."""
     row = rows(M)
-    keys, here = _keys(table, pieces, row, values, ALIGNED, Q)
-    low = tl.min(tl.min(tl.where(here, keys, _LARGEST), 2, keep_dims=True), 0, keep_dims=True)
-    high = tl.max(tl.max(tl.where(here, keys, _SMALLEST), 2, keep_dims=True), 0, keep_dims=True)
+    keys, mask = _keys(table, pieces, row, values, ALIGNED, Q)
+    low = tl.min(tl.min(tl.where(mask, keys, _LARGEST), 2, keep_dims=True), 0, keep_dims=True)
+    high = tl.max(tl.max(tl.where(mask, keys, _SMALLEST), 2, keep_dims=True), 0, keep_dims=True)
     at = ends + 2 * column(table, pieces, row, BUCKET)
     some = _count(table, pieces, row) > 0
     tl.atomic_min(at, low, mask=some, sem="relaxed")
@@ -65,11 +65,11 @@ def histogram(
 ) -> None:
     """Count the values of each bucket, int32 [S, 2^16], in bins that are 2^shift wide and begin at the smallest."""
     row = rows(M)
-    keys, here = _keys(table, pieces, row, values, ALIGNED, Q)
+    keys, mask = _keys(table, pieces, row, values, ALIGNED, Q)
     bucket = column(table, pieces, row, BUCKET)
     above = keys.to(tl.uint32, bitcast=True) - tl.load(ends + 2 * bucket).to(tl.uint32, bitcast=True)
     bins = (above >> tl.load(shifts + bucket).to(tl.uint32)).to(tl.int64)
-    tl.atomic_add(counts + bucket * _BINS + bins, tl.full(keys.shape, 1, tl.int32), mask=here, sem="relaxed")
+    tl.atomic_add(counts + bucket * _BINS + bins, tl.full(keys.shape, 1, tl.int32), mask=mask, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["pieces"], do_not_specialize_on_alignment=["wire"])
@@ -95,17 +95,17 @@ def codes(
 
     count = _count(table, pieces, row)
     bits = tl.where(dense, 8, bits)
-    here = here_of(quad, count, ALIGNED)
-    vectors = tl.load(values + position, mask=here, other=0.0)
+    mask = mask_of(quad, count, ALIGNED)
+    vectors = tl.load(values + position, mask=mask, other=0.0)
     levels = tables + column(table, pieces, row, BUCKET) * _LEVELS
     start, mixed = streams(table, pieces, row, keys)
     hashed = start + quad.to(tl.uint32) + four.to(tl.uint32)
     rounded = round_at_random(_places(vectors, levels, bits), hashed, mixed)
-    pack(rounded, here, count, bits, record + (4 << bits) + (first >> 3) * bits)
+    pack(rounded, mask, count, bits, record + (4 << bits) + (first >> 3) * bits)
 
 
 @triton.jit(do_not_specialize=["pieces"], do_not_specialize_on_alignment=["wire"])
-def heads(
+def level_tables(
     table: tl.tensor,
     pieces: tl.tensor,
     tables: tl.tensor,
@@ -142,10 +142,10 @@ def _keys(
 ) -> tuple[tl.tensor, tl.tensor]:
     """Values as integers of the same order, as `families.ordered`, and which there are."""
     quad, four = quads(Q), tl.arange(0, 4)[None, None, :]
-    here = here_of(quad, _count(table, pieces, row), ALIGNED)
-    vectors = tl.load(values + column(table, pieces, row, POSITION, ALIGNED) + quad + four, mask=here, other=0.0)
+    mask = mask_of(quad, _count(table, pieces, row), ALIGNED)
+    vectors = tl.load(values + column(table, pieces, row, POSITION, ALIGNED) + quad + four, mask=mask, other=0.0)
     bits = (vectors + 0.0).to(tl.int32, bitcast=True)  # + 0.0: one zero
-    return bits ^ ((bits >> 31) & _LARGEST), here
+    return bits ^ ((bits >> 31) & _LARGEST), mask
 
 
 @triton.jit

@@ -14,51 +14,51 @@ _TILE = tl.constexpr(families.TERNARY_TILE)
 
 
 @triton.jit
-def store_words(at: tl.tensor, words: tl.tensor, here: tl.tensor) -> None:
+def store_words(at: tl.tensor, words: tl.tensor, mask: tl.tensor) -> None:
     """Four little-endian bytes each, from the pointers `at` on. Floats are given as their bits."""
     for byte in tl.static_range(4):
-        tl.store(at + byte, (words >> (8 * byte)).to(tl.uint8), mask=here)
+        tl.store(at + byte, (words >> (8 * byte)).to(tl.uint8), mask=mask)
 
 
 @triton.jit
-def store_scale(at: tl.tensor, scale: tl.tensor, here: tl.tensor) -> None:
+def store_scale(at: tl.tensor, scale: tl.tensor, mask: tl.tensor) -> None:
     """A float of each bucket, as `store_words`, but at once where all lie at whole words."""
     if tl.max((at.to(tl.int64) & 3).to(tl.int32)) == 0:
-        tl.store(at.to(tl.pointer_type(tl.float32)), scale, mask=here)
+        tl.store(at.to(tl.pointer_type(tl.float32)), scale, mask=mask)
     else:
-        store_words(at, scale.to(tl.int32, bitcast=True), here)
+        store_words(at, scale.to(tl.int32, bitcast=True), mask)
 
 
 @triton.jit
-def load_words(at: tl.tensor, here: tl.tensor) -> tl.tensor:
+def load_words(at: tl.tensor, mask: tl.tensor) -> tl.tensor:
     """The inverse of `store_words`, int32."""
-    words = tl.load(at, mask=here, other=0).to(tl.int32)
+    words = tl.load(at, mask=mask, other=0).to(tl.int32)
     for byte in tl.static_range(1, 4):
-        words |= tl.load(at + byte, mask=here, other=0).to(tl.int32) << (8 * byte)
+        words |= tl.load(at + byte, mask=mask, other=0).to(tl.int32) << (8 * byte)
     return words
 
 
 @triton.jit
 def pack(
-    codes_QM4: tl.tensor, here: tl.tensor, count_1M1: tl.tensor, bits_1M1: tl.tensor, at_1M1: tl.tensor
+    codes_QM4: tl.tensor, mask: tl.tensor, count_1M1: tl.tensor, bits_1M1: tl.tensor, at_1M1: tl.tensor
 ) -> None:
     """One bit stream per bucket, little-endian, of the `count` codes that there are: eight codes make `bits` bytes."""
     octets: tl.constexpr = codes_QM4.shape[0] // 2
     m: tl.constexpr = codes_QM4.shape[1]
     four, half = tl.arange(0, 4)[None, None, :], tl.arange(0, 2)[None, :, None, None]
     terms = codes_QM4 << (four * bits_1M1)
-    if here.shape[2] == 1:
-        quads = tl.where(here, tl.sum(terms, 2, keep_dims=True), 0)
+    if mask.shape[2] == 1:
+        quads = tl.where(mask, tl.sum(terms, 2, keep_dims=True), 0)
     else:
-        quads = tl.sum(tl.where(here, terms, 0), 2, keep_dims=True)
+        quads = tl.sum(tl.where(mask, terms, 0), 2, keep_dims=True)
     pairs = tl.reshape(quads, (octets, 2, m, 1)).to(tl.uint32).to(tl.uint64)
     words = tl.sum(pairs << (4 * half * bits_1M1).to(tl.uint64), 1, keep_dims=True)
     halves = (words >> (32 * half).to(tl.uint64)).to(tl.uint32)
     octet = tl.arange(0, octets)[:, None, None, None] * bits_1M1
     left = tl.minimum(bits_1M1, (count_1M1 * bits_1M1 + 7) // 8 - octet) - 4 * half
     at = at_1M1 + octet + 4 * half
-    in_words = (bits_1M1 % 4 == 0) & (at_1M1.to(tl.int64) % 4 == 0) & (count_1M1 % 8 == 0)
-    if tl.min(in_words.to(tl.int32)) == 1:
+    one_line = (bits_1M1 % 4 == 0) & (at_1M1.to(tl.int64) % 4 == 0) & (count_1M1 % 8 == 0)
+    if tl.min(one_line.to(tl.int32)) == 1:
         tl.store(at.to(tl.pointer_type(tl.uint32)), halves, mask=left > 0)
     else:
         for byte in tl.static_range(4):
@@ -98,7 +98,7 @@ def ternary_source(byte_B11: tl.tensor, digit: tl.constexpr, count_1M1: tl.tenso
 
 @triton.jit
 def ternary_unpack(
-    first_1M1: tl.tensor, at_Q14: tl.tensor, count_1M1: tl.tensor, wire_1M1: tl.tensor, here: tl.tensor
+    first_1M1: tl.tensor, at_Q14: tl.tensor, count_1M1: tl.tensor, wire_1M1: tl.tensor, mask: tl.tensor
 ) -> tl.tensor:
     """The codes `first_1M1 + at_Q14` of buckets of `count_1M1` values, whose bytes begin at `wire_1M1`.
 
@@ -113,7 +113,7 @@ def ternary_unpack(
     for lower in tl.static_range(1, 5):
         scale = tl.where(digit == lower, -(-(2**32) // 3 ** (lower + 1)), scale)
     at = wire_1M1 + tile * (_TILE // 5) + (place - digit * fifth).to(tl.int64)
-    byte = tl.load(at, mask=here, other=0).to(tl.uint32)
+    byte = tl.load(at, mask=mask, other=0).to(tl.uint32)
     return tl.umulhi(byte * scale, 3).to(tl.int32)
 
 

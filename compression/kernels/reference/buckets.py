@@ -49,7 +49,7 @@ def encode(
         scales = kind.fit(vectors, bits)
         codes = round_at_random(
             kind.positions(vectors, scales, bits).clamp(0, kind.top(bits)),
-            randomness.words(element, halves[:, :1], halves[:, 1:]),
+            randomness.random_bits(element, halves[:, :1], halves[:, 1:]),
         )
         if residual is not None and kind.projects:
             scales = project(kind, vectors, scales, codes, bits)
@@ -129,22 +129,22 @@ def project(kind: Family, vectors_MK: Tensor, scales_MS: Tensor, codes_MK: Tenso
 
     Levels near the largest float32 are not made larger: neither they nor the steps towards them may overflow.
     """
-    reach = kind.reach(scales_MS, bits)
-    unit = 1.0 / reach
+    max_magnitude = kind.max_magnitude(scales_MS, bits)
+    unit = 1.0 / max_magnitude
     q = kind.levels(scales_MS, codes_MK, bits) * unit
     length = tree_sum(q * q)
-    bound = torch.where(reach > HUGE, 1.0, torch.inf)
-    share = (tree_sum((vectors_MK * unit) * q) / length).unsqueeze(1).clamp(-bound, bound)
-    return torch.where(length.unsqueeze(1) > 0, scales_MS * share, scales_MS)
+    bound = torch.where(max_magnitude > HUGE, 1.0, torch.inf)
+    fraction = (tree_sum((vectors_MK * unit) * q) / length).unsqueeze(1).clamp(-bound, bound)
+    return torch.where(length.unsqueeze(1) > 0, scales_MS * fraction, scales_MS)
 
 
-def round_at_random(positions: Tensor, words: Tensor) -> Tensor:
+def round_at_random(positions: Tensor, random_bits: Tensor) -> Tensor:
     """The code below each position, or the next with the chance of the fraction: floor(position + draw), int64.
 
     Summed in fixed point, so that a position on a code stays there whatever is drawn.
     """
     fixed = (positions * 2.0**FRACTION_BITS).to(torch.int64)
-    return (fixed + (words >> (32 - FRACTION_BITS))) >> FRACTION_BITS
+    return (fixed + (random_bits >> (32 - FRACTION_BITS))) >> FRACTION_BITS
 
 
 def _between(kind: Family, vectors_MK: Tensor, scales_MS: Tensor, bits: int) -> tuple[Tensor, Tensor]:

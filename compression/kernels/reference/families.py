@@ -85,7 +85,7 @@ class Family(ABC):
     def levels(self, scales_MS: Tensor, codes_MK: Tensor, bits: int) -> Tensor:
         """What the codes stand for."""
 
-    def reach(self, scales_MS: Tensor, bits: int) -> Tensor:
+    def max_magnitude(self, scales_MS: Tensor, bits: int) -> Tensor:
         """The largest magnitude of any scale and any level, but no denormal number: [M, 1]."""
         return scales_MS.abs().amax(1, keepdim=True).clamp_min(TINY)
 
@@ -121,9 +121,9 @@ class MaxMin(Family):
     def levels(self, scales_MS: Tensor, codes_MK: Tensor, bits: int) -> Tensor:
         return scales_MS[:, :1] + scales_MS[:, 1:] * codes_MK.to(torch.float32)
 
-    def reach(self, scales_MS: Tensor, bits: int) -> Tensor:
+    def max_magnitude(self, scales_MS: Tensor, bits: int) -> Tensor:
         highest = scales_MS[:, :1] + scales_MS[:, 1:] * self.top(bits)
-        return torch.maximum(super().reach(scales_MS, bits), highest.abs())
+        return torch.maximum(super().max_magnitude(scales_MS, bits), highest.abs())
 
 
 class NormUniform(Family):
@@ -154,9 +154,9 @@ class Exponential(NormUniform):
 
     def positions(self, vectors_MK: Tensor, scales_MS: Tensor, bits: int) -> Tensor:
         zero = self.top(bits) // 2
-        share = torch.where(scales_MS > 0, vectors_MK.abs() / scales_MS, 0.0)
-        steps = (share.view(torch.int32) - ((127 - zero) << 23)).to(torch.float32) * 2.0**-23
-        steps = torch.where(share < 2.0 ** (1 - zero), share * 2.0 ** (zero - 1), steps)
+        fraction = torch.where(scales_MS > 0, vectors_MK.abs() / scales_MS, 0.0)
+        steps = (fraction.view(torch.int32) - ((127 - zero) << 23)).to(torch.float32) * 2.0**-23
+        steps = torch.where(fraction < 2.0 ** (1 - zero), fraction * 2.0 ** (zero - 1), steps)
         return zero + torch.where(vectors_MK < 0, -steps, steps)
 
     def levels(self, scales_MS: Tensor, codes_MK: Tensor, bits: int) -> Tensor:
@@ -184,10 +184,10 @@ class OneBit(Family):
 
     def fit(self, vectors_MK: Tensor, bits: int) -> Tensor:
         power = _power(vectors_MK)
-        shares, means = vectors_MK / power, []
+        fractions, means = vectors_MK / power, []
         for members in (~(vectors_MK < 0), vectors_MK < 0):
             count = members.sum(1).clamp_min(1).to(torch.float32)
-            means.append(tree_sum(shares * members) / count * power[:, 0])
+            means.append(tree_sum(fractions * members) / count * power[:, 0])
         return _finite(vectors_MK, torch.stack(means, dim=1).clamp(-LIMIT, LIMIT))
 
     def positions(self, vectors_MK: Tensor, scales_MS: Tensor, bits: int) -> Tensor:
@@ -205,8 +205,8 @@ class TernGrad(NormUniform):
 
     def fit(self, vectors_MK: Tensor, bits: int) -> Tensor:
         power = _power(vectors_MK)
-        shares = vectors_MK / power
-        mean = _over(tree_sum(shares * shares).unsqueeze(1), vectors_MK.shape[1])
+        fractions = vectors_MK / power
+        mean = _over(tree_sum(fractions * fractions).unsqueeze(1), vectors_MK.shape[1])
         clipped = torch.minimum(super().fit(vectors_MK, bits), 2.5 * (mean.double().sqrt().float() * power))
         return _finite(vectors_MK, clipped)
 

@@ -120,19 +120,19 @@ def test_layers_of_one_dimension_travel_dense_and_keep_the_optimizers_momentum()
 def test_the_share_kept_falls_in_four_equal_stages(ratio: float) -> None:
     bound = DeepGradientCompression(ratio, LAYERS, Solo(), 0.9, ramp_steps=8)
     stages = [1 / 4, 1 / 4, 1 / 16, 1 / 16, 1 / 64, 1 / 64, 1 / 256, 1 / 256, 0, 0]
-    assert [bound.share_at(step) for step in range(10)] == [max(ratio, stage) for stage in stages]
+    assert [bound.ratio_at(step) for step in range(10)] == [max(ratio, stage) for stage in stages]
     for step in range(10):
         seen = average(bound, gradient(0, step), step)
-        assert int(seen[WEIGHT].count_nonzero()) == TopK(bound.share_at(step)).kept(1200)
+        assert int(seen[WEIGHT].count_nonzero()) == TopK(bound.ratio_at(step)).kept(1200)
 
 
 @pytest.mark.parametrize("ramp_steps", [1, 2, 3, 5])
 def test_any_length_of_ramp_starts_at_a_quarter_and_ends_on_time(ramp_steps: int) -> None:
     bound = DeepGradientCompression(0.001, LAYERS, Solo(), 0.9, ramp_steps=ramp_steps)
-    shares = [bound.share_at(step) for step in range(ramp_steps + 1)]
-    assert shares == sorted(shares, reverse=True)
-    assert shares[0] == 1 / 4
-    assert shares[-2] > shares[-1] == 0.001
+    shards = [bound.ratio_at(step) for step in range(ramp_steps + 1)]
+    assert shards == sorted(shards, reverse=True)
+    assert shards[0] == 1 / 4
+    assert shards[-2] > shards[-1] == 0.001
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -170,12 +170,12 @@ def test_clipping_keeps_what_is_not_finite_in_its_place(bad: float) -> None:
 
 def test_the_registry_builds_it_and_the_ramp_takes_the_place_of_the_warm_up() -> None:
     compressor = build("dgc", ratio=0.02, momentum=0.5, nesterov=True, clip=2.0, warmup_steps=6, bucket_size=64)
-    assert compressor.at_once
-    assert not build("dgc").at_once
+    assert compressor.needs_full_gradient
+    assert not build("dgc").needs_full_gradient
     bound = compressor.averager(LAYERS, Solo(), 0)
     assert isinstance(bound, DeepGradientCompression)
     assert not isinstance(bound, WarmUp)
-    assert (bound.share_at(0), bound.share_at(6)) == (0.25, 0.02)
+    assert (bound.ratio_at(0), bound.ratio_at(6)) == (0.25, 0.02)
     assert "dgc" not in [name for name, row in compression.COMPRESSORS.items() if row.listed]
 
 

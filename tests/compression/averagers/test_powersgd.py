@@ -199,8 +199,8 @@ def test_what_is_applied_follows_the_gradients_and_residuals_stay_bounded(shape:
         return largest, paper, torch.stack([given, applied])
 
     results = run_ranks(2, work)
-    owed = (results[0][2][0] + results[1][2][0]) / 2 - results[0][2][1]
-    assert owed.norm() < 20 * 96**0.5
+    compensated = (results[0][2][0] + results[1][2][0]) / 2 - results[0][2][1]
+    assert compensated.norm() < 20 * 96**0.5
     for largest, paper, _ in results:
         assert largest < 30
         assert paper > 300

@@ -91,11 +91,11 @@ def test_with_error_feedback_what_was_applied_follows_the_sum_of_gradients(name:
             applied += average(bound, gradient(rank, step), step)
             true += gradient(rank, step)
             bound.settle(True)
-            largest = max(largest, float(bound.memories["residual"].current.abs().max()))
-        owed = torch.zeros(VALUES)
+            largest = max(largest, float(bound.states["residual"].current.abs().max()))
+        compensated = torch.zeros(VALUES)
         for layer, values in bound.state_dict()["residual"].items():
-            owed[PLACES[layer]] = values
-        return applied, true - owed, largest
+            compensated[PLACES[layer]] = values
+        return applied, true - compensated, largest
 
     results = on_ranks(2, work, name, ratio=0.1, error_feedback=True)
     settled = (results[0][1] + results[1][1]) / 2
@@ -148,7 +148,7 @@ def test_the_mean_square_of_the_largest_gradients_stays_finite() -> None:
     gradients = Gradients(torch.full((VALUES,), 3.4e38), NAMES, OFFSETS)
     compressed = Gradients(gradients.flat, COMPRESSED, (0, 1240))
     for _ in range(3):
-        rated = score.rate(compressed, compressed)
+        rated = score.score(compressed, compressed)
         score.memory.settle(True)
         assert rated.flat[PLACES["wide"]].isfinite().all()
     assert score.memory.current is not None
@@ -259,7 +259,7 @@ def test_layers_that_are_all_dense_travel_alone() -> None:
     [
         ({"ratio": 0}, "TopK keeps a share of the values above 0 and at most 1, got ratio=0"),
         ({"efx_bits": 9}, "MaxMin codes are 1 to 8 bits wide, got bits=9"),
-        ({"efx_randk": 1.5}, "RandomK sends a share of the values above 0 and at most 1, got share=1.5"),
+        ({"efx_randk": 1.5}, "RandomK sends a share of the values above 0 and at most 1, got fraction=1.5"),
         ({"efx_bits": 2, "efx_randk": 0.1}, "one fate: choose one of efx_bits and efx_randk"),
         ({"error_feedback": True, "efx_bits": 2}, "one fate: choose one of error_feedback and efx_bits"),
     ],

@@ -11,7 +11,7 @@ from compression.averagers import TwoHop
 from compression.exchange.engine import Engine
 from compression.gradients import Gradients
 from compression.layers import layers_of
-from compression.network.collectives import ExpectedExchange, ExpectedGather, Pending
+from compression.network.collectives import PostedExchange, PostedGather, Work
 from tests.support.threads import ThreadCollectives, run_ranks
 
 LAYERS = layers_of([("weight", (40, 50)), ("bias", (40,))], 64)
@@ -62,7 +62,7 @@ def test_residuals_account_for_every_loss() -> None:
         state = bound.state_dict()
         remembered = torch.zeros(VALUES)
         remembered[:2000] = state["residual"]["weight"] / ranks.world_size
-        start, stop = bound.shares["weight"][ranks.rank]
+        start, stop = bound.shards["weight"][ranks.rank]
         remembered[start:stop] += state["share_residual"]["weight"]
         ranks.sum_(remembered)
         return applied, remembered
@@ -158,8 +158,8 @@ def test_averages_and_residuals_do_not_depend_on_the_chunks(world_size: int, mon
 
     whole = run_ranks(world_size, work)
     monkeypatch.setattr(averagers.two_hop, "CHUNK_BYTES", 100)
-    cut = run_ranks(world_size, work)
-    for ours, theirs in zip(whole, cut, strict=True):
+    shard = run_ranks(world_size, work)
+    for ours, theirs in zip(whole, shard, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -170,26 +170,26 @@ def test_all_chunks_are_expected_and_one_is_encoded_while_another_travels(monkey
     class Noted(ThreadCollectives):
         """Notes what rank 0 expects, sends and waits for."""
 
-        def expect_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> ExpectedExchange:
+        def post_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> PostedExchange:
             self._note(f"expect {chunk}")
-            send = super().expect_exchange(sizes, chunk, device)
+            send = super().post_exchange(sizes, chunk, device)
 
-            def note_and_send(messages: torch.Tensor) -> Pending:
+            def note_and_send(messages: torch.Tensor) -> Work:
                 self._note(f"exchange {chunk}")
                 return self._noted(f"exchanged {chunk}", send(messages))
 
             return note_and_send
 
-        def expect_gather(self, messages: torch.Tensor, sizes: Sequence[int], chunk: int) -> ExpectedGather:
-            send = super().expect_gather(messages, sizes, chunk)
+        def post_gather(self, messages: torch.Tensor, sizes: Sequence[int], chunk: int) -> PostedGather:
+            send = super().post_gather(messages, sizes, chunk)
 
-            def note_and_send() -> Pending:
+            def note_and_send() -> Work:
                 self._note(f"gather {chunk}")
                 return self._noted(f"gathered {chunk}", send())
 
             return note_and_send
 
-        def _noted(self, words: str, pending: Pending) -> Pending:
+        def _noted(self, words: str, pending: Work) -> Work:
             def wait() -> torch.Tensor:
                 self._note(words)
                 return pending()
@@ -217,7 +217,7 @@ def test_what_a_rank_keeps_is_not_encoded() -> None:
         bound = two_hop(ranks, bits=2, feedback=True)
         average(bound, GRADIENTS[0] * (ranks.rank == 0), 0)
         bound.settle(True)
-        start, stop = bound.shares["weight"][ranks.rank]
+        start, stop = bound.shards["weight"][ranks.rank]
         residual: torch.Tensor = bound.state_dict()["residual"]["weight"]
         return torch.stack([residual[start:stop].abs().sum(), residual.abs().sum()])
 

@@ -119,8 +119,8 @@ def test_a_kept_value_costs_less_than_42_bits_on_the_layers_of_resnet50(count: i
 def test_top_k_is_a_contraction(values: list[float], ratio: float) -> None:
     codec, vector = TopK(ratio), torch.tensor([values], dtype=torch.float32)
     lost = vector.double() - codec.decode(codec.encode(vector), len(values))
-    share = 1 - codec.kept(len(values)) / len(values)
-    assert lost.square().sum() <= share * vector.double().square().sum() * (1 + 1e-12)
+    fraction = 1 - codec.kept(len(values)) / len(values)
+    assert lost.square().sum() <= fraction * vector.double().square().sum() * (1 + 1e-12)
 
 
 def test_what_is_not_finite_is_kept_before_everything_else() -> None:
@@ -188,7 +188,7 @@ def test_a_message_of_another_length_is_refused() -> None:
 def test_shares_outside_their_range_are_refused(ratio: float) -> None:
     with pytest.raises(ValueError, match="TopK keeps a share of the values above 0 and at most 1, got ratio="):
         compression.codec("topk", ratio=ratio)
-    with pytest.raises(ValueError, match="RandomK sends a share of the values above 0 and at most 1, got share="):
+    with pytest.raises(ValueError, match="RandomK sends a share of the values above 0 and at most 1, got fraction="):
         RandomK(ratio)
 
 
@@ -196,22 +196,22 @@ keys = st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
 
 
 @settings(deadline=None, max_examples=60)
-@given(count=st.integers(1, 5000), share=st.floats(1e-4, 1.0), key=keys)
+@given(count=st.integers(1, 5000), fraction=st.floats(1e-4, 1.0), key=keys)
 def test_random_positions_are_as_many_as_promised_and_all_different(
-    count: int, share: float, key: tuple[int, int]
+    count: int, fraction: float, key: tuple[int, int]
 ) -> None:
-    codec = RandomK(share)
+    codec = RandomK(fraction)
     positions = codec.positions(count, key, CPU)
-    assert len(positions) == codec.kept(count) == math.ceil(share * count)
+    assert len(positions) == codec.kept(count) == math.ceil(fraction * count)
     assert len(set(positions.tolist())) == len(positions)
     assert 0 <= positions.min() <= positions.max() < count
     assert torch.equal(positions, codec.positions(count, key, CPU))
 
 
-@pytest.mark.parametrize(("count", "share"), [(10, 0.7), (37, 0.3), (64, 0.25)])
-def test_every_position_is_drawn_equally_often(count: int, share: float) -> None:
+@pytest.mark.parametrize(("count", "fraction"), [(10, 0.7), (37, 0.3), (64, 0.25)])
+def test_every_position_is_drawn_equally_often(count: int, fraction: float) -> None:
     """A z-test per position: |z| > 4.5 has a chance of 7e-6, with 64 positions 4e-4 in all."""
-    codec, trials = RandomK(share), 1000
+    codec, trials = RandomK(fraction), 1000
     hits = torch.zeros(count)
     for step in range(trials):
         low, high = stream_keys(3, step, np.array([7]), 3, 0)[0].tolist()

@@ -37,7 +37,7 @@ def attached(
 ) -> Iterator[tuple[Linear, compression.Exchange]]:
     model = Linear(shapes)
     exchange = compression.attach(
-        model, compression.build(name, **options), collectives, barrier_share=share, late_steps=late_steps
+        model, compression.build(name, **options), collectives, barrier_fraction=share, late_steps=late_steps
     )
     try:
         yield model, exchange
@@ -211,9 +211,10 @@ def test_averages_do_not_depend_on_the_order_on_the_wire(share: float) -> None:
     assert all(map(torch.equal, first, slow))
 
 
+LATE_NAMES = compression.with_stale_updates()
 LATE: list[tuple[str, dict[str, Any]]] = [
-    *((name, {"error_feedback": True}) for name in compression.can_be_late() if name in compression.with_bits()),
-    *((name, {}) for name in compression.can_be_late()),
+    *((name, {"error_feedback": True}) for name in LATE_NAMES if name in compression.with_bits()),
+    *((name, {}) for name in LATE_NAMES),
     ("maxmin", {"error_feedback": True, "warmup_steps": 2}),
 ]
 
@@ -345,15 +346,15 @@ def test_a_loop_that_never_asks_for_the_averages_is_told_so() -> None:
             model([5, 1]).backward()
 
 
-@pytest.mark.parametrize("name", [name for name in compression.COMPRESSORS if name not in compression.can_be_late()])
+@pytest.mark.parametrize("name", [name for name in compression.COMPRESSORS if name not in LATE_NAMES])
 def test_compressors_that_settle_whole_steps_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"compressor {name} averages whole steps, and a broken barrier lets layers "):
-        compression.attach(Linear([[3]]), compression.build(name), barrier_share=0.5)
+        compression.attach(Linear([[3]]), compression.build(name), barrier_fraction=0.5)
 
 
 @pytest.mark.parametrize(("share", "late_steps"), [(0.0, 1), (1.5, 1), (math.nan, 1), (0.5, 0)])
 def test_numbers_that_make_no_sense_are_refused(share: float, late_steps: int) -> None:
-    with pytest.raises(ValueError, match="a broken barrier waits for a share above 0 and at most 1, and is late by 1 "):
+    with pytest.raises(ValueError, match="a broken barrier waits for a fraction above 0 and at most 1, and is late "):
         compression.attach(
-            Linear([[3]]), compression.build("none"), barrier_share=share, late_steps=late_steps
+            Linear([[3]]), compression.build("none"), barrier_fraction=share, late_steps=late_steps
         )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compression.exchange.engine import Engine
-from compression.streams import Phases, future_of
+from compression.streams import Phases, device_future
 from tests.support.threads import ThreadCollectives, Uncompletable, run_ranks, within
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def test_a_job_goes_ahead_of_all_that_wait_but_those_that_it_comes_after(after: 
     def submit(named: Any) -> None:
         engine.submit(named("a"))
         engine.submit(named("b"))
-        engine.submit_ahead(named("c"), after)
+        engine.submit_urgent(named("c"), after)
 
     assert " ".join(order_of(engine, submit)) == expected
 
@@ -43,7 +43,7 @@ def test_all_ranks_run_jobs_in_the_order_that_rank_0_chooses() -> None:
     def order(ranks: ThreadCollectives) -> list[str]:
         ran: list[str] = []
         engine = Engine(CPU, ranks.broadcast)
-        ahead = lambda: engine.submit_ahead(lambda: ran.append("ahead"), 0)  # noqa: E731
+        ahead = lambda: engine.submit_urgent(lambda: ran.append("ahead"), 0)  # noqa: E731
         if ranks.rank:
             ahead()
         engine.submit(lambda: (ran.append("one"), ranks.rank or ahead())[0])
@@ -57,7 +57,7 @@ def test_all_ranks_run_jobs_in_the_order_that_rank_0_chooses() -> None:
 
 
 def test_an_engine_ends_though_another_ranks_job_never_comes() -> None:
-    engine = Engine(CPU, lambda goes_ahead: True)
+    engine = Engine(CPU, lambda urgent: True)
     engine.submit(lambda: pytest.fail("rank 0 chose another"))
     engine.close()
 
@@ -65,7 +65,7 @@ def test_an_engine_ends_though_another_ranks_job_never_comes() -> None:
 def test_a_closed_engine_takes_no_job() -> None:
     engine = Engine(CPU, bool)
     engine.close()
-    for submit in (engine.submit, partial(engine.submit_ahead, after=0)):
+    for submit in (engine.submit, partial(engine.submit_urgent, after=0)):
         with pytest.raises(RuntimeError, match=r"the exchange of this model is closed, .* or build the model and its"):
             submit(lambda: pytest.fail("nobody is there to run it"))
 
@@ -109,7 +109,7 @@ def test_the_last_phase_waits_for_no_other_job() -> None:
 def test_whoever_waits_for_a_job_that_raises_or_for_a_later_one_gets_the_exception() -> None:
     engine = Engine(CPU, bool)
     go = threading.Event()
-    before, failing, ahead, after = (future_of(CPU) for _ in range(4))
+    before, failing, ahead, after = (device_future(CPU) for _ in range(4))
 
     def job(future: Any) -> Phases:
         go.wait()
@@ -121,7 +121,7 @@ def test_whoever_waits_for_a_job_that_raises_or_for_a_later_one_gets_the_excepti
 
     engine.submit(partial(job, before), [before])
     engine.submit(fail, [failing])
-    engine.submit_ahead(lambda: pytest.fail("a job has raised"), 2, [ahead])
+    engine.submit_urgent(lambda: pytest.fail("a job has raised"), 2, [ahead])
     go.set()
     for future in (failing, ahead):
         with pytest.raises(OSError, match="out of order"):

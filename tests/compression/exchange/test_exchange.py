@@ -145,7 +145,7 @@ def test_a_backward_of_a_ddp_model_whose_exchange_is_closed_raises() -> None:
 
 def failing_network(rank: int) -> str:
     class Broken(compression.TorchDistributed):
-        def expect_exchange(self, sizes: Any, chunk: int, device: torch.device) -> Any:
+        def post_exchange(self, sizes: Any, chunk: int, device: torch.device) -> Any:
             raise ConnectionError("the cable is out")
 
     with ddp() as wrapped:
@@ -320,14 +320,14 @@ def test_an_unfinite_gradient_is_named_and_forgotten() -> None:
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("barrier_share", [1.0, 0.5])
+@pytest.mark.parametrize("barrier_fraction", [1.0, 0.5])
 def test_averages_that_cannot_be_handed_over_keep_nobody_waiting(
-    barrier_share: float, monkeypatch: pytest.MonkeyPatch
+    barrier_fraction: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = "compression.exchange.hooks" if barrier_share == 1.0 else "compression.exchange.broken_barrier"
-    monkeypatch.setattr(f"{module}.future_of", lambda device: Uncompletable())
+    module = "compression.exchange.hooks" if barrier_fraction == 1.0 else "compression.exchange.broken_barrier"
+    monkeypatch.setattr(f"{module}.device_future", lambda device: Uncompletable())
     network = model()
-    exchange = compression.attach(network, compression.build("none"), barrier_share=barrier_share)
+    exchange = compression.attach(network, compression.build("none"), barrier_fraction=barrier_fraction)
 
     def step() -> None:
         backward(network)
@@ -408,10 +408,10 @@ def test_the_time_that_backward_does_not_hide_is_counted() -> None:
     assert exchange.report().exposed_seconds == 0
 
 
-def trained_on_gpu(barrier_share: float) -> Tensor:
+def trained_on_gpu(barrier_fraction: float) -> Tensor:
     network = model().cuda()
     compressor = compression.build("maxmin", error_feedback=True)
-    exchange = compression.attach(network, compressor, barrier_share=barrier_share, late_steps=2)
+    exchange = compression.attach(network, compressor, barrier_fraction=barrier_fraction, late_steps=2)
     expect = exchange.averager.expect
 
     def slow(gradients: Gradients, step: int) -> Begin:
@@ -441,12 +441,12 @@ def trained_on_gpu(barrier_share: float) -> Tensor:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU whose streams to order")
-@pytest.mark.parametrize("barrier_share", [1.0, 0.5])
+@pytest.mark.parametrize("barrier_fraction", [1.0, 0.5])
 def test_on_a_gpu_the_exchange_and_backward_wait_for_one_another(
-    barrier_share: float, monkeypatch: pytest.MonkeyPatch
+    barrier_fraction: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_its_own_stream = trained_on_gpu(barrier_share)
+    on_its_own_stream = trained_on_gpu(barrier_fraction)
     make, default = torch.cuda.Stream, torch.cuda.default_stream()
     # The engine's stream is the one made with a device; torch wraps those that it has by their numbers.
     monkeypatch.setattr(torch.cuda, "Stream", lambda *device, **named: default if device else make(**named))
-    assert torch.equal(on_its_own_stream, trained_on_gpu(barrier_share))
+    assert torch.equal(on_its_own_stream, trained_on_gpu(barrier_fraction))

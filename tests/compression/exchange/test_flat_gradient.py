@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import compression
-from compression.exchange.flat_gradient import Whole
+from compression.exchange.flat_gradient import FlatGradient
 from compression.gradients import Gradients
 from compression.layers import layers_of
 from compression.network.collectives import Solo
@@ -216,7 +216,7 @@ def test_parts_are_joined_in_order_and_parted_again() -> None:
         Gradients(torch.cat([values[21:], values[19:21]]).to(torch.float16), ("d", "c"), (0, 25)),
         Gradients(values[:19].clone(), ("a", "b"), (0, 3)),
     ]
-    whole = Whole(layers)
+    whole = FlatGradient(layers)
     joined = whole.join(parts)
     assert joined.names == ("b", "d", "a", "c")
     assert joined.flat.dtype == torch.float32
@@ -230,7 +230,7 @@ def test_parts_are_joined_in_order_and_parted_again() -> None:
 
 
 def test_one_buffer_serves_every_step() -> None:
-    whole = Whole(layers_of([("a", (3,))], 4))
+    whole = FlatGradient(layers_of([("a", (3,))], 4))
     first = whole.join([Gradients(torch.ones(3), ("a",), (0,))]).flat
     assert whole.join([Gradients(torch.zeros(3), ("a",), (0,))]).flat.data_ptr() == first.data_ptr()
 
@@ -238,7 +238,7 @@ def test_one_buffer_serves_every_step() -> None:
 def test_every_listed_compressor_takes_it() -> None:
     for name, row in compression.COMPRESSORS.items():
         if row.listed:
-            assert compression.build(name, big_grad=True).at_once
+            assert compression.build(name, big_grad=True).needs_full_gradient
 
 
 @pytest.mark.parametrize("options", [{"ratio": 0.3}, {"ratio": 0.3, "efx_randk": 0.2}, {"ratio": 0.3, "efx_bits": 4}])

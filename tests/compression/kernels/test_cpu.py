@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from compression import COMPRESSORS, codec
 from compression.kernels import cpu, reference
-from compression.layers import DENSE, Layer, cut
+from compression.layers import DENSE, Layer, shard
 from compression.plans import Plan, Segment, plan
 from compression.randomness import stream_keys
 
@@ -32,10 +32,10 @@ def layout(
     layers = [Layer(index, f"layer{index}", (size,), True) for index, size in enumerate(sizes)]
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     segments = [Segment(layer, at, at) for layer, at in zip(layers, starts, strict=True)]
-    shares = {layer.name: cut(layer.numel, bucket_size, world_size, layer.index) for layer in layers}
+    shards = {layer.name: shard(layer.numel, bucket_size, world_size, layer.index) for layer in layers}
     bits = {layer.name: width for layer, width in zip(layers, widths, strict=True)}
     quantizer = codec(name, bucket_size=bucket_size)
-    return plan(segments, range(world_size), shares, bits, quantizer.share_bucket_size, quantizer.record_bytes)
+    return plan(segments, range(world_size), shards, bits, quantizer.shard_bucket_size, quantizer.record_bytes)
 
 
 def same_bits(name: str, where: Plan, values: torch.Tensor, residual: torch.Tensor | None) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from compression import kernels
 from compression.kernels import record_bytes, reference
-from compression.layers import DENSE, Layer, cut
+from compression.layers import DENSE, Layer, shard
 from compression.plans import Plan, Segment, plan
 from compression.randomness import stream_keys
 
@@ -93,10 +93,10 @@ def layout(family: str, layers: Layers, bucket_size: int, world_size: int) -> Pl
     starts = [0, *accumulate(size for size, _, _ in layers)]
     places = [Layer(index, f"layer{index}", (size,), True) for index, (size, _, _) in enumerate(layers)]
     segments = [Segment(layer, at, at) for layer, at in zip(places, starts, strict=False)]
-    shares = {layer.name: cut(layer.numel, bucket_size, world_size, layer.index) for layer in places}
+    shards = {layer.name: shard(layer.numel, bucket_size, world_size, layer.index) for layer in places}
     bits = {layer.name: width for layer, (_, width, _) in zip(places, layers, strict=True)}
     rule = None if family == "quantile" else bucket_size
-    return plan(segments, range(world_size), shares, bits, rule, lambda count, bits: record_bytes(family, count, bits))
+    return plan(segments, range(world_size), shards, bits, rule, lambda count, bits: record_bytes(family, count, bits))
 
 
 def differences(
@@ -313,7 +313,7 @@ def assembly(kernel: str, family: str, language: str, rows: int = 1, values: int
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     types = {**BUFFERS, **NUMBERS, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(function, {name: types[name] for name in function.arg_names}, constants)
-    compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps, **cuda.EXACTLY})
+    compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps, **cuda.NO_FMA})
     return str(compiled.asm[language])
 
 

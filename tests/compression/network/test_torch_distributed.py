@@ -42,13 +42,13 @@ def swap(network: TorchDistributed, sizes: Sequence[int]) -> dict[str, Any]:
 def several_at_once(network: TorchDistributed) -> dict[str, list[Tensor]]:
     """Exchanges and gathers of all sizes: all are expected before one is sent, in an order of this rank's own, and
     waited for the last one first."""
-    assert network.any_order(torch.device("cpu"))
+    assert network.matched_by_tag(torch.device("cpu"))
     expected = []
     for chunk, sizes in enumerate(SIZES):
         messages = torch.zeros(sum(sizes), dtype=torch.uint8)
         part_of(messages, sizes, network.rank).copy_(message(network.rank, sizes[network.rank]))
-        exchange = network.expect_exchange(sizes, chunk, messages.device)
-        expected.append((sizes, exchange, network.expect_gather(messages, sizes, chunk)))
+        exchange = network.post_exchange(sizes, chunk, messages.device)
+        expected.append((sizes, exchange, network.post_gather(messages, sizes, chunk)))
     exchanges, gathers = {}, {}
     for turn in range(len(SIZES)):
         chunk = (turn + network.rank) % len(SIZES)
@@ -81,7 +81,7 @@ def posted(down: dist.ProcessGroup | None, up: dist.ProcessGroup | None) -> list
     asked: list[tuple[str, int, str]] = []
     network = TorchDistributed(down, up)
     network.group, network._upward = Noting(network.group, "down", asked), Noting(network._upward, "up", asked)
-    send = network.expect_exchange([1, 1, 1], 0, torch.device("cpu"))
+    send = network.post_exchange([1, 1, 1], 0, torch.device("cpu"))
     expected = list(asked)
     send(message(network.rank, 2))()
     return [expected, asked]

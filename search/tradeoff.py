@@ -14,7 +14,7 @@ from .tables import Tables
 
 
 @dataclass(frozen=True)
-class Landing:
+class Breakpoint:
     """Above this beta/alpha the optimum takes `bits_a_value` bits a value, or fewer as it grows further.
 
     Infinite where no beta/alpha is enough, because some assignment has no error at all.
@@ -24,7 +24,7 @@ class Landing:
     bits_a_value: float
 
 
-def power_reaching(tables: Tables, bits_a_value: float) -> Landing:
+def ratio_for_bits(tables: Tables, bits_a_value: float) -> Breakpoint:
     """The least beta/alpha above which the optimum takes at most `bits_a_value` bits a value.
 
     The optimum is a corner of the hull of all (bytes, E), whatever the powers. Of those corners, the one with
@@ -34,18 +34,18 @@ def power_reaching(tables: Tables, bits_a_value: float) -> Landing:
 
     Raises ValueError where even the cheapest assignment takes more.
     """
-    choices_PL = hull_walk(tables)
-    error_P, nbytes_P = tables.totals(choices_PL)
+    columns_PL = hull_walk(tables)
+    error_P, nbytes_P = tables.totals(columns_PL)
     with np.errstate(divide="ignore"):
         log_error_P = np.log(error_P).tolist()
     log_ratio_P = np.log((nbytes_P + tables.dense_bytes) / (4 * tables.values)).tolist()
     corners = lower_hull(log_ratio_P, log_error_P)
-    bits_C = [tables.bits_a_value(tables.bits(choices_PL[corner])) for corner in corners]
+    bits_C = [tables.bits_a_value(tables.bits(columns_PL[corner])) for corner in corners]
     if bits_a_value < bits_C[0]:
         raise ValueError(
             f"no beta/alpha takes fewer than the cheapest {bits_C[0]:g} bits a value, got {bits_a_value:g}"
         )
     landing = max(c for c, bits in enumerate(bits_C) if bits <= bits_a_value)
     if landing == len(corners) - 1:
-        return Landing(0.0, bits_C[landing])
-    return Landing(-slope(log_ratio_P, log_error_P, *corners[landing : landing + 2]), bits_C[landing])
+        return Breakpoint(0.0, bits_C[landing])
+    return Breakpoint(-slope(log_ratio_P, log_error_P, *corners[landing : landing + 2]), bits_C[landing])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search import Tables, optimum, power_reaching
+from search import Tables, optimum, ratio_for_bits
 from tests.support.table_examples import fifty_layers, small_tables
 
 
@@ -14,7 +14,7 @@ from tests.support.table_examples import fifty_layers, small_tables
 def test_the_optimum_meets_the_average_above_the_named_power_and_misses_it_below(tables, share):
     least, most = (8 * bound(tables.nbytes, axis=1).sum() / sum(tables.numel) for bound in (np.min, np.max))
     average = max(least, least * (1 - share) + most * share)
-    landing = power_reaching(tables, average)
+    landing = ratio_for_bits(tables, average)
     assert landing.bits_a_value <= average
     if landing.power in (0, math.inf):
         met = tables.bits_a_value(optimum(tables, 1.0, 1.0).bits) <= average
@@ -30,7 +30,7 @@ def test_the_optimum_meets_the_average_above_the_named_power_and_misses_it_below
 @pytest.mark.parametrize("average", [2.5, 3.0, 4.0, 6.0])
 def test_on_fifty_layers_the_optimum_jumps_over_the_average_at_the_named_power(average):
     tables = fifty_layers()
-    landing = power_reaching(tables, average)
+    landing = ratio_for_bits(tables, average)
     above, below = (
         optimum(tables, 0.5, 0.5 * landing.power * factor).bits for factor in (1 + 1e-9, 1 - 1e-9)
     )
@@ -38,17 +38,17 @@ def test_on_fifty_layers_the_optimum_jumps_over_the_average_at_the_named_power(a
 
 
 def test_an_average_that_any_power_meets_needs_none():
-    assert power_reaching(fifty_layers(), 9.0).power == 0
+    assert ratio_for_bits(fifty_layers(), 9.0).power == 0
 
 
 def test_where_an_assignment_is_without_error_no_power_moves_the_optimum():
     tables = Tables(["only"], [2, 8], [[1.0, 0.0]], [[2, 8]], dense_bytes=0, values=8, numel=[8])
-    assert power_reaching(tables, 4.0).power == math.inf
-    assert power_reaching(tables, 8.0).power == 0
+    assert ratio_for_bits(tables, 4.0).power == math.inf
+    assert ratio_for_bits(tables, 8.0).power == 0
 
 
 def test_less_than_the_cheapest_average_is_refused():
     with pytest.raises(
         ValueError, match=r"no beta/alpha takes fewer than the cheapest 2\.\d+ bits a value, got 1"
     ):
-        power_reaching(fifty_layers(), 1.0)
+        ratio_for_bits(fifty_layers(), 1.0)
