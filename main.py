@@ -33,6 +33,7 @@ from compression.network.world import Failure, World, is_lost_peer, join_ranks, 
 from compression.statistics import JsonLines, TensorBoard, to_all
 from image_classification import checkpoints, data, logs, models
 from image_classification.allocator import keep_freed_memory
+from image_classification.atomic import replacing
 from image_classification.interruption import Interruption
 from image_classification.logs import Step
 from image_classification.losses import training_loss
@@ -777,10 +778,13 @@ class Run:
 
     def _report(self, result: search.SearchResult, when: int | str) -> None:
         names = [layer.name for layer in self.exchange.layers if not layer.compressed]
-        folder = search.write_logs(result, self.workspace, when, names)
-        picture = folder / f"search_{when}.png"
-        search.plot(result, picture)
-        self.written += [folder / f"search_{when}.json", folder / f"compress_scheme_{when}.json", picture]
+        folder = self.workspace / "adapt_logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = f"search_{when}.png"
+        for name, content in (search.logs(result, when, names) | {picture: search.plot(result)}).items():
+            with replacing(folder / name) as file:
+                file.write(content)
+        self.written += [folder / name for name in (f"search_{when}.json", f"compress_scheme_{when}.json", picture)]
         self.log.line(search.as_text(result, when))
         step = (self.epoch,) if isinstance(when, str) else (when,)
         self.log.detail(step, {f"search.bits/{name}": bits for name, bits in result.bits_by_layer().items()})
