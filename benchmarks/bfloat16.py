@@ -15,7 +15,7 @@ import torch
 from compression import COMPRESSORS, Collectives, Layer
 from compression.averagers import Averager, Stateless
 from compression.gradients import Gradients
-from compression.registry import Options, Row
+from compression.registry import DenseOptions, Row
 
 
 class BFloat16(Stateless):
@@ -34,12 +34,12 @@ class BFloat16(Stateless):
         gradients.flat.copy_(rounded)
 
 
-def bfloat16(options: Options, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:
+def bfloat16(options: DenseOptions, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:
     return BFloat16(collectives)
 
 
 if __name__ == "__main__":
-    COMPRESSORS["bfloat16"] = Row("bfloat16 all-reduce", (), bfloat16, stateless=True)
+    COMPRESSORS["bfloat16"] = Row("bfloat16 all-reduce", DenseOptions, bfloat16, stateless=True)
     from main import main
 
     sys.exit(main())

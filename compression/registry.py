@@ -1,148 +1,291 @@
-"""The registry: every compressor's name, and how to build it. The only list of compressor names.
+"""The registry: every compressor's name, its options, and how to build it. The only list of compressor names.
 
-The command line's choices, the tests and the documentation read it. A new compressor is one file (or one class in
-its family's file) and one row here.
+The command line's choices, the tests and the documentation read it. A new compressor is one class in its family's file
+and one row here. Rows load what they build when they build it: to list names and options takes no torch.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .averagers import (
-    Averager,
-    DeepGradientCompression,
-    Dense,
-    Gathered,
-    LowRank,
-    OneHop,
-    RandomKAverager,
-    Residual,
-    RmsScore,
-    Sanity,
-    StatisticsAverager,
-    TwoHop,
-    WarmUp,
-)
-from .codecs.base import Codec
-from .codecs.low_rank import SpectralAtoms, sides
-from .codecs.quantizers import Exponential, MaxMin, NormUniform, OneBit, Quantile, Quantizer, TernGrad, VariableWidth
-from .codecs.sparsifiers import RandomK, TopK
-from .layers import Layer
-from .network.collectives import Collectives
+if TYPE_CHECKING:
+    from .averagers import Averager
+    from .averagers.top_k import Score
+    from .codecs.base import Codec
+    from .codecs.quantizers import Quantizer
+    from .layers import Layer
+    from .network.collectives import Collectives
 
-Build = Callable[["Options", Sequence[Layer], Collectives, int], Averager]
+
+class Options:
+    """The options of a compressor: a frozen dataclass whose fields are what it takes, with their defaults.
+
+    What a compressor does not take has the value that it has here.
+
+    `bucket_size`: values that share scales, -1 for the whole layer; layers with fewer values travel in float32.
+    `warmup_steps`: optimizer steps in float32 before compression begins.
+    `big_grad`: all gradients travel as one tensor, after backward.
+    `clip`: bound of the norm of a rank's whole gradient.
+
+    Raises ValueError for a value out of range.
+    """
+
+    bucket_size: int = 512
+    error_feedback: bool = False
+    warmup_steps: int = 0
+    big_grad: bool = False
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps counts optimizer steps, got {self.warmup_steps}")
+
+    @property
+    def needs_full_gradient(self) -> bool:
+        """Whether all gradients are needed at once: as one tensor, or for their norm."""
+        return self.big_grad or self.clip is not None
 
 
 @dataclass(frozen=True)
-class Options:
-    """Every option that some compressor takes; each takes those that its row names.
+class DenseOptions(Options):
+    """Of what is not encoded."""
 
-    `warmup_steps`: optimizer steps in float32 before compression begins. `rank`: of a layer as a product of factors.
-    `big_grad`: all gradients travel as one tensor, after backward. `ratio`: share of values that a top-k keeps; what it
-    drops is lost, or remembered (`error_feedback`), or sent in `efx_bits` bits, or a random share `efx_randk` of it is.
-    `momentum`, `nesterov`, `clip` (norm of a rank's gradient, before momentum): of deep gradient compression.
-    """
+    big_grad: bool = False
+
+
+@dataclass(frozen=True)
+class FixedWidthOptions(Options):
+    """Of a quantizer that has one width."""
+
+    bucket_size: int = 512
+    error_feedback: bool = False
+    warmup_steps: int = 0
+    big_grad: bool = False
+
+
+@dataclass(frozen=True)
+class QuantizerOptions(Options):
+    """Of a quantizer with a choice of `bits` per value."""
 
     bits: int = 4
     bucket_size: int = 512
     error_feedback: bool = False
     warmup_steps: int = 0
-    rank: int = 4
     big_grad: bool = False
+
+
+@dataclass(frozen=True)
+class TopKOptions(Options):
+    """`ratio`: fraction of values that are kept. What is dropped is lost, or remembered (`error_feedback`), or sent in
+    `efx_bits` bits, or a random fraction `efx_randk` of it is sent."""
+
     ratio: float = 0.01
+    bucket_size: int = 512
+    error_feedback: bool = False
     efx_bits: int | None = None
     efx_randk: float | None = None
+    warmup_steps: int = 0
+    big_grad: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fates = {
+            "error_feedback": self.error_feedback,
+            "efx_bits": self.efx_bits is not None,
+            "efx_randk": self.efx_randk is not None,
+        }
+        if len(chosen := [name for name, on in fates.items() if on]) > 1:
+            raise ValueError(f"what a top-k drops has one fate: choose one of {' and '.join(chosen)}")
+
+
+@dataclass(frozen=True)
+class LowRankOptions(Options):
+    """`rank`: columns of each of a layer's two factors."""
+
+    rank: int = 4
+    bucket_size: int = 512
+    error_feedback: bool = False
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"rank counts the columns of a factor, at least 1, got {self.rank}")
+
+
+@dataclass(frozen=True)
+class AtomsOptions(LowRankOptions):
+    """`rank`: atoms of each layer."""
+
+    big_grad: bool = False
+
+
+@dataclass(frozen=True)
+class DgcOptions(Options):
+    """`ratio`: fraction of values that are kept after `warmup_steps`. `momentum`, `nesterov`: of each rank's own
+    velocity. `clip`: bound of the norm of a rank's gradient, before momentum; None is off."""
+
+    ratio: float = 0.01
     momentum: float = 0.9
     nesterov: bool = False
     clip: float | None = None
+    bucket_size: int = 512
+    warmup_steps: int = 0
+    big_grad: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is a number from 0 to below 1, got {self.momentum}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip bounds a norm and is a number above 0, got {self.clip}; None is off")
+
+
+Build = Callable[[Any, Sequence["Layer"], "Collectives", int], "Averager"]
+"""(options, layers, collectives, seed) -> the averager bound to them. The options are of the row's own class."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One compressor: what it is, the options it takes, how its averager and its codec are built.
+    """One compressor: what it is, the class of its options, and how its averager and its codec are built.
 
-    A `quantizer` makes the codec; other codecs are made by `codec` from options of their own.
-    `listed`: among the choices of --compression-type; the others have a flag of their own. `own_warmup`: what it does
-    in its first `warmup_steps` is its own business, and not float32. `stateless`: its averager remembers nothing.
+    Either a `quantizer`, whose codes are averaged in two hops, or what `average` builds. `quantizer` and `codec` are
+    classes, or their names within `compression.codecs`.
+    `listed`: among the choices of a compression type; the others are chosen otherwise. `needs_feedback`: error feedback
+    is always on. `own_warmup`: what it does in its first `warmup_steps` is its own business, and not float32.
+    `stateless`: its averager remembers nothing.
     """
 
     summary: str
-    takes: tuple[str, ...]
-    average: Build
-    quantizer: type[Quantizer] | None = None
+    options: type[Any]
+    average: Build | None = None
+    quantizer: "str | type[Quantizer] | None" = None
+    codec: "str | Callable[..., Codec] | None" = None
     listed: bool = True
-    codec: Callable[..., Codec] | None = None
+    needs_feedback: bool = False
     own_warmup: bool = False
     stateless: bool = False
 
     @property
+    def takes(self) -> tuple[str, ...]:
+        """The names of its options."""
+        return tuple(field.name for field in fields(self.options))
+
+    @property
     def has_bits(self) -> bool:
         """Whether its bit width can be chosen, per layer too, and so searched for."""
-        return self._with_bits is not None
+        return self.quantizer is not None and "bits" in self.takes
 
     @property
     def supports_stale_updates(self) -> bool:
-        """Whether the average of a layer may last longer than its step: what is remembered of it is kept by itself."""
+        """Whether the average of a layer may last longer than its step: each layer is settled by itself."""
         return self.stateless or self.quantizer is not None
 
     @property
     def min_bits(self) -> int:
-        return self._with_bits.min_bits if self._with_bits is not None else 0
+        """The least width, 0 where there is none to choose."""
+        least: int = _load(self.quantizer).min_bits if self.has_bits else 0
+        return least
 
-    @property
-    def _with_bits(self) -> type[VariableWidth] | None:
-        return self.quantizer if self.quantizer and issubclass(self.quantizer, VariableWidth) else None
+    def quantizer_of(self, options: Any) -> "Quantizer":
+        """The quantizer with those of the options that it is made from. ValueError where one is out of range."""
+        kind = _load(self.quantizer)
+        made: Quantizer = kind(**{field.name: getattr(options, field.name) for field in fields(kind) if field.init})
+        return made
 
+    def averager(
+        self, options: Any, layers: Sequence["Layer"], collectives: "Collectives", seed: int
+    ) -> "Averager":
+        """The averager bound to layers and ranks, its warm-up aside."""
+        if self.average is not None:
+            return self.average(options, layers, collectives, seed)
+        from .averagers import TwoHop
 
-def _quantized(quantizer: type[Quantizer], needs_feedback: bool = False) -> Build:
-    def average(options: Options, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:
-        codec = quantizer(**_own(quantizer, options))
-        return TwoHop(codec, layers, collectives, seed, options.error_feedback or needs_feedback)
-
-    return average
-
-
-def _own(quantizer: type[Quantizer], options: Options) -> dict[str, Any]:
-    """Those of the options that a quantizer is made from."""
-    return {field.name: getattr(options, field.name) for field in fields(quantizer) if field.init}  # type: ignore[arg-type]
-
-
-def _powersgd(options: Options, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:
-    return LowRank(options.rank, layers, collectives, seed)
+        feedback = options.error_feedback or self.needs_feedback
+        return TwoHop(self.quantizer_of(options), layers, collectives, seed, feedback)
 
 
-def _svd(options: Options, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:
-    def atoms(layer: Layer) -> Codec:
+def _none(options: DenseOptions, layers: Sequence["Layer"], collectives: "Collectives", seed: int) -> "Averager":
+    from .averagers import Dense
+
+    return Dense(collectives)
+
+
+def _sanity(options: DenseOptions, layers: Sequence["Layer"], collectives: "Collectives", seed: int) -> "Averager":
+    from .averagers import Sanity
+
+    return Sanity()
+
+
+def _stats(options: DenseOptions, layers: Sequence["Layer"], collectives: "Collectives", seed: int) -> "Averager":
+    from .averagers import StatisticsAverager
+
+    return StatisticsAverager(collectives, {layer.name: layer.numel for layer in layers})
+
+
+def _powersgd(options: LowRankOptions, layers: Sequence["Layer"], collectives: "Collectives", seed: int) -> "Averager":
+    from .averagers import PowerSGD
+
+    return PowerSGD(options.rank, layers, collectives, seed)
+
+
+def _svd(options: AtomsOptions, layers: Sequence["Layer"], collectives: "Collectives", seed: int) -> "Averager":
+    from .averagers import OneHop
+    from .codecs.low_rank import SpectralAtoms, sides
+
+    def atoms(layer: "Layer") -> SpectralAtoms:
         return SpectralAtoms(*sides(layer.shape), options.rank, contraction=options.error_feedback)
 
     return OneHop(atoms, layers, collectives, seed, options.error_feedback)
 
 
-def _stats(options: Options, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:
-    return StatisticsAverager(collectives, {layer.name: layer.numel for layer in layers})
+def _top_k(options: TopKOptions, layers: Sequence["Layer"], collectives: "Collectives", seed: int) -> "Averager":
+    return _top_k_by(None, options, layers, collectives, seed)
 
 
-def _top_k(score: type[RmsScore] | None = None) -> Build:
-    def average(options: Options, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:
-        dropped: Averager | None = None
-        if options.efx_bits is not None:
-            dropped = TwoHop(MaxMin(options.efx_bits, options.bucket_size), layers, collectives, seed)
-        if options.efx_randk is not None:
-            dropped = RandomKAverager(RandomK(options.efx_randk), layers, collectives, seed)
-        return Gathered(
-            TopK(options.ratio),
-            layers,
-            collectives,
-            Residual(layers) if options.error_feedback else None,
-            score(layers) if score is not None else None,
-            dropped,
-            global_top_k=options.big_grad,
-        )
+def _top_k_rmsprop(
+    options: TopKOptions, layers: Sequence["Layer"], collectives: "Collectives", seed: int
+) -> "Averager":
+    from .averagers import RmsScore
 
-    return average
+    return _top_k_by(RmsScore(layers), options, layers, collectives, seed)
 
 
-def _dgc(options: Options, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:
+def _top_k_by(
+    score: "Score | None", options: TopKOptions, layers: Sequence["Layer"], collectives: "Collectives", seed: int
+) -> "Averager":
+    """The top-k of a score, by magnitude where there is none."""
+    from .averagers import Residual, TopKAverager
+
+    return TopKAverager(
+        _load("sparsifiers.TopK")(options.ratio),
+        layers,
+        collectives,
+        Residual(layers) if options.error_feedback else None,
+        score,
+        _dropped(options, layers, collectives, seed),
+        global_top_k=options.big_grad,
+    )
+
+
+def _dropped(
+    options: TopKOptions, layers: Sequence["Layer"], collectives: "Collectives", seed: int
+) -> "Averager | None":
+    """What averages the values that a top-k drops."""
+    from .averagers import RandomKAverager, TwoHop
+
+    if options.efx_bits is not None:
+        codec = _load("quantizers.MaxMin")(options.efx_bits, options.bucket_size)
+        return TwoHop(codec, layers, collectives, seed)
+    if options.efx_randk is not None:
+        return RandomKAverager(_load("sparsifiers.RandomK")(options.efx_randk), layers, collectives, seed)
+    return None
+
+
+def _dgc(options: DgcOptions, layers: Sequence["Layer"], collectives: "Collectives", seed: int) -> "Averager":
+    from .averagers import DeepGradientCompression
+
     return DeepGradientCompression(
         options.ratio,
         layers,
@@ -155,64 +298,58 @@ def _dgc(options: Options, layers: Sequence[Layer], collectives: Collectives, se
     )
 
 
-_FIXED_WIDTH = ("bucket_size", "error_feedback", "warmup_steps", "big_grad")
-_QUANTIZER = ("bits", *_FIXED_WIDTH)
-_TOP_K = ("ratio", "bucket_size", "error_feedback", "efx_bits", "efx_randk", "warmup_steps", "big_grad")
-
 COMPRESSORS: dict[str, Row] = {
-    "none": Row(
-        "float32 all-reduce",
-        ("big_grad",),
-        lambda options, layers, collectives, seed: Dense(collectives),
-        stateless=True,
+    "none": Row("float32 all-reduce", DenseOptions, _none, stateless=True),
+    "sanity": Row("sends nothing, every gradient is zero", DenseOptions, _sanity, stateless=True),
+    "maxmin": Row(
+        "uniform levels between minimum and maximum",
+        QuantizerOptions,
+        quantizer="quantizers.MaxMin",
     ),
-    "sanity": Row(
-        "sends nothing, every gradient is zero",
-        ("big_grad",),
-        lambda options, layers, collectives, seed: Sanity(),
-        stateless=True,
-    ),
-    "maxmin": Row("uniform levels between minimum and maximum", _QUANTIZER, _quantized(MaxMin), MaxMin),
     "exponential": Row(
         "signs, and levels that halve from the largest magnitude (NUQSGD)",
-        _QUANTIZER,
-        _quantized(Exponential),
-        Exponential,
+        QuantizerOptions,
+        quantizer="quantizers.Exponential",
     ),
     "1bit": Row(
         "signs, and the means of negatives and others, always with error feedback",
-        _FIXED_WIDTH,
-        _quantized(OneBit, needs_feedback=True),
-        OneBit,
+        FixedWidthOptions,
+        quantizer="quantizers.OneBit",
+        needs_feedback=True,
     ),
     "norm_uniform": Row(
         "signs, and uniform levels up to the largest magnitude (QSGD)",
-        _QUANTIZER,
-        _quantized(NormUniform),
-        NormUniform,
+        QuantizerOptions,
+        quantizer="quantizers.NormUniform",
     ),
-    "terngrad": Row("three values, five to a byte", _FIXED_WIDTH, _quantized(TernGrad), TernGrad),
-    "topk": Row("the largest by magnitude, values and indices", _TOP_K, _top_k(), codec=TopK),
-    "topk_rmsprop": Row("the largest by magnitude over their running root mean square", _TOP_K, _top_k(RmsScore)),
+    "terngrad": Row("three values, five to a byte", FixedWidthOptions, quantizer="quantizers.TernGrad"),
+    "topk": Row(
+        "the largest by magnitude, values and indices", TopKOptions, _top_k, codec="sparsifiers.TopK"
+    ),
+    "topk_rmsprop": Row(
+        "the largest by magnitude over their running root mean square", TopKOptions, _top_k_rmsprop
+    ),
     "svd": Row(
         "some atoms of each layer's singular value decomposition, drawn at random",
-        ("rank", "bucket_size", "error_feedback", "warmup_steps", "big_grad"),
+        AtomsOptions,
         _svd,
-        codec=SpectralAtoms,
+        codec="low_rank.SpectralAtoms",
     ),
     "stats": Row(
-        "float32 all-reduce, and statistics of the gradients on the way", ("big_grad",), _stats, stateless=True
+        "float32 all-reduce, and statistics of the gradients on the way", DenseOptions, _stats, stateless=True
     ),
-    "quantile": Row("levels at the quantiles of each layer", _QUANTIZER, _quantized(Quantile), Quantile),
+    "quantile": Row(
+        "levels at the quantiles of each layer", QuantizerOptions, quantizer="quantizers.Quantile"
+    ),
     "powersgd": Row(
         "two thin factors of each layer, warm-started, always with error feedback",
-        ("rank", "bucket_size", "error_feedback", "warmup_steps"),
+        LowRankOptions,
         _powersgd,
         listed=False,
     ),
     "dgc": Row(
         "deep gradient compression: top-k of momentum that each rank keeps for itself",
-        ("ratio", "momentum", "nesterov", "clip", "bucket_size", "warmup_steps", "big_grad"),
+        DgcOptions,
         _dgc,
         listed=False,
         own_warmup=True,
@@ -225,28 +362,33 @@ class Compressor:
     """A compressor with its options, not yet bound to a model: what `attach` takes."""
 
     name: str
-    options: Options
+    options: Any
 
     @property
     def bucket_size(self) -> int:
-        return self.options.bucket_size
+        """Values that share scales; layers with fewer travel in float32."""
+        size: int = self.options.bucket_size
+        return size
 
     @property
     def needs_full_gradient(self) -> bool:
-        """Whether it needs the whole gradient at once: as one tensor, or for its norm."""
-        return self.options.big_grad or self.options.clip is not None
+        """Whether it needs all gradients at once: as one tensor, or for their norm."""
+        needs: bool = self.options.needs_full_gradient
+        return needs
 
-    def averager(self, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:
+    def averager(self, layers: Sequence["Layer"], collectives: "Collectives", seed: int) -> "Averager":
         """Bind to layers and ranks."""
         row = COMPRESSORS[self.name]
-        inner = row.average(self.options, layers, collectives, seed)
+        inner = row.averager(self.options, layers, collectives, seed)
         if self.options.warmup_steps == 0 or row.own_warmup:
             return inner
+        from .averagers import Dense, WarmUp
+
         return WarmUp(inner, Dense(collectives), self.options.warmup_steps)
 
 
 def build(name: str, **options: Any) -> Compressor:
-    """The compressor of a name. Options as in `Options`.
+    """The compressor of a name. Options are the fields of its row's `options`.
 
     Raises ValueError for a name or an option that does not exist, an option that this compressor does not take, and a
     value out of range.
@@ -257,34 +399,15 @@ def build(name: str, **options: Any) -> Compressor:
         raise ValueError(
             f"compressor {name} takes no option {unknown[0]!r}; it takes {', '.join(row.takes) or 'none'}"
         )
-    compressor = Compressor(name, Options(**options))
+    chosen = row.options(**options)
     if row.quantizer is not None:
-        row.quantizer(**_own(row.quantizer, compressor.options))
-    if compressor.options.warmup_steps < 0:
-        raise ValueError(f"warmup_steps counts optimizer steps, got {compressor.options.warmup_steps}")
-    if compressor.options.rank < 1:
-        raise ValueError(f"rank counts the columns of a factor, at least 1, got {compressor.options.rank}")
-    _check_sparse(compressor.options)
-    return compressor
-
-
-def _check_sparse(options: Options) -> None:
-    TopK(options.ratio)
-    if options.efx_bits is not None:
-        MaxMin(options.efx_bits, options.bucket_size)
-    if options.efx_randk is not None:
-        RandomK(options.efx_randk)
-    fates = {
-        "error_feedback": options.error_feedback,
-        "efx_bits": options.efx_bits is not None,
-        "efx_randk": options.efx_randk is not None,
-    }
-    if len(chosen := [name for name, on in fates.items() if on]) > 1:
-        raise ValueError(f"what a top-k drops has one fate: choose one of {' and '.join(chosen)}")
-    if not 0 <= options.momentum < 1:
-        raise ValueError(f"momentum is a number from 0 to below 1, got {options.momentum}")
-    if options.clip is not None and not options.clip > 0:
-        raise ValueError(f"clip bounds a norm and is a number above 0, got {options.clip}; None is off")
+        row.quantizer_of(chosen)
+    for option, codec in (("ratio", "sparsifiers.TopK"), ("efx_randk", "sparsifiers.RandomK")):
+        if getattr(chosen, option, None) is not None:
+            _load(codec)(getattr(chosen, option))
+    if getattr(chosen, "efx_bits", None) is not None:
+        _load("quantizers.MaxMin")(chosen.efx_bits, chosen.bucket_size)
+    return Compressor(name, chosen)
 
 
 def codec(name: str, **options: Any) -> Any:
@@ -295,11 +418,13 @@ def codec(name: str, **options: Any) -> Any:
     """
     row = _row(name)
     if row.codec is not None:
-        return row.codec(**options)
+        return _load(row.codec)(**options)
     if row.quantizer is None:
         with_codec = [name for name, row in COMPRESSORS.items() if row.quantizer or row.codec]
         raise ValueError(f"compressor {name} has no codec; those with one: {', '.join(with_codec)}")
-    return row.quantizer(**{**_own(row.quantizer, Options()), **options})
+    kind, defaults = _load(row.quantizer), row.options()
+    own = {field.name: getattr(defaults, field.name) for field in fields(kind) if field.init}
+    return kind(**{**own, **options})
 
 
 def with_bits() -> list[str]:
@@ -316,3 +441,11 @@ def _row(name: str) -> Row:
     if name not in COMPRESSORS:
         raise ValueError(f"no compressor is called {name!r}; there are {', '.join(COMPRESSORS)}")
     return COMPRESSORS[name]
+
+
+def _load(kind: Any) -> Any:
+    """A class, or the class of a name within `compression.codecs`."""
+    if not isinstance(kind, str):
+        return kind
+    module, _, name = kind.rpartition(".")
+    return getattr(importlib.import_module(f".codecs.{module}", __package__), name)

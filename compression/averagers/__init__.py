@@ -13,8 +13,8 @@ One file per way of agreeing:
 | float32, half | yes | Dense: all-reduce | 2 (W-1)/W x width x N |
 | b-bit codes | no | TwoHop: exchange, decode and add, encode again, gather | 2 (W-1)/W x encoded |
 | codes of any other kind | no | OneHop: one gather | (W-1) x encoded |
-| (index, value) pairs | no, and the mean is denser | Gathered: one gather | (W-1) x encoded |
-| P and Q of PowerSGD | yes | LowRank: two all-reduces | 2 (W-1)/W x 4 R (rows + cols) |
+| (index, value) pairs | no, and the mean is denser | TopKAverager: one gather | (W-1) x encoded |
+| P and Q of PowerSGD | yes | PowerSGD: two all-reduces | 2 (W-1)/W x 4 R (rows + cols) |
 
 W ranks, N values, rank R.
 """
@@ -25,9 +25,9 @@ from .dense import Dense, Sanity
 from .dgc import DeepGradientCompression
 from .observed import StatisticsAverager
 from .one_hop import OneHop
-from .powersgd import LowRank
+from .powersgd import PowerSGD
 from .random_k import RandomKAverager
-from .top_k import Gathered, Residual, RmsScore
+from .top_k import Residual, RmsScore, TopKAverager
 from .two_hop import TwoHop
 from .warm_up import WarmUp
 
@@ -36,17 +36,17 @@ __all__ = [
     "Begin",
     "DeepGradientCompression",
     "Dense",
-    "Gathered",
     "Gradients",
-    "LowRank",
     "Memory",
     "OneHop",
+    "PowerSGD",
     "RandomKAverager",
     "Residual",
     "RmsScore",
     "Sanity",
     "Stateless",
     "StatisticsAverager",
+    "TopKAverager",
     "TwoHop",
     "WarmUp",
 ]

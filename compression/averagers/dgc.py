@@ -11,7 +11,7 @@ from ..gradients import Gradients
 from ..layer_state import LayerState
 from ..layers import Layer
 from ..network.collectives import Collectives
-from .top_k import Gathered, placed, spans
+from .top_k import TopKAverager, placed, spans
 
 STAGES = 4  # of the ramp: 1/4, 1/16, 1/64, 1/256
 
@@ -44,7 +44,7 @@ class MomentumCorrection:
             memory.pending.index_fill_(0, positions, 0.0)
 
 
-class DeepGradientCompression(Gathered):
+class DeepGradientCompression(TopKAverager):
     """Top-k of momentum that each rank keeps for itself (Lin et al. 2018, arXiv:1712.01887).
 
     It stands in for the momentum of the layers that it compresses, `without_momentum`: the optimizer's own must be

@@ -69,7 +69,7 @@ class _Route:
     second_values: int
 
 
-class LowRank(Plain):
+class PowerSGD(Plain):
     """PowerSGD (Vogels et al. 2019, arXiv:1905.13727, algorithms 1 and 2), 2 (W - 1) / W x 4 R (rows + cols) bytes.
 
     A layer is a matrix M whose rows are its first dimension. One step of subspace iteration, from where the last

@@ -101,7 +101,7 @@ class RmsScore:
         return Gradients(scores, gradients.names, gradients.offsets)
 
 
-class Gathered(Plain):
+class TopKAverager(Plain):
     """Sparse averaging in one gather, at (W - 1) x encoded bytes a rank.
 
     Each rank sends a top-k of what it owes of each layer, and all add up all messages in rank order. Layers that are

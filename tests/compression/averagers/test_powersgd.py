@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import compression
 from compression import Metered, Solo
-from compression.averagers import LowRank
+from compression.averagers import PowerSGD
 from compression.gradients import Gradients
 from compression.layers import layers_of
 from tests.support.threads import ThreadCollectives, run_ranks
@@ -52,15 +52,15 @@ def product(name: str, rank: int, generator: torch.Generator) -> Tensor:
     return (torch.randn(rows, rank, generator=generator) @ torch.randn(rank, cols, generator=generator)).view(-1)
 
 
-def average(bound: LowRank, values: Tensor, step: int = 0, applied: bool = True) -> Tensor:
+def average(bound: PowerSGD, values: Tensor, step: int = 0, applied: bool = True) -> Tensor:
     flat = values.clone()
     bound.average_(Gradients(flat, tuple(SHAPES), OFFSETS), step)
     bound.settle(applied)
     return flat
 
 
-def low_rank(ranks: Any = None, rank: int = RANK) -> LowRank:
-    return LowRank(rank, LAYERS, ranks or Solo(), seed=7)
+def low_rank(ranks: Any = None, rank: int = RANK) -> PowerSGD:
+    return PowerSGD(rank, LAYERS, ranks or Solo(), seed=7)
 
 
 # Against others
@@ -184,7 +184,7 @@ def test_what_is_applied_follows_the_gradients_and_residuals_stay_bounded(shape:
     layers = layers_of([("weight", shape)], 64)
 
     def work(ranks: ThreadCollectives) -> tuple[float, float, Tensor]:
-        bound = LowRank(1, layers, ranks, seed=3)
+        bound = PowerSGD(1, layers, ranks, seed=3)
         generator = torch.Generator().manual_seed(ranks.rank)
         own, applied, given = torch.randn(96, generator=generator), torch.zeros(96), torch.zeros(96)
         largest = 0.0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compression import build
-from compression.averagers import Averager, Gathered, RmsScore
+from compression.averagers import Averager, RmsScore, TopKAverager
 from compression.codecs.quantizers import MaxMin
 from compression.codecs.sparsifiers import RandomK, TopK
 from compression.gradients import Gradients
@@ -35,13 +35,15 @@ def average(bound: Averager, values: Tensor, step: int = 0) -> Tensor:
     return flat
 
 
-def bind(name: str, ranks: Any, **options: Any) -> Gathered:
+def bind(name: str, ranks: Any, **options: Any) -> TopKAverager:
     bound = build(name, bucket_size=64, **options).averager(LAYERS, ranks, seed=11)
-    assert isinstance(bound, Gathered)
+    assert isinstance(bound, TopKAverager)
     return bound
 
 
-def on_ranks(world_size: int, work: Callable[[Gathered, int], Any], name: str = "topk", **options: Any) -> list[Any]:
+def on_ranks(
+    world_size: int, work: Callable[[TopKAverager, int], Any], name: str = "topk", **options: Any
+) -> list[Any]:
     return run_ranks(world_size, lambda ranks: work(bind(name, ranks, **options), ranks.rank))
 
 
@@ -72,7 +74,7 @@ def test_the_average_is_the_mean_of_the_ranks_top_k(world_size: int, ratio: floa
 
 @pytest.mark.parametrize("ratio", [0.01, 0.25])
 def test_a_rank_sends_its_records_and_the_dense_layers_once(ratio: float) -> None:
-    def work(bound: Gathered, rank: int) -> int:
+    def work(bound: TopKAverager, rank: int) -> int:
         average(bound, gradient(rank))
         return bound.encoded_bytes
 
@@ -85,7 +87,7 @@ def test_a_rank_sends_its_records_and_the_dense_layers_once(ratio: float) -> Non
 def test_with_error_feedback_what_was_applied_follows_the_sum_of_gradients(name: str, steps: int) -> None:
     """What was applied and what the ranks still owe add up to all gradients, and what they owe stays bounded."""
 
-    def work(bound: Gathered, rank: int) -> tuple[Tensor, Tensor, float]:
+    def work(bound: TopKAverager, rank: int) -> tuple[Tensor, Tensor, float]:
         applied, true, largest = torch.zeros(VALUES), torch.zeros(VALUES), 0.0
         for step in range(steps):
             applied += average(bound, gradient(rank, step), step)
@@ -186,7 +188,7 @@ def test_dropped_values_travel_quantized_and_unbiased() -> None:
     """The mean over many draws of the rounding, value by value: |z| > 5.5 has a chance of 4e-8, 6e-5 in all."""
     steps = 150
 
-    def work(bound: Gathered, rank: int) -> Tensor:
+    def work(bound: TopKAverager, rank: int) -> Tensor:
         return torch.stack([average(bound, gradient(rank), step) for step in range(steps)]).double()
 
     drawn = on_ranks(2, work, efx_bits=4, ratio=0.01)[0]
@@ -197,7 +199,7 @@ def test_dropped_values_travel_quantized_and_unbiased() -> None:
 
 
 def test_the_dense_layers_are_not_sent_a_second_time_with_the_dropped_values() -> None:
-    def work(bound: Gathered, rank: int) -> int:
+    def work(bound: TopKAverager, rank: int) -> int:
         average(bound, gradient(rank))
         return bound.encoded_bytes
 
@@ -211,7 +213,7 @@ def test_the_dense_layers_are_not_sent_a_second_time_with_the_dropped_values() -
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_dropped_values_at_the_drawn_positions_reach_the_average(world_size: int) -> None:
-    def work(bound: Gathered, rank: int) -> list[Tensor]:
+    def work(bound: TopKAverager, rank: int) -> list[Tensor]:
         return [average(bound, gradient(rank), step) for step in range(2)]
 
     full = mean([gradient(rank) for rank in range(world_size)])
@@ -232,7 +234,7 @@ def test_dropped_values_at_the_drawn_positions_reach_the_average(world_size: int
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["topk", "topk_rmsprop"])
 def test_what_is_not_finite_reaches_every_rank(name: str, options: dict[str, Any], bad: float) -> None:
-    def work(bound: Gathered, rank: int) -> Tensor:
+    def work(bound: TopKAverager, rank: int) -> Tensor:
         values = gradient(rank)
         if rank == 1:
             values[PLACES["conv"].start + 100] = bad
