@@ -1,7 +1,17 @@
 """Train ImageNet-style classifiers on many ranks with compressed gradients.
 
-The one entry: the flags with their cross-checks. Everything below this file takes plain values; the parsed
-namespace never leaves it.
+The one entry of the program, to be read from top to bottom. Its sections:
+
+    types         what a flag's value may be
+    parser        every flag, and how a command line is read
+    cross-checks  which flags go together
+    builders      what the flags build: compressor, model, data, logs
+    run           one run: four steps that build it, and the loop over epochs
+    resume        a run's checkpoint, and how a run goes on from one
+    entry         ranks join, run, and fail together
+
+Everything below this file takes plain values: the parsed namespace never leaves it. The packages load their modules on
+use, so that a command line is read, checked and refused without torch.
 """
 
 from __future__ import annotations
@@ -12,42 +22,21 @@ import functools
 import itertools
 import math
 import os
-import random
+import re
 import secrets
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import compression
+import image_classification as classification
 import search
-from compression.averagers import StatisticsAverager
-from compression.network.world import Failure, World, is_lost_peer, join_ranks, one_line
-from compression.statistics import JsonLines, TensorBoard, to_all
-from image_classification import checkpoints, data, logs, models
-from image_classification.allocator import keep_freed_memory
-from image_classification.interruption import Interruption
-from image_classification.logs import Step
-from image_classification.losses import training_loss
-from image_classification.optim import parameter_groups, sgd
-from image_classification.precision import MixedPrecisionOptimizer, Precision
-from image_classification.schedules import schedule
-from image_classification.training import (
-    NonFiniteGradientError,
-    averaged_batch_norm,
-    evaluate,
-    last_iteration,
-    train_epoch,
-)
 
-# Flags that are options of compressors, and what the registry calls them.
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# Flags that are options of compressors, and the registry's names of these.
 OPTIONS = {
     "quantization_bits": "bits",
     "bucket_size": "bucket_size",
@@ -61,18 +50,46 @@ OPTIONS = {
     "dgc_clip": "clip",
 }
 
-
 # Compressors that a flag of their own chooses.
 CHOSEN_BY = {"powersgd": "--powersgd-rank", "dgc": "--dgc"}
+
+# Options of the libraries whose flags have other names; all others are flags' names.
+FLAG_OF = {option: flag for flag, option in OPTIONS.items()} | {
+    "accumulation": "optimizer_batch_size",
+    "backend": "dist_backend",
+    "barrier_fraction": "bb_ratio",
+    "iterations": "prof",
+    "late_steps": "bb_num_parallel_steps",
+    "without_momentum": "dgc",
+}
 
 STATISTICS = "gradient_stats.jsonl"  # in the workspace, of --compression-type stats
 
 
-# Flags: types
+def spelled(name: str) -> str:
+    """A flag as users write it."""
+    return "--" + name.replace("_", "-")
 
 
-def number(kind: Callable[[str], Any], words: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """An argparse type for the numbers of one kind for which a rule holds; `words` name the rule."""
+def in_flags(message: str, flags: argparse.Namespace) -> str:
+    """A library's message for users of the command line.
+
+    Libraries know no flags: they name their options in backquotes, such as `batch_size`. Here, and nowhere else, these
+    become flags.
+    """
+
+    def flag(match: re.Match[str]) -> str:
+        name = FLAG_OF.get(match[1], match[1])
+        return spelled(name) if hasattr(flags, name) else match[0]
+
+    return re.sub("`([a-z0-9_]+)`", flag, message)
+
+
+# Types
+
+
+def number(kind: Callable[[str], Any], rule: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """An argparse type for the numbers of one kind for which a rule holds."""
 
     def read(text: str) -> Any:
         try:
@@ -81,7 +98,7 @@ def number(kind: Callable[[str], Any], words: str, holds: Callable[[Any], bool])
                 return value
         except (ValueError, OverflowError):
             pass
-        raise argparse.ArgumentTypeError(f"expected {words}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {rule}, got {text!r}")
 
     return read
 
@@ -107,10 +124,10 @@ def text(value: str) -> str:
 
 def data_backend(name: str) -> str:
     """An argparse type: an alias stands for the spelling that recipes use."""
-    return data.ALIASES.get(name, name)
+    return classification.data.ALIASES.get(name, name)
 
 
-# Flags: the parser
+# Parser
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -120,28 +137,35 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the defaults of flags that have a value of their own without being given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        with_default = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if with_default else action.help
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """Every flag, added in the order in which the usage line shows them; groups take turns where it does."""
-    parser = OneLineParser(prog="main.py", description=__doc__.splitlines()[0],
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """Every flag, in the order in which the usage line shows them: groups take turns, extensions come last."""
+    parser = OneLineParser(prog="main.py", description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     group = parser.add_argument_group
     model, optimization = group("data and model"), group("optimization")
     precision, run = group("precision"), group("run control and output")
     ranks, encoding = group("ranks"), group("gradient compression")
-    widths, extensions = group("bit-width search"), group("extensions")
+    widths = group("bit-width search")
 
     add = model.add_argument
     parser.add_argument("data", metavar="DIR", type=text,
                         help="folder with train/CLASS/* and val/CLASS/*, or the word digits: the embedded "
                         "data set of handwritten digits")
-    add("--data-backend", metavar="BACKEND", type=data_backend, choices=tuple(data.BACKENDS),
-        default=data.DEFAULT_BACKEND,
-        help=f"data backend: {' | '.join(data.BACKENDS)}; synthetic is an alias (default: %(default)s; pytorch where "
-        "DALI is not installed)")
-    add("--arch", "-a", metavar="ARCH", choices=tuple(models.ARCHITECTURES), default="resnet50",
-        help=f"model architecture: {' | '.join(models.ARCHITECTURES)}")
-    add("--model-config", "-c", metavar="CONF", choices=tuple(models.MODEL_CONFIGS), default="classic",
-        help=f"initialization: {' | '.join(models.MODEL_CONFIGS)}")
+    add("--data-backend", metavar="BACKEND", type=data_backend, choices=tuple(classification.data.BACKENDS),
+        default=classification.data.DEFAULT_BACKEND,
+        help=f"data backend: {' | '.join(classification.data.BACKENDS)}; synthetic is an alias (default: %(default)s; "
+        "pytorch where DALI is not installed)")
+    add("--arch", "-a", metavar="ARCH", choices=tuple(classification.models.ARCHITECTURES), default="resnet50",
+        help=f"model architecture: {' | '.join(classification.models.ARCHITECTURES)}")
+    add("--model-config", "-c", metavar="CONF", choices=tuple(classification.models.MODEL_CONFIGS), default="classic",
+        help=f"initialization: {' | '.join(classification.models.MODEL_CONFIGS)}")
     add("--num-classes", metavar="N", type=count, default=1000, help="number of classes")
     add("-j", "--workers", metavar="N", type=count_or_none, default=5,
         help="loader processes per rank, or DALI threads")
@@ -161,7 +185,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--warmup", metavar="E", type=count_or_none, default=0,
         help="epochs of linear warm-up, fewer than --epochs")
     add("--label-smoothing", metavar="S", type=below_one, default=0.0,
-        help="share of each training label spread over all classes")
+        help="fraction of each training label that is spread over all classes")
     add("--mixup", metavar="ALPHA", type=amount, default=0.0,
         help="mix pairs of training images by Beta(ALPHA, ALPHA); 0 is off")
     add("--momentum", metavar="M", type=below_one, default=0.9, help="momentum of SGD")
@@ -190,7 +214,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--amp", action="store_true", help="automatic mixed precision as --opt-level says")
 
     add = run.add_argument
-    add("--seed", type=seed, help="seed of all that is random; none differs from run to run")
+    add("--seed", type=seed, help="seed of everything random; without it, runs differ")
     add("--gather-checkpoints", action="store_true",
         help="also keep checkpoint-{epoch+1}.pth.tar of epochs below 10 and of every tenth, counted from 0")
     add("--raport-file", type=text, default="experiment_raport.json",
@@ -201,7 +225,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--checkpoint-filename", type=text, default="checkpoint.pth.tar",
         help="checkpoint of the last epoch, in --workspace")
     add("--workspace", metavar="DIR", type=text, default="./",
-        help="folder for all that is written, made where missing")
+        help="folder of all files that are written, made where missing")
     model.add_argument("--memory-format", choices=("nchw", "nhwc"), default="nchw",
                        help="memory layout of the model and the batches; nhwc is channels-last")
     add("--tensorboard-dir", type=text, help="folder for TensorBoard's event files")
@@ -212,15 +236,15 @@ def build_parser() -> argparse.ArgumentParser:
     add = ranks.add_argument
     add("--hvd", action="store_true", help="average through Horovod, under horovodrun")
     add("--bb-ratio", type=fraction,
-        help="broken barrier: a step waits for the first layers that hold this share of the squared gradient norm, "
-        "and applies the others' averages late; none waits for all")
+        help="broken barrier: a step waits for the first layers that hold this fraction of the squared gradient "
+        "norm, and applies the others' averages late; without it, a step waits for all")
     add("--bb-num-parallel-steps", type=count, default=10,
         help="with --bb-ratio: steps by which a late average is late")
 
     add = encoding.add_argument
     add("--compression-type", default="none",
         choices=tuple(name for name, row in compression.COMPRESSORS.items() if row.listed),
-        help="what the gradients are encoded with (default: %(default)s; maxmin with --search or "
+        help="encoding of the gradients (default: %(default)s; maxmin with --search or "
         "--compression-scheme)")
     add("--quantization-bits", type=bit_width, default=4,
         help="bits per value, 1 to 8, for types that have bits; with --search the widths before the "
@@ -228,23 +252,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("--bucket-size", type=count_or_off, default=512,
         help="values of a layer that share one scale, -1 for the whole layer; layers with fewer values stay "
         "float32")
-    add("--error-feedback", action="store_true", help="add what an encoding lost to the next step's gradient")
+    add("--error-feedback", action="store_true", help="add the error of an encoding to the next step's gradient")
     add("--efx-bits", type=bit_width,
         help="with top-k, in place of --error-feedback: send the dropped values too, in this many bits")
     add("--efx-randk", type=fraction,
-        help="with top-k, in place of --error-feedback: send this share of the dropped values too, drawn at "
+        help="with top-k, in place of --error-feedback: send this fraction of the dropped values too, drawn at "
         "random")
-    add("--topk-ratio", type=fraction, default=0.01, help="with top-k or --dgc: share of values sent")
+    add("--topk-ratio", type=fraction, default=0.01, help="with top-k or --dgc: fraction of values sent")
     add("--big-grad", action="store_true",
         help="encode and average all gradients as one tensor after backward")
     add("--dgc", action="store_true", help="deep gradient compression: top-k with momentum correction")
     add("--compressor-warmup-steps", type=count_or_none, default=0,
         help="optimizer steps in float32 before compression begins; with --dgc the steps over which the "
-        "share sent falls")
+        "fraction sent falls")
     ranks.add_argument("--local_rank", "--local-rank", type=count_or_none, default=0,
                        help="rank on this machine, given by the launcher; LOCAL_RANK in the environment wins")
     add("--powersgd-rank", type=count,
-        help="PowerSGD of this rank; with --compression-type svd its rank (default: %(default)s; 4 for svd)")
+        help="PowerSGD of this rank; with --compression-type svd its rank (default: 4 with svd)")
 
     add = widths.add_argument
     add("--search", action="store_true", help="search a bit width for each layer after each epoch")
@@ -256,30 +280,35 @@ def build_parser() -> argparse.ArgumentParser:
     add("--search-iterations", type=count_or_none, default=2,
         help="generations after the first: popsize x layers x (iterations + 1) evaluations")
 
-    add = extensions.add_argument
-    add("--image-size", metavar="PIXELS", type=count, default=224, help="side of the square crop")
-    add("--crop-scale", metavar="SHARE", type=fraction, default=0.08,
-        help="least share of the image's area in a random crop")
-    add("--hflip", metavar="P", type=probability, default=0.5,
-        help="probability that a training image is flipped")
-    add("--skip-bad-images", action="store_true",
-        help="leave out images that cannot be read, and say which, in place of stopping")
-    add("--save-weights", metavar="FILE", type=text,
-        help="write the model's weights alone after each epoch, or after --evaluate, as FILE.safetensors")
-    add("--deterministic", action="store_true", help="deterministic kernels only")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
-        help="where to train; auto takes a GPU where there is one")
-    add("--dist-backend", choices=("auto", "gloo", "nccl"), default="auto",
-        help="torch.distributed's backend; auto takes nccl on GPUs and gloo on CPUs")
-    add("--dgc-clip", metavar="NORM", type=positive,
-        help="with --dgc: clip each rank's gradient to this norm before momentum")
-    add("--compression-scheme", metavar="FILE", type=text,
-        help="train with the widths of a compress_scheme_N.json that a search wrote")
-    add("--search-calibration-steps", metavar="STEPS", type=count, default=20,
-        help="with --search and --pretrained-weights: steps of the calibration pass before the first search")
-    add("--search-target-bits", metavar="BITS", type=positive,
-        help="with --search: least error with at most this many bits a value on average")
+    def extension(group: argparse._ArgumentGroup, *names: str, help: str, **options: Any) -> None:
+        group.add_argument(*names, help=f"(extension) {help}", **options)
+
+    extension(model, "--image-size", metavar="PIXELS", type=count, default=224, help="side of the square crop")
+    extension(model, "--crop-scale", metavar="SHARE", type=fraction, default=0.08,
+              help="least fraction of the image's area in a random crop")
+    extension(model, "--hflip", metavar="P", type=probability, default=0.5,
+              help="probability that a training image is flipped")
+    extension(model, "--skip-bad-images", action="store_true",
+              help="leave out images that cannot be read, and say which, in place of stopping")
+    extension(run, "--save-weights", metavar="FILE", type=text,
+              help="write the model's weights alone after each epoch, or after --evaluate, as FILE.safetensors")
+    extension(run, "--deterministic", action="store_true", help="deterministic kernels only")
+    extension(optimization, "--compile", action="store_true", help="torch.compile the model")
+    extension(ranks, "--device", choices=("auto", "cpu", "cuda"), default="auto",
+              help="where to train; auto takes a GPU where there is one")
+    extension(ranks, "--dist-backend", choices=("auto", "gloo", "nccl"), default="auto",
+              help="torch.distributed's backend; auto takes nccl on GPUs and gloo on CPUs")
+    extension(ranks, "--threads", metavar="N", type=count,
+              help="threads that compute in each rank's process (default: the cores that it may use, divided by the "
+              "ranks on its host)")
+    extension(encoding, "--dgc-clip", metavar="NORM", type=positive,
+              help="with --dgc: clip each rank's gradient to this norm before momentum")
+    extension(widths, "--compression-scheme", metavar="FILE", type=text,
+              help="train with the widths of a compress_scheme_N.json that a search wrote")
+    extension(widths, "--search-calibration-steps", metavar="STEPS", type=count, default=20,
+              help="with --search and --pretrained-weights: steps of the calibration pass before the first search")
+    extension(widths, "--search-target-bits", metavar="BITS", type=positive,
+              help="with --search: least error with at most this many bits a value on average")
     return parser
 
 
@@ -298,31 +327,36 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     given = {name: value for name, value in read.items() if value is not absent}
     flags = argparse.Namespace(**defaults | given, given=tuple(sorted(given)))
     try:
-        flags.local_rank = from_environment("LOCAL_RANK", count_or_none, flags.local_rank)
+        flags.local_rank = from_environment(launcher_of(flags).local_rank, count_or_none, flags.local_rank)
         if (flags.search or flags.compression_scheme) and "compression_type" not in given:
             flags.compression_type = "maxmin"
         check(flags, {name for name, value in given.items() if value != defaults[name]})
-        check_world(flags, from_environment("HOROVOD_SIZE" if flags.hvd else "WORLD_SIZE", count, 1))
+        check_world(flags, from_environment(launcher_of(flags).size, count, 1))
     except ValueError as error:
         parser.error(str(error))
     return flags
 
 
+def launcher_of(flags: argparse.Namespace) -> compression.Launcher:
+    """The launcher that the flags count on."""
+    return compression.HOROVODRUN if flags.hvd else compression.TORCHRUN
+
+
 def from_environment(name: str, kind: Callable[[str], int], default: int) -> int:
-    """What a launcher put into the environment, or the default; ValueError where it is not of this kind."""
+    """A variable of a launcher's environment, or the default. Raises ValueError where it is not of this kind."""
     try:
         return kind(os.environ.get(name, str(default)))
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"{name} in the environment: {error}") from error
 
 
-# Flags: what goes with what
+# Cross-checks
 
 
-def refuse(wrong: Any, words: str) -> None:
-    """Raise ValueError with these words where something is wrong."""
+def refuse(wrong: Any, message: str) -> None:
+    """Raise ValueError with a message where something is wrong."""
     if wrong:
-        raise ValueError(words)
+        raise ValueError(message)
 
 
 def check(flags: argparse.Namespace, changed: set[str]) -> None:
@@ -334,9 +368,6 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
     Raises:
         ValueError: one line that names the flags and the way out.
     """
-    def spelled(name: str) -> str:
-        return "--" + name.replace("_", "-")
-
     def goes_with(names: str, useful: Any, what: str) -> None:
         for name in names.split():
             refuse(name in changed and not useful, f"{spelled(name)} has no effect without {what}")
@@ -416,7 +447,7 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
     least = "search_min_bits" if flags.search else "quantization_bits"
     refuse(row.has_bits and getattr(flags, least) < row.min_bits,
            f"--compression-type {kind} needs at least {row.min_bits} bits, one of them the sign; "
-           f"raise --{least.replace('_', '-')}")
+           f"raise {spelled(least)}")
 
 
 def check_files(flags: argparse.Namespace) -> None:
@@ -426,8 +457,8 @@ def check_files(flags: argparse.Namespace) -> None:
         ValueError: one line that names both, and the way out.
     """
     for name in ("checkpoint_filename", "raport_file"):
-        refuse(checkpoints.is_name_of_copy(Path(getattr(flags, name)).name),
-               f"--{name.replace('_', '-')} {getattr(flags, name)} is a name that copies of checkpoints get; "
+        refuse(classification.copies.is_name_of_copy(Path(getattr(flags, name)).name),
+               f"{spelled(name)} {getattr(flags, name)} is a name that copies of checkpoints get; "
                "choose another name")
     workspace = Path(flags.workspace)
     files = {
@@ -457,7 +488,7 @@ def check_world(flags: argparse.Namespace, world_size: int) -> None:
            f"{flags.batch_size} = {batch}")
 
 
-# What the flags build
+# Builders
 
 
 def compressor_name(flags: argparse.Namespace) -> str:
@@ -477,28 +508,32 @@ def compressor_of(flags: argparse.Namespace) -> compression.Compressor:
 
 
 def search_space(flags: argparse.Namespace) -> tuple[Callable[[int], Any], range]:
-    """What a search chooses from: the codec at a bit width, and the widths."""
+    """The choices of a search: the codec at a bit width, and the widths."""
     codec = compression.codec(flags.compression_type, bucket_size=flags.bucket_size)
     return codec.with_bits, range(flags.search_min_bits, flags.search_max_bits + 1)
 
 
 def build_model(flags: argparse.Namespace, seed: int) -> nn.Module:
     """The network with its first weights: seeded, then those of --pretrained-weights."""
-    torch.manual_seed(seed)
-    model = models.build(flags.arch, flags.model_config, flags.num_classes)
+    classification.reproducibility.seed_everything(seed)
+    model = classification.models.build(flags.arch, flags.model_config, flags.num_classes)
     if flags.pretrained_weights:
         path = Path(flags.pretrained_weights)
-        checkpoints.load_into(model, checkpoints.load_weights(path), path)
+        classification.checkpoints.load_into(model, classification.checkpoints.load_weights(path), path)
     return model
 
 
-def build_data(flags: argparse.Namespace, seed: int, ranks: World) -> tuple[data.Loader, data.Loader]:
+def build_data(
+    flags: argparse.Namespace, seed: int, ranks: compression.World
+) -> tuple[classification.data.Loader, classification.data.Loader]:
     """The train and the validation loader of this rank."""
-    backend, warning = data.resolve_backend(flags.data_backend if "data_backend" in flags.given else None)
+    backend, warning = classification.data.resolve_backend(
+        flags.data_backend if "data_backend" in flags.given else None
+    )
     if warning and ranks.rank == 0:
         print(warning, file=sys.stderr)
-    options = data.DataOptions(
-        root=data.root(flags.data),
+    options = classification.data.DataOptions(
+        root=classification.data.root(flags.data),
         backend=backend,
         seed=seed,
         image_size=flags.image_size,
@@ -509,19 +544,51 @@ def build_data(flags: argparse.Namespace, seed: int, ranks: World) -> tuple[data
         rank=ranks.rank,
         world_size=ranks.size,
         num_classes=flags.num_classes,
-        memory_format=MEMORY_FORMATS[flags.memory_format],
+        memory_format=classification.precision.MEMORY_FORMATS[flags.memory_format],
         device=ranks.device,
         skip_bad_images=flags.skip_bad_images,
         training=not flags.evaluate or flags.search,
     )
-    return data.build(options)
+    return classification.data.build(options)
 
 
-def build_logger(flags: argparse.Namespace, ranks: World, iterations: int, start: Step) -> logs.Logger:
+def build_precision(flags: argparse.Namespace, ranks: compression.World) -> classification.precision.Precision:
+    """Types of the weights and of the arithmetic, and the loss scale."""
+    return classification.precision.Precision.choose(
+        ranks.device,
+        amp=flags.amp,
+        opt_level=flags.opt_level,
+        fp16=flags.fp16,
+        static_loss_scale=flags.static_loss_scale,
+        dynamic_loss_scale=flags.dynamic_loss_scale,
+    )
+
+
+def build_optimizer(
+    flags: argparse.Namespace,
+    module: nn.Module,
+    precision: classification.precision.Precision,
+    without_momentum: frozenset[str],
+) -> classification.precision.MixedPrecisionOptimizer:
+    """SGD on the trainable parameters; those named have no momentum of the optimizer's."""
+    groups = classification.optim.parameter_groups(
+        module,
+        weight_decay=flags.weight_decay,
+        bn_weight_decay=flags.bn_weight_decay,
+        without_momentum=without_momentum,
+    )
+    sgd = functools.partial(classification.optim.sgd, lr=flags.lr, momentum=flags.momentum, nesterov=flags.nesterov)
+    return classification.precision.MixedPrecisionOptimizer(groups, sgd, precision)
+
+
+def build_logger(
+    flags: argparse.Namespace, ranks: compression.World, iterations: int, start: classification.logs.Step
+) -> classification.logs.Logger:
     """All sinks on rank 0, none elsewhere. `start` is where the run goes on."""
+    logs = classification.logs
     if ranks.rank != 0:
         return logs.Logger()
-    sinks: list[logs.Sink] = [logs.Terminal(iterations)]
+    sinks: list[classification.logs.Sink] = [logs.Terminal(iterations)]
     if flags.tensorboard_dir:
         sinks.append(logs.TensorBoard(Path(flags.tensorboard_dir), iterations, start))
     # Last: it takes the place of an earlier run's, which must not happen where another sink fails.
@@ -529,58 +596,101 @@ def build_logger(flags: argparse.Namespace, ranks: World, iterations: int, start
     return logs.Logger(*sinks)
 
 
-MEMORY_FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-
-
-# The run
+# Run
 
 
 class Run:
-    """One run of the program on this rank: everything the flags build, and the epoch loop."""
+    """One run of the program on this rank: everything the flags build, and the loop over epochs."""
 
-    def __init__(self, flags: argparse.Namespace, ranks: World) -> None:
+    # What it was told
+    flags: argparse.Namespace
+    ranks: compression.World
+    workspace: Path
+    seed: int
+    iterations: int | None  # of each epoch at most
+    accumulation: int  # batches of a rank in one optimizer step
+    snapshot: Snapshot
+    resumed: bool  # from a checkpoint
+
+    # Data and model
+    train_loader: classification.data.Loader
+    val_loader: classification.data.Loader
+    precision: classification.precision.Precision
+    module: nn.Module  # the network itself
+    model: nn.Module  # called forward: the network, or DDP around it
+
+    # Exchange and optimizer
+    compressor: compression.Compressor
+    exchange: compression.Exchange
+    optimizer: classification.precision.MixedPrecisionOptimizer
+
+    # Position: epochs done, and batches done of the next one
+    epoch: int
+    iteration: int
+    best: float  # top-1, percent
+    trained: bool  # the epoch's steps are all done, and its search and validation are still to come
+    steps: int  # of this process
+    interruption: classification.interruption.Interruption | None  # None in an evaluation
+
+    # Logs
+    log: classification.logs.Logger
+    written: list[Path]
+    summary: dict[str, float]  # metrics of the last epoch
+    sent: compression.Report  # by the steps of this epoch
+
+    def __init__(self, flags: argparse.Namespace, ranks: compression.World) -> None:
         """Build everything. Nothing in the workspace is touched before all ranks have built all of it."""
         self.flags, self.ranks = flags, ranks
         self.workspace = Path(flags.workspace)
-        self.epoch, self.iteration, self.best = 0, 0, 0.0
         self.iterations = None if flags.prof == -1 else flags.prof
         total = flags.optimizer_batch_size
         self.accumulation = 1 if total == -1 else total // (ranks.size * flags.batch_size)
-        saved = self._saved()
+        self.epoch, self.iteration, self.best = 0, 0, 0.0
+        self.trained, self.steps, self.interruption = False, 0, None
+        self.sent = compression.Report()
+        self.snapshot = Snapshot(flags, ranks)
+        saved = self.snapshot.load()
         self.resumed = saved is not None
         fresh = ranks.control.broadcast(secrets.randbelow(2**32))
-        self.seed: int = flags.seed if flags.seed is not None else saved["seed"] if saved else fresh
+        self.seed = flags.seed if flags.seed is not None else saved["seed"] if saved else fresh
+        self._build_data_and_model()
+        self._build_exchange_and_optimizer()
+        self._resume(saved)
+        self._open_logs(saved)
+
+    def _build_data_and_model(self) -> None:
+        """First step: the loaders and the converted network, seeded by rank from then on.
+
+        The ranks agree once all that a host's files, memory or packages can spoil is built: images, weights, the
+        sizes of a batch. What follows takes the network's collectives, in which a rank that failed would be missing.
+        """
+        flags = self.flags
         if flags.deterministic:
-            torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.benchmark = False
-        with ranks.fail_together():
-            self.train_loader, self.val_loader = build_data(flags, self.seed, ranks)
+            classification.reproducibility.use_deterministic_kernels()
+        with self.ranks.fail_together():
+            self.train_loader, self.val_loader = build_data(flags, self.seed, self.ranks)
             self.module = build_model(flags, self.seed)
             self.module.train(not flags.evaluate or flags.search)
-            models.check_input_shape(self.module, flags.batch_size, flags.image_size)
-            compressor = compressor_of(flags)
-        self._seed_by_rank()
-        self.precision = Precision.choose(
-            ranks.device,
-            amp=flags.amp,
-            opt_level=flags.opt_level,
-            fp16=flags.fp16,
-            static_loss_scale=flags.static_loss_scale,
-            dynamic_loss_scale=flags.dynamic_loss_scale,
-        )
-        self.precision.convert(self.module)
-        self.module.to(memory_format=MEMORY_FORMATS[flags.memory_format])  # type: ignore[call-overload]
+            classification.models.check_input_shape(self.module, flags.batch_size, flags.image_size)
+            self.compressor = compressor_of(flags)
+        # Dropout and the like differ by rank; what must be equal on all ranks is drawn elsewhere.
+        classification.reproducibility.seed_everything(self.seed + self.ranks.rank)
+        self.precision = build_precision(flags, self.ranks)
+        self.precision.convert(self.module, flags.memory_format)
         if flags.compile:
             self.module.compile()
-        self.model: nn.Module = self.module
-        if dist.is_initialized():
-            with warnings.catch_warnings():
-                # torch 2.13 renames the argument and 2.11 knows only the old name.
-                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-                self.model = DistributedDataParallel(self.module, broadcast_buffers=False)
+
+    def _build_exchange_and_optimizer(self) -> None:
+        """Second step: replicas, whose gradients a compressor averages, and what steps them.
+
+        The ranks agree once the bit widths are known to fit the layers: a scheme is a file, and each rank reads its
+        own. Only an exchange that is complete can take up the state in a checkpoint.
+        """
+        flags, ranks = self.flags, self.ranks
+        self.model = ranks.replicate(self.module)
         self.exchange = compression.attach(
             self.model,
-            compressor,
+            self.compressor,
             ranks.gradients,
             self.seed,
             barrier_fraction=flags.bb_ratio or 1.0,
@@ -588,18 +698,7 @@ class Run:
         )
         if flags.search:
             self.exchange.recorder = compression.Recorder(self.exchange.layers)
-        self.optimizer = MixedPrecisionOptimizer(
-            parameter_groups(
-                self.module,
-                weight_decay=flags.weight_decay,
-                bn_weight_decay=flags.bn_weight_decay,
-                without_momentum=self.exchange.without_momentum,
-            ),
-            functools.partial(sgd, lr=flags.lr, momentum=flags.momentum, nesterov=flags.nesterov),
-            self.precision,
-        )
-        if flags.hvd:  # as DDP does it
-            self.module.load_state_dict(ranks.control.broadcast(self.module.state_dict()))
+        self.optimizer = build_optimizer(flags, self.module, self.precision, self.exchange.without_momentum)
         with ranks.fail_together():
             compressed = [layer for layer in self.exchange.layers if layer.compressed]
             refuse(
@@ -616,28 +715,42 @@ class Run:
             if flags.compression_scheme:
                 needing, names = ([layer.name for layer in some] for some in (compressed, self.exchange.layers))
                 self.exchange.set_widths(search.load_scheme(flags.compression_scheme, needing, names))
+
+    def _resume(self, saved: Mapping[str, Any] | None) -> None:
+        """Third step: the state of a checkpoint, where there is one, and the batch to go on with.
+
+        The ranks agree once each has taken up its own part: until here, nothing that an earlier run left has changed.
+        """
+        flags, ranks = self.flags, self.ranks
+        with ranks.fail_together():
             if saved:
-                self._restore(saved)
-            self.trained = False  # the epoch's steps are all done, and what follows them is not
+                self.snapshot.restore(self, saved)
             if not flags.evaluate and self.epoch < flags.epochs:
-                self._align_resume_position(saved.get("images_per_iteration") if saved else None)
-        if flags.hvd:
+                self.snapshot.align_position(self, saved.get("images_per_iteration") if saved else None)
+        if flags.hvd:  # Horovod's ranks may have read files of their own
             self.optimizer.load_state_dict(ranks.control.broadcast(self.optimizer.state_dict()))
+        self.summary = dict(saved.get("metrics", {})) if saved and self.trained else {}
+
+    def _open_logs(self, saved: Mapping[str, Any] | None) -> None:
+        """Fourth step: the workspace, and what is written along the way.
+
+        The ranks agree once rank 0, which alone writes, could open every file: before the first step is spent.
+        """
+        flags, ranks = self.flags, self.ranks
+        self.written = []
         with ranks.fail_together():
             if ranks.rank == 0:
                 self.workspace.mkdir(parents=True, exist_ok=True)
                 if flags.save_weights:
                     Path(flags.save_weights).parent.mkdir(parents=True, exist_ok=True)
-            self.written: list[Path] = []
             ended = saved and (flags.evaluate or self.epoch >= flags.epochs)
-            start = logs.END if ended else (self.epoch, self.iteration)
+            start = classification.logs.END if ended else (self.epoch, self.iteration)
             self.log = build_logger(flags, ranks, self.iterations or len(self.train_loader), start)
             self.log.parameters({name: value for name, value in vars(flags).items() if name != "given"})
-            self._observe()
-        self.interruption: Interruption | None = None
-        self.steps = 0
-        self.totals = torch.zeros(7, dtype=torch.float64, device=ranks.device)
-        self.summary: dict[str, float] = dict(saved.get("metrics", {})) if saved and self.trained else {}
+            if ranks.rank == 0 and not flags.evaluate:
+                path, writers = self.workspace / STATISTICS, self.log.tensorboard_writers
+                if compression.observe(self.exchange.averager, path, self.exchange.step, writers):
+                    self.written.append(path)
 
     # The epochs
 
@@ -651,7 +764,7 @@ class Run:
             self._log_epoch(self._validate() or {})
             self._save_weights()
             return self._finish()
-        self.interruption = Interruption(self.ranks.store)
+        self.interruption = classification.interruption.Interruption(self.ranks.store)
         if self.epoch >= flags.epochs:
             self.log.line(f"nothing is left to train: --epochs is {flags.epochs}, and the checkpoint has {self.epoch}")
         last = flags.epochs if flags.run_epochs == -1 else min(flags.epochs, self.epoch + flags.run_epochs)
@@ -663,7 +776,7 @@ class Run:
                 self._search(epoch)
             metrics = {} if flags.training_only else self._validate()
             if metrics is None:
-                self.log.line(f"stopped by a signal in the validation of epoch {epoch}; {self._how_to_go_on()}")
+                self.log.line(f"stopped by a signal in the validation of epoch {epoch}; {self.snapshot.way_on()}")
                 status = self.interruption.exit_status
                 self.ranks.control.collect(None)  # rank 0 may hold the store, and others may still look at it
                 return status
@@ -679,18 +792,20 @@ class Run:
         """One epoch of training; False where a signal ended it early, with a checkpoint written."""
         flags = self.flags
         mix = None if flags.mixup == 0 else self._mix
-        lr = schedule(flags.lr_schedule, lr=flags.lr, epochs=flags.epochs, warmup=flags.warmup)(epoch)
-        self.totals.zero_()
+        schedule = classification.schedules.schedule(
+            flags.lr_schedule, lr=flags.lr, epochs=flags.epochs, warmup=flags.warmup
+        )
+        self.sent = compression.Report()
         self.exchange.report()
         try:
-            result = train_epoch(
+            result = classification.training.train_epoch(
                 self.model,
                 self.train_loader,
-                training_loss(flags.label_smoothing),
+                classification.losses.training_loss(flags.label_smoothing),
                 self.optimizer,
                 self.exchange,
                 epoch=epoch,
-                lr=lr,
+                lr=schedule(epoch),
                 start=self.iteration,
                 iterations=self.iterations,
                 accumulation=self.accumulation,
@@ -701,17 +816,17 @@ class Run:
                 should_stop=self._should_stop,
                 sum_over_ranks=self.ranks.sum,
             )
-        except NonFiniteGradientError as error:
-            raise Failure(str(error), status=1) from error
+        except classification.training.NonFiniteGradientError as error:
+            raise compression.Failure(str(error), status=1) from error
         self._traffic()
-        self.summary = {**result.metrics, **self._per_step(self.totals)}
+        self.summary = {**result.metrics, **self.sent.metrics()}
         self.epoch, self.iteration = epoch, result.iteration
         if not result.finished or flags.search or not flags.training_only:  # what follows may fail, or be stopped
             self._save(best=False)
         if not result.finished:
             self._save_weights()
             where = f"after iteration {result.iteration} of epoch {epoch}"
-            self.log.line(f"stopped by a signal {where}; {self._how_to_go_on()}")
+            self.log.line(f"stopped by a signal {where}; {self.snapshot.way_on()}")
         return result.finished
 
     def _should_stop(self) -> bool:
@@ -720,13 +835,13 @@ class Run:
         return self.interruption.due(self.steps)
 
     def _mix(self, images: Tensor, labels: Tensor, epoch: int, iteration: int) -> tuple[Tensor, Tensor]:
-        targets = nn.functional.one_hot(labels, self.flags.num_classes).to(images.dtype)
-        return data.mixup(images, targets, self.flags.mixup, (self.seed, self.ranks.rank, epoch, iteration))
+        seed = (self.seed, self.ranks.rank, epoch, iteration)
+        return classification.data.mixup_labels(images, labels, self.flags.num_classes, self.flags.mixup, seed)
 
     def _validate(self) -> dict[str, float] | None:
         """None where a signal ended it early."""
-        with averaged_batch_norm(self.module, self.ranks.sum):
-            return evaluate(
+        with classification.training.averaged_batch_norm(self.module, self.ranks.sum):
+            return classification.training.evaluate(
                 self.module,
                 self.val_loader,
                 self.precision,
@@ -735,12 +850,18 @@ class Run:
                 sum_over_ranks=self.ranks.sum,
             )
 
+    def _traffic(self) -> dict[str, float]:
+        """Metrics of what was sent since the last call, means over ranks; `sent` adds it up."""
+        report = self.exchange.report().mean(self.ranks.sum, self.ranks.size, self.ranks.device)
+        self.sent += report
+        return report.metrics()
+
     # The search
 
     def _calibrate(self) -> None:
         """Record gradients of some training batches; weights, buffers and averager stay as they are."""
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        loss = training_loss(self.flags.label_smoothing)
+        loss = classification.losses.training_loss(self.flags.label_smoothing)
         self.model.train()
         batches = self.train_loader.epoch(self.epoch)
         for images, labels in itertools.islice(batches, self.flags.search_calibration_steps):
@@ -776,49 +897,21 @@ class Run:
         self.ranks.check_equal_across_ranks(exchange.widths, "the bit widths")
 
     def _report(self, result: search.SearchResult, when: int | str) -> None:
+        """Write a search's files, and show it."""
         names = [layer.name for layer in self.exchange.layers if not layer.compressed]
-        folder = search.write_logs(result, self.workspace, when, names)
-        picture = folder / f"search_{when}.png"
-        search.plot(result, picture)
-        self.written += [folder / f"search_{when}.json", folder / f"compress_scheme_{when}.json", picture]
+        folder = self.workspace / "adapt_logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = f"search_{when}.png"
+        for name, content in (search.logs(result, when, names) | {picture: search.plot(result)}).items():
+            with classification.atomic.replacing(folder / name) as file:
+                file.write(content)
+        self.written += [folder / name for name in (f"search_{when}.json", f"compress_scheme_{when}.json", picture)]
         self.log.line(search.as_text(result, when))
         step = (self.epoch,) if isinstance(when, str) else (when,)
         self.log.detail(step, {f"search.bits/{name}": bits for name, bits in result.bits_by_layer().items()})
         self.log.detail(step, {f"search.error/{name}": error for name, error in result.error_by_layer().items()})
 
-    # What is written
-
-    def _observe(self) -> None:
-        """Let gradient statistics, where they are asked for, go to a file and to TensorBoard."""
-        averager = self.exchange.averager
-        if isinstance(averager, StatisticsAverager) and self.ranks.rank == 0 and not self.flags.evaluate:
-            path = self.workspace / STATISTICS
-            boards = [sink.writer for sink in self.log.sinks if isinstance(sink, logs.TensorBoard)]
-            averager.sink = to_all([JsonLines(path, self.exchange.step), *map(TensorBoard, boards)])
-            self.written.append(path)
-
-    def _traffic(self) -> dict[str, float]:
-        """Bytes and seconds per step since the last call, means over ranks."""
-        report = self.exchange.report()
-        own = [report.steps, report.bytes_sent, report.bytes_dense, report.ratio * report.steps]
-        own += [report.comm_seconds, report.codec_seconds, report.exposed_seconds]
-        mean = self.ranks.sum(torch.tensor(own, dtype=torch.float64, device=self.ranks.device)) / self.ranks.size
-        self.totals += mean
-        return self._per_step(mean)
-
-    @staticmethod
-    def _per_step(totals: Tensor) -> dict[str, float]:
-        steps, sent, dense, ratio, comm, codec, exposed = totals.tolist()
-        if steps == 0:
-            return {}
-        return {
-            "comm.bytes_sent": sent / steps,
-            "comm.bytes_dense": dense / steps,
-            "comm.ratio": sent / dense if dense else ratio / steps,
-            "comm.time": comm / steps,
-            "comm.exposed_time": exposed / steps,
-            "codec.time": codec / steps,
-        }
+    # Files
 
     def _log_epoch(self, metrics: Mapping[str, float]) -> None:
         self.summary.update(metrics)
@@ -834,128 +927,21 @@ class Run:
         return 0
 
     def _save(self, best: bool) -> None:
-        """Write a checkpoint of the state after `self.epoch` epochs and `self.iteration` iterations.
-
-        After the last of them the epoch's search and validation are still to come, and its metrics go along.
-        """
-        flags, ranks = self.flags, self.ranks
-        if flags.no_checkpoints:
-            return
-        own = {
-            "random": checkpoints.random_state(),
-            "buffers": {name: buffer.cpu() for name, buffer in self.module.named_buffers()},
-            "exchange": self.exchange.state_dict(),
-        }
-        everyone = ranks.control.collect(own)
-        with ranks.fail_together():
-            if ranks.rank == 0:
-                content = {
-                    "epoch": self.epoch,
-                    "iteration": self.iteration,
-                    "images_per_iteration": flags.batch_size * ranks.size,
-                    "metrics": self.summary if self.iteration else {},
-                    "arch": flags.arch,
-                    "num_classes": flags.num_classes,
-                    "memory_format": flags.memory_format,
-                    "state_dict": self.module.state_dict(),
-                    "best_prec1": self.best,
-                    "optimizer": self.optimizer.state_dict(),
-                    "widths": self.exchange.widths,
-                    "seed": self.seed,
-                    "world_size": ranks.size,
-                    "ranks": everyone,
-                }
-                checkpoints.save(
-                    content, self.workspace, flags.checkpoint_filename, best=best, gather=flags.gather_checkpoints
-                )
-                self.written.append(self.workspace / flags.checkpoint_filename)
+        """Write a checkpoint, unless none are wanted; a second one where it is the best so far."""
+        if not self.flags.no_checkpoints:
+            self.snapshot.save(self, best)
+            if self.ranks.rank == 0:
+                self.written.append(self.snapshot.path)
 
     def _save_weights(self) -> None:
         """Write what validation scores: the weights, and the batch-norm statistics averaged over the ranks."""
         if self.flags.save_weights:
             path = Path(self.flags.save_weights)
-            with averaged_batch_norm(self.module, self.ranks.sum), self.ranks.fail_together():
+            averaged = classification.training.averaged_batch_norm(self.module, self.ranks.sum)
+            with averaged, self.ranks.fail_together():
                 if self.ranks.rank == 0:
-                    checkpoints.save_weights(self.module, path)
+                    classification.checkpoints.save_weights(self.module, path)
                     self.written.append(path)
-
-    def _saved(self) -> dict[str, Any] | None:
-        """The checkpoint to go on from."""
-        flags, ranks = self.flags, self.ranks
-        expected = {"arch": flags.arch, "num_classes": flags.num_classes}
-        path = None if flags.resume in (None, "auto") else Path(flags.resume)
-        if flags.resume == "auto":
-            with ranks.fail_together():
-                if ranks.rank == 0:
-                    found = checkpoints.newest_good(
-                        self.workspace, flags.checkpoint_filename, expected, lambda words: print(words, file=sys.stderr)
-                    )
-                    path = found and found[0]
-            path = ranks.control.broadcast(path)
-        with ranks.fail_together():
-            return checkpoints.load(path, expected) if path else None
-
-    def _restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on where a checkpoint ends. What each rank had of its own is restored where their number is the same."""
-        checkpoints.load_into(self.module, saved["state_dict"], "of the checkpoint")
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.epoch, self.iteration, self.best = saved["epoch"], saved["iteration"], saved["best_prec1"]
-        chosen = self.flags.compression_scheme or ("quantization_bits" in self.flags.given and not self.flags.search)
-        if saved["widths"] and self.exchange.widths and not chosen:
-            self.exchange.set_widths(saved["widths"])
-        alike = saved["world_size"] == self.ranks.size
-        own = saved["ranks"][self.ranks.rank if alike else 0]
-        exchange, layout = own["exchange"], saved.get("memory_format", self.flags.memory_format)
-        remembers = any(exchange["averager"].values()) or exchange["recorded"] or exchange.get("late")
-        refuse(
-            remembers and layout != self.flags.memory_format and not self.flags.evaluate,
-            f"the checkpoint holds values in {layout} order that compression or search remember, and --memory-format "
-            f"is {self.flags.memory_format}; resume with --memory-format {layout}",
-        )
-        self.exchange.load_state_dict(own["exchange"], ranks_alike=alike)
-        for name, buffer in self.module.named_buffers():
-            if alike or not buffer.is_floating_point():
-                buffer.copy_(own["buffers"][name])
-            else:
-                buffer.copy_(sum(rank["buffers"][name] for rank in saved["ranks"]) / saved["world_size"])
-        if alike:
-            checkpoints.set_random_state(own["random"])
-        elif self.ranks.rank == 0:
-            print(
-                f"the checkpoint is of {saved['world_size']} ranks, and these are {self.ranks.size}: residuals and "
-                "random states are dropped, and batch-norm statistics become their averages",
-                file=sys.stderr,
-            )
-
-    def _align_resume_position(self, images_per_iteration: int | None) -> None:
-        """See that training can go on where the checkpoint ends, whose iterations had so many images on all ranks.
-
-        Raises ValueError where no step fits into an epoch, or none begins there.
-        """
-        whole = functools.partial(
-            last_iteration, len(self.train_loader), iterations=self.iterations, accumulation=self.accumulation
-        )
-        end, own = whole(), self.flags.batch_size * self.ranks.size
-        if images_per_iteration not in (None, own):
-            seen = self.iteration * images_per_iteration
-            self.iteration = min(seen // own // self.accumulation * self.accumulation, end)
-            again = seen - self.iteration * own
-            if again > 0 and self.ranks.rank == 0:
-                print(f"{again} images of epoch {self.epoch} are seen twice: the batches are others", file=sys.stderr)
-        self.trained = self.iteration == end
-        if not self.trained:
-            whole(start=self.iteration)
-
-    def _how_to_go_on(self) -> str:
-        if self.flags.no_checkpoints:
-            return "--no-checkpoints: nothing was saved"
-        return f"go on with --resume {self.workspace / self.flags.checkpoint_filename}"
-
-    def _seed_by_rank(self) -> None:
-        """Dropout and the like differ by rank; what must be equal on all ranks is drawn elsewhere."""
-        torch.manual_seed(self.seed + self.ranks.rank)
-        np.random.seed((self.seed + self.ranks.rank) % 2**32)
-        random.seed(self.seed + self.ranks.rank)
 
     def close(self) -> None:
         """End the loaders' workers and the communication thread, and complete the logs."""
@@ -965,30 +951,173 @@ class Run:
         self.val_loader.close()
 
 
+# Resume
+
+
+class Snapshot:
+    """The checkpoint of a run: what it holds of it, and how a run goes on from it.
+
+    The keys of its content are those of the table in `image_classification/checkpoints.py`.
+    """
+
+    def __init__(self, flags: argparse.Namespace, ranks: compression.World) -> None:
+        self.flags, self.ranks = flags, ranks
+        self.path = Path(flags.workspace) / flags.checkpoint_filename
+
+    def load(self) -> dict[str, Any] | None:
+        """The content of the checkpoint to go on from, None where the run starts anew. Every rank calls it."""
+        flags, ranks = self.flags, self.ranks
+        expected = {"arch": flags.arch, "num_classes": flags.num_classes}
+        path = None if flags.resume in (None, "auto") else Path(flags.resume)
+        if flags.resume == "auto":
+            with ranks.fail_together():
+                if ranks.rank == 0:
+                    found = classification.checkpoints.newest_good(
+                        self.path.parent, self.path.name, expected, lambda warning: print(warning, file=sys.stderr)
+                    )
+                    path = found and found[0]
+            path = ranks.control.broadcast(path)
+        with ranks.fail_together():
+            return classification.checkpoints.load(path, expected) if path else None
+
+    def save(self, run: Run, best: bool) -> None:
+        """Write the state after `run.epoch` epochs and `run.iteration` iterations. Every rank calls it.
+
+        After the last iteration of an epoch its search and validation are still to come, and its metrics go along.
+        """
+        flags, ranks = self.flags, self.ranks
+        own = {
+            "random": classification.checkpoints.random_state(),
+            "buffers": {name: buffer.cpu() for name, buffer in run.module.named_buffers()},
+            "exchange": run.exchange.state_dict(),
+        }
+        everyone = ranks.control.collect(own)
+        with ranks.fail_together():
+            if ranks.rank == 0:
+                content = {
+                    "epoch": run.epoch,
+                    "iteration": run.iteration,
+                    "images_per_iteration": flags.batch_size * ranks.size,
+                    "metrics": run.summary if run.iteration else {},
+                    "arch": flags.arch,
+                    "num_classes": flags.num_classes,
+                    "memory_format": flags.memory_format,
+                    "state_dict": run.module.state_dict(),
+                    "best_prec1": run.best,
+                    "optimizer": run.optimizer.state_dict(),
+                    "widths": run.exchange.widths,
+                    "seed": run.seed,
+                    "world_size": ranks.size,
+                    "ranks": everyone,
+                }
+                classification.checkpoints.save(
+                    content, self.path.parent, self.path.name, best=best, gather=flags.gather_checkpoints
+                )
+
+    def restore(self, run: Run, saved: Mapping[str, Any]) -> None:
+        """Let a run go on where a checkpoint ends. What each rank had of its own is restored on as many ranks.
+
+        Raises:
+            ValueError: the checkpoint does not fit the model, the optimizer or the compressor.
+        """
+        flags, ranks = self.flags, self.ranks
+        classification.checkpoints.load_into(run.module, saved["state_dict"], "of the checkpoint")
+        run.optimizer.load_state_dict(saved["optimizer"])
+        run.epoch, run.iteration, run.best = saved["epoch"], saved["iteration"], saved["best_prec1"]
+        chosen = flags.compression_scheme or ("quantization_bits" in flags.given and not flags.search)
+        if saved["widths"] and run.exchange.widths and not chosen:
+            run.exchange.set_widths(saved["widths"])
+        alike = saved["world_size"] == ranks.size
+        own = saved["ranks"][ranks.rank if alike else 0]
+        exchange, layout = own["exchange"], saved.get("memory_format", flags.memory_format)
+        remembers = any(exchange["averager"].values()) or exchange["recorded"] or exchange.get("late")
+        refuse(
+            remembers and layout != flags.memory_format and not flags.evaluate,
+            f"the checkpoint holds values in {layout} order that compression or search remember, and --memory-format "
+            f"is {flags.memory_format}; resume with --memory-format {layout}",
+        )
+        run.exchange.load_state_dict(own["exchange"], ranks_alike=alike)
+        for name, buffer in run.module.named_buffers():
+            if alike or not buffer.is_floating_point():
+                buffer.copy_(own["buffers"][name])
+            else:
+                buffer.copy_(sum(rank["buffers"][name] for rank in saved["ranks"]) / saved["world_size"])
+        if alike:
+            classification.checkpoints.set_random_state(own["random"])
+        elif ranks.rank == 0:
+            print(
+                f"the checkpoint is of {saved['world_size']} ranks, and these are {ranks.size}: residuals and "
+                "random states are dropped, and batch-norm statistics become their averages",
+                file=sys.stderr,
+            )
+
+    def align_position(self, run: Run, images_per_iteration: int | None) -> None:
+        """Move a run to the last step that begins at or before its position.
+
+        Args:
+            images_per_iteration: of the checkpoint's iterations on all ranks; None where there is no checkpoint.
+
+        Raises:
+            ValueError: no step fits into an epoch, or none begins there.
+        """
+        last_iteration = functools.partial(
+            classification.training.last_iteration,
+            len(run.train_loader),
+            iterations=run.iterations,
+            accumulation=run.accumulation,
+        )
+        end, own = last_iteration(), self.flags.batch_size * self.ranks.size
+        if images_per_iteration not in (None, own):
+            seen = run.iteration * images_per_iteration
+            run.iteration = min(seen // own // run.accumulation * run.accumulation, end)
+            again = seen - run.iteration * own
+            if again > 0 and self.ranks.rank == 0:
+                print(f"{again} images of epoch {run.epoch} are seen twice: the batches are others", file=sys.stderr)
+        run.trained = run.iteration == end
+        if not run.trained:
+            last_iteration(start=run.iteration)
+
+    def way_on(self) -> str:
+        """How to go on from the last checkpoint, in words."""
+        if self.flags.no_checkpoints:
+            return "--no-checkpoints: nothing was saved"
+        return f"go on with --resume {self.path}"
+
+
+# Entry
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns its exit status."""
     flags = parse(argv)
-    keep_freed_memory()
+    launcher = launcher_of(flags)
+
+    def complain(message: str) -> None:
+        print(f"main.py: error: {in_flags(message, flags)}", file=sys.stderr)
+
+    classification.allocator.keep_freed_memory()
     try:
-        with join_ranks(flags.device, flags.local_rank, backend=flags.dist_backend, hvd=flags.hvd) as ranks:
+        with compression.join_ranks(
+            flags.device, flags.local_rank, launcher=launcher, backend=flags.dist_backend, threads=flags.threads
+        ) as ranks:
             shared = {name: value for name, value in vars(flags).items() if name != "local_rank"}
             ranks.check_equal_across_ranks(shared, "the flags")
             if "compression_type" not in flags.given and (flags.search or flags.compression_scheme) and ranks.rank == 0:
                 print("no --compression-type given: widths of maxmin are chosen", file=sys.stderr)
             with contextlib.closing(Run(flags, ranks)) as run:
                 return run.execute()
-    except Failure as failure:
-        if int(os.environ.get("RANK", os.environ.get("HOROVOD_RANK", 0))) == 0:
-            print(f"main.py: error: {failure}", file=sys.stderr)
+    except compression.Failure as failure:
+        if launcher.rank_of_this_process() == 0:
+            complain(str(failure))
         return failure.status
     except (ValueError, OSError) as error:  # on this rank alone, and the others lose it
-        print(f"main.py: error: {one_line(error)}", file=sys.stderr)
+        complain(compression.one_line(error))
         return 2
     except RuntimeError as error:
-        if not is_lost_peer(error):
+        if not launcher.is_lost_peer(error):
             raise
-        words = " ".join(str(error).splitlines()[0].split())
-        print(f"main.py: error: no way to the other ranks ({words}); one that has ended says why", file=sys.stderr)
+        reason = " ".join(str(error).splitlines()[0].split())
+        complain(f"no way to the other ranks ({reason}); one that has ended says why")
         return 1
 
 

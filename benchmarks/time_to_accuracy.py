@@ -92,8 +92,9 @@ def seconds_per_step(hosts: Lab, folder: str, flags: list[str], method: str, lea
             scheme.write_text(json.dumps(learned.scheme))
             words = [*words[: words.index("--search")], "--compression-scheme", str(scheme)]
         short = ["--prof", str(WARM_STEPS + steps), "--run-epochs", "1", "--training-only", "--print-freq", "1"]
+        short += ["--threads", "1"]
         command = [sys.executable, *command_of(folder, [*flags, *words, *short], 0, workspace)]
-        hosts.run(command, timeout_s=PATIENCE_SECONDS, environment={"LOCAL_WORLD_SIZE": str(hosts.hosts)})
+        hosts.run(command, timeout_s=PATIENCE_SECONDS)
         steps_of = [record["data"] for record in logged(workspace) if len(record["step"]) == 2]
     return median(step["train.data_time"] + step["train.compute_time"] for step in steps_of[WARM_STEPS:])
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .averagers.observed import observe
     from .exchange.attachment import attach
     from .exchange.broken_barrier import BrokenBarrier
     from .exchange.exchange import Exchange
@@ -23,25 +24,35 @@ if TYPE_CHECKING:
     from .exchange.report import Report
     from .layers import DENSE, Layer
     from .network.collectives import Collectives, Metered, Solo
+    from .network.launchers import HOROVODRUN, TORCHRUN, Launcher
     from .network.torch_distributed import TorchDistributed
+    from .network.world import Failure, World, join_ranks, one_line
     from .registry import COMPRESSORS, Compressor, build, codec, with_bits, with_stale_updates
 
 _MODULE_OF = {
     "COMPRESSORS": "registry",
     "DENSE": "layers",
+    "HOROVODRUN": "network.launchers",
+    "TORCHRUN": "network.launchers",
     "BrokenBarrier": "exchange.broken_barrier",
     "Collectives": "network.collectives",
     "Compressor": "registry",
     "Exchange": "exchange.exchange",
+    "Failure": "network.world",
+    "Launcher": "network.launchers",
     "Layer": "layers",
     "Metered": "network.collectives",
     "Recorder": "exchange.recorder",
     "Report": "exchange.report",
     "Solo": "network.collectives",
     "TorchDistributed": "network.torch_distributed",
+    "World": "network.world",
     "attach": "exchange.attachment",
     "build": "registry",
     "codec": "registry",
+    "join_ranks": "network.world",
+    "observe": "averagers.observed",
+    "one_line": "network.world",
     "with_bits": "registry",
     "with_stale_updates": "registry",
 }
@@ -49,19 +60,27 @@ _MODULE_OF = {
 __all__ = [
     "COMPRESSORS",
     "DENSE",
+    "HOROVODRUN",
+    "TORCHRUN",
     "BrokenBarrier",
     "Collectives",
     "Compressor",
     "Exchange",
+    "Failure",
+    "Launcher",
     "Layer",
     "Metered",
     "Recorder",
     "Report",
     "Solo",
     "TorchDistributed",
+    "World",
     "attach",
     "build",
     "codec",
+    "join_ranks",
+    "observe",
+    "one_line",
     "with_bits",
     "with_stale_updates",
 ]

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,16 +105,16 @@ class JsonLines:
             OSError: the file cannot be written; as every call.
         """
         self.path = path
-        kept = []
-        if first_step and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # a truncated line
-                    if json.loads(line)["step"] < first_step:
-                        kept.append(line + "\n")
-        beside = path.with_name(path.name + ".part")
-        with self._writing():
-            beside.write_text("".join(kept), encoding="utf-8")
-            os.replace(beside, path)
+        with self._writing(), path.open("ab+") as file:
+            file.seek(0)
+            kept = 0
+            for line in file:  # in the order of steps
+                if _step_of(line) >= first_step:
+                    break
+                kept += len(line)
+            file.truncate(kept)  # in one piece: a kill leaves the old end or the new one
+            file.flush()
+            os.fsync(file.fileno())
 
     def __call__(self, step: int, layer: str, statistics: Statistics) -> None:
         fields = {name: _without_nan(value) for name, value in asdict(statistics).items()}
@@ -166,6 +166,15 @@ def to_all(sinks: Sequence[Sink]) -> Sink:
             each(step, layer, statistics)
 
     return sink
+
+
+def _step_of(line: bytes) -> float:
+    """The step that a line of `JsonLines` is of; infinity where a kill truncated it."""
+    try:
+        step: int = json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+    return step
 
 
 def _without_nan(value: Any) -> Any:

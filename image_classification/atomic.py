@@ -1,10 +1,12 @@
-"""A file that is never half written: it takes its name when it is whole and on disk.
+"""Files and folders that are never half written: they take their names when they are whole and on disk.
 
-Knows nothing of what it writes. One writer per file.
+The one writer of the program. It knows nothing of what it writes.
 """
 
 import errno
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     A kill at any moment leaves `path` as it was or whole. What a killed process leaves behind has a fixed name,
     `.NAME.partial`, so the next write of the same file takes it over; an error removes it. A link keeps pointing
     where it points.
+
+    One writer per file.
 
     Raises:
         OSError: the folder is missing or read-only, the disk is full, or `path` is a device or a folder.
@@ -35,8 +39,36 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name itself is on disk only after this
+    _fsync_folder(path.parent)
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, beside `folder`, that takes its name where the block ends without an error.
+
+    Whoever sees `folder` sees all of it. Of several writers at once one wins, and the others' work is dropped.
+
+    Raises:
+        OSError: the folder around it is missing or read-only, or the disk is full.
+    """
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        os.fsync(folder)
+        yield beside
+        os.sync()  # one call for all files in it, however many there are
+        try:
+            beside.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+        _fsync_folder(folder.parent)
     finally:
-        os.close(folder)
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Bring the names in a folder to disk: a new one is not there before."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -11,7 +11,10 @@ keys only, and knows neither models, optimizers nor ranks.
 | `state_dict` | the model's parameters and buffers, those of rank 0 |
 | `best_prec1` | the best top-1 so far, percent |
 | `optimizer` | momentum, master weights, loss scale; the schedule is a function of the epoch and has no state |
-| `widths` | layer name -> bits that the last search installed |
+| `images_per_iteration` | images of one batch of all ranks: `iteration` counts them |
+| `metrics` | those of training in the epoch that `iteration` is in, by name |
+| `memory_format` | order in memory, nchw or nhwc, of the values that compression and search remember |
+| `widths` | layer name -> bits that each layer travels in |
 | `seed` | what the run is seeded with, also where no seed was asked for |
 | `world_size` | ranks that wrote it |
 | `ranks` | per rank: `random` (see `random_state`), `buffers` (batch-norm statistics), `exchange` (residuals and all |
@@ -20,7 +23,6 @@ keys only, and knows neither models, optimizers nor ranks.
 
 import pickle
 import random
-import re
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
@@ -32,8 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from image_classification.atomic import replacing
+from image_classification.copies import BEST, names_of_copies
 
-BEST = "model_best.pth.tar"
 _LOOKED_AT = ("epoch", "iteration", "arch", "num_classes", "state_dict")
 
 
@@ -45,25 +47,17 @@ class Misfit(ValueError):
     """A good file that belongs to another run or another model."""
 
 
-def is_name_of_copy(name: str) -> bool:
-    """Whether checkpoints are copied to files of this name: the best one, and those that are gathered."""
-    return name == BEST or re.fullmatch(r"checkpoint-[0-9]+\.pth\.tar", name) is not None
-
-
 def save(content: Mapping[str, Any], folder: Path, filename: str, *, best: bool, gather: bool) -> None:
     """Write a checkpoint to `folder`, made where missing; with `best` a second time as `model_best.pth.tar`.
 
-    With `gather`, epochs below 10 and every tenth, counted from 0, stay as `checkpoint-{epoch + 1}.pth.tar` too. The
-    last good file is replaced only by one that has been read back, and last of all: a run that is killed between the
-    copies does the epoch again, and all of them with it.
+    With `gather`, some epochs stay as `checkpoint-{epoch + 1}.pth.tar` too, see `names_of_copies`. The last good file
+    is replaced only by one that has been read back, and last of all: a run that is killed between the copies does the
+    epoch again, and all of them with it.
 
     Raises:
         OSError: nothing could be written; what was there before is intact.
     """
-    copies = [BEST] if best else []
-    epoch = content["epoch"] - 1
-    if gather and content["iteration"] == 0 and (epoch < 10 or epoch % 10 == 0):
-        copies.append(f"checkpoint-{epoch + 1}.pth.tar")
+    copies = names_of_copies(content["epoch"], content["iteration"], best=best, gather=gather)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / filename) as file:
@@ -247,7 +241,9 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], source: Path | str)
         for how, names in differing.items() if names
     ]
     if words:
-        raise Misfit(f"weights {source} do not fit the model: {'; '.join(words)}; choose their arch and num-classes")
+        raise Misfit(
+            f"weights {source} do not fit the model: {'; '.join(words)}; choose their `arch` and `num_classes`"
+        )
     model.load_state_dict(dict(state), strict=False)
 
 

@@ -89,6 +89,11 @@ class Logger(Sink):
     def __init__(self, *sinks: Sink) -> None:
         self.sinks = sinks
 
+    @property
+    def tensorboard_writers(self) -> list[Any]:
+        """The SummaryWriters of its sinks, for what is more than numbers."""
+        return [sink.writer for sink in self.sinks if isinstance(sink, TensorBoard)]
+
     def parameters(self, data: Mapping[str, Any]) -> None:
         for sink in self.sinks:
             sink.parameters(data)

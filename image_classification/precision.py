@@ -15,6 +15,9 @@ from torch.optim import Optimizer
 
 from image_classification.optim import ParameterGroup
 
+MEMORY_FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+"""Name -> order in memory of images and convolutions; nhwc is channels-last."""
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -67,8 +70,9 @@ class Precision:
         scale = 2.0**16 if dynamic_loss_scale else float(static_loss_scale)
         return cls(device, **levels[level], loss_scale=scale, dynamic_loss_scale=dynamic_loss_scale)
 
-    def convert(self, model: nn.Module) -> nn.Module:
-        """Move `model` to the device and to its types, in place: after its weights are loaded, before DDP."""
+    def convert(self, model: nn.Module, memory_format: str = "nchw") -> nn.Module:
+        """Move `model` to the device, to its types and to a memory format, in place: after its weights are loaded,
+        before DDP."""
         model.to(self.device)
         for module in model.modules():
             dtype = self.batch_norm if isinstance(module, _BatchNorm) else self.weights
@@ -77,6 +81,7 @@ class Precision:
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.is_floating_point():
                     setattr(module, name, buffer.to(dtype))
+        model.to(memory_format=MEMORY_FORMATS[memory_format])  # type: ignore[call-overload]
         return model
 
     def logits(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -237,9 +242,9 @@ class MixedPrecisionOptimizer:
         """
         own = self.state_dict()
         for part, remedy in (
-            ("momentum", "the same --arch, --momentum and --dgc"),
-            ("masters", "the same --amp, --opt-level and --fp16"),
-            ("loss_scale", "--dynamic-loss-scale if and only if it was on"),
+            ("momentum", "the same `arch`, `momentum` and `without_momentum`"),
+            ("masters", "the same `amp`, `opt_level` and `fp16`"),
+            ("loss_scale", "`dynamic_loss_scale` if and only if it was on"),
         ):
             if differing := own[part].keys() ^ state[part].keys():
                 raise ValueError(

@@ -184,13 +184,13 @@ def last_iteration(batches: int, *, start: int = 0, iterations: int | None = Non
     if end < accumulation:
         raise ValueError(
             f"an epoch of {end} iterations is too short for one optimizer step of {accumulation}; "
-            "use more images, or a smaller --batch-size or --optimizer-batch-size"
+            "use more images, or a smaller `batch_size` or `accumulation`"
         )
     end -= end % accumulation
     if start % accumulation or not 0 <= start < end:
         raise ValueError(
             f"iteration {start} starts no optimizer step: they start at multiples of {accumulation} below {end}; "
-            "resume with the batch sizes and --prof of the run that was interrupted"
+            "resume with the batch sizes and `iterations` of the run that was interrupted"
         )
     return end
 
@@ -256,9 +256,9 @@ def _train_metrics(totals: Tensor, world_size: int, lr: float) -> dict[str, floa
 
 def _non_finite(layer: str | None, epoch: int, iteration: int, loss_scale: float | Tensor) -> NonFiniteGradientError:
     what = f"the gradient of {layer}" if layer else "a half-precision gradient"
-    remedy = "use a lower --lr"
+    remedy = "use a lower `lr`"
     if isinstance(loss_scale, float):
-        remedy += ", or --dynamic-loss-scale where half precision overflows"
+        remedy += ", or `dynamic_loss_scale` where half precision overflows"
     return NonFiniteGradientError(
         f"{what} was not finite in epoch {epoch}, at or before iteration {iteration}, with a loss scale of "
         f"{float(loss_scale):g}; the step was not applied; {remedy}"

@@ -1,18 +1,45 @@
 """Bit widths for the layers of a model: an error table, differential evolution, and the true optimum beside it.
 
 It knows codecs by what they lose and what they send. It knows no model and no ranks.
+
+Names are loaded when they are used: importing this package loads nothing that is heavy.
 """
 
-from .budget import Budgeted, check_budget, within_budget
-from .evolution import Evolved, evolve
-from .hulls import optimum
-from .objective import Assignment, Objective
-from .plotting import plot
-from .report import as_text, write_logs
-from .run import SearchResult, search
-from .scheme import load_scheme
-from .tables import Tables, measure
-from .tradeoff import Breakpoint, ratio_for_bits
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .budget import Budgeted, check_budget, within_budget
+    from .evolution import Evolved, evolve
+    from .hulls import optimum
+    from .objective import Assignment, Objective
+    from .plotting import plot
+    from .report import as_text, logs
+    from .run import SearchResult, search
+    from .scheme import load_scheme
+    from .tables import Tables, measure
+    from .tradeoff import Breakpoint, ratio_for_bits
+
+_MODULE_OF = {
+    "Assignment": "objective",
+    "Breakpoint": "tradeoff",
+    "Budgeted": "budget",
+    "Evolved": "evolution",
+    "Objective": "objective",
+    "SearchResult": "run",
+    "Tables": "tables",
+    "as_text": "report",
+    "check_budget": "budget",
+    "evolve": "evolution",
+    "load_scheme": "scheme",
+    "logs": "report",
+    "measure": "tables",
+    "optimum": "hulls",
+    "plot": "plotting",
+    "ratio_for_bits": "tradeoff",
+    "search": "run",
+    "within_budget": "budget",
+}
 
 __all__ = [
     "Assignment",
@@ -26,11 +53,23 @@ __all__ = [
     "check_budget",
     "evolve",
     "load_scheme",
+    "logs",
     "measure",
     "optimum",
     "plot",
     "ratio_for_bits",
     "search",
     "within_budget",
-    "write_logs",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

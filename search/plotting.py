@@ -1,6 +1,6 @@
 """A picture of a search: the widths layer by layer, and the plane of bytes and error that it moved in."""
 
-from pathlib import Path
+from io import BytesIO
 
 import numpy as np
 
@@ -10,8 +10,8 @@ from .run import NAMES, SearchResult
 STYLES = {"de": ("x", "tab:orange"), "optimum": ("o", "tab:green"), "budget": ("D", "tab:red")}
 
 
-def plot(result: SearchResult, path: str | Path) -> None:
-    """Write a PNG with two panels, whole or not at all.
+def plot(result: SearchResult) -> bytes:
+    """A PNG with two panels.
 
     Left: each layer's bit width, as each way found it, and as installed. Right: total error over ratio, with the
     hull of all assignments and the uniform widths. Drawn by Agg: no display, no global state.
@@ -51,7 +51,6 @@ def plot(result: SearchResult, path: str | Path) -> None:
         plane.set_yscale("log")
     by_layer.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
     plane.legend()
-    path = Path(path)
-    beside = path.with_name(path.name + ".part")
-    figure.savefig(beside, format="png", dpi=120)
-    beside.replace(path)
+    png = BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    return png.getvalue()

@@ -1,36 +1,39 @@
-"""What a search leaves behind: three JSON files, and a page of text for the terminal.
+"""Reports of a search: the contents of three JSON files, and a page of text for the terminal.
 
-It reads a `SearchResult` and calculates nothing that decides anything. The plot is in `plot.py`.
+They read a `SearchResult` and calculate nothing that decides anything. Who writes the files is the caller's business.
+The picture is in `plotting.py`.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
+from typing import Any
 
 from .objective import Objective, gap
 from .run import NAMES, SearchResult
-from .scheme import scheme_of, write_json
+from .scheme import scheme_of
 from .tradeoff import ratio_for_bits
 
 MOST = 0.5  # an optimum with more than this share of layers at one end of the range is called bang-bang
 
 
-def write_logs(
-    result: SearchResult, workspace: str | Path, when: int | str, uncompressed: Collection[str]
-) -> Path:
-    """Write `epochN.json`, `compress_scheme_N.json` and `search_N.json` to WORKSPACE/adapt_logs.
+def logs(result: SearchResult, when: int | str, uncompressed: Collection[str]) -> dict[str, bytes]:
+    """File name -> content of `epochN.json`, `compress_scheme_N.json` and `search_N.json`.
 
-    N is `when`: the epoch, or "calibration". `uncompressed` are the names of what is never compressed. Returns
-    the folder, made where missing. Every file is there whole or not at all.
+    N is `when`: the epoch, or "calibration". `uncompressed` are the names of what is never compressed. Raises
+    ValueError where a number is not finite, for which JSON has no word.
     """
-    folder = Path(workspace) / "adapt_logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"epoch{when}.json", result.error_by_layer(), indent=1)
     scheme = scheme_of(result.bits_by_layer(), uncompressed)
-    write_json(folder / f"compress_scheme_{when}.json", scheme, indent=1)
-    write_json(folder / f"search_{when}.json", result.to_json())
-    return folder
+    return {
+        f"epoch{when}.json": _json(result.error_by_layer(), indent=1),
+        f"compress_scheme_{when}.json": _json(scheme, indent=1),
+        f"search_{when}.json": _json(result.to_json()),
+    }
+
+
+def _json(content: Any, indent: int | None = None) -> bytes:
+    return (json.dumps(content, indent=indent, allow_nan=False) + "\n").encode()
 
 
 def as_text(result: SearchResult, when: int | str) -> str:

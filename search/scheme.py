@@ -5,7 +5,6 @@ A scheme is a JSON object of widths to lists of layer names, with "32" for what 
 """
 
 import json
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,17 +48,6 @@ def load_scheme(path: str | Path, compressed: Collection[str], parameters: Colle
             f"add it under 1 to 8, or search again with this model and bucket size"
         )
     return {name: bits_by_name[name] for name in compressed}
-
-
-def write_json(path: Path, content: Any, indent: int | None = None) -> None:
-    """Write beside and rename: a reader finds the whole file, the one before, or none."""
-    text = json.dumps(content, indent=indent, allow_nan=False)
-    beside = path.with_name(path.name + ".part")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def _entries(path: Path) -> tuple[tuple[str, Any], ...]:

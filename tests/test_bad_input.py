@@ -81,7 +81,7 @@ CASES = {
     "unfit weights": Bad(
         "--pretrained-weights {bad}/weights",
         "weights {bad}/weights do not fit the model: 16 missing (0.weight, 1.weight, 1.bias, ...); 1 unknown (a); "
-        "choose their arch and num-classes",
+        "choose their --arch and --num-classes",
     ),
     # data
     "no folder": Bad(

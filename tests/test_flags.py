@@ -1,6 +1,8 @@
 """Flags: the list that was asked for, one by one; every range; and nothing that a user set is silently ignored."""
 
 import re
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 import compression
 import main
 
-USAGE = Path(__file__).parents[1] / "../shared/usage.txt"
+ROOT = Path(__file__).parents[1]
+USAGE = ROOT / "../shared/usage.txt"
 
 TYPES = (
     "none", "sanity", "maxmin", "exponential", "1bit", "norm_uniform", "terngrad", "topk", "topk_rmsprop", "svd",
@@ -106,6 +109,7 @@ EXTENSIONS = (
     Option("--compile"),
     Option("--device", "auto", None, ("auto", "cpu", "cuda")),
     Option("--dist-backend", "auto", None, ("auto", "gloo", "nccl")),
+    Option("--threads", None, "N"),
     Option("--dgc-clip", None, "NORM"),
     Option("--compression-scheme", None, "FILE"),
     Option("--search-calibration-steps", 20, "STEPS"),
@@ -118,7 +122,7 @@ REGISTERED = tuple(name for name, row in compression.COMPRESSORS.items() if row.
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in ("LOCAL_RANK", "WORLD_SIZE", "HOROVOD_SIZE"):
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -161,12 +165,31 @@ def test_the_option_is_as_listed(option):
 
 
 def test_there_is_no_option_besides_and_extensions_come_last():
-    groups = main.build_parser()._action_groups
-    flags = [flag for group in groups for action in group._group_actions for flag in action.option_strings]
+    parser = main.build_parser()
+    flags = [flag for action in parser._actions for flag in action.option_strings]
     expected = [flag for option in LISTED + EXTENSIONS for flag in option.spellings.split()]
     assert sorted(flags) == sorted([*expected, "-h", "--help"])
-    assert groups[-1].title == "extensions"
-    assert [action.option_strings[0] for action in groups[-1]._group_actions] == [e.spellings for e in EXTENSIONS]
+    assert flags[-len(EXTENSIONS) :] == [option.spellings for option in EXTENSIONS]
+
+
+def test_every_option_stands_in_the_group_of_its_topic_and_extensions_are_marked():
+    options, *groups = main.build_parser()._action_groups[1:]
+    assert [action.option_strings for action in options._group_actions] == [["-h", "--help"]]
+    of = {flag: group.title for group in groups for action in group._group_actions for flag in action.option_strings}
+    assert (of["--arch"], of["--image-size"]) == ("data and model",) * 2
+    assert (of["--hvd"], of["--device"], of["--threads"]) == ("ranks",) * 3
+    assert (of["--dgc"], of["--dgc-clip"]) == ("gradient compression",) * 2
+    assert (of["--search"], of["--search-target-bits"]) == ("bit-width search",) * 2
+    marked = {flag for flag, action in actions().items() if action.help.startswith("(extension) ")}
+    assert marked == {option.spellings for option in EXTENSIONS}
+
+
+def test_help_shows_defaults_that_are_values():
+    shown = " ".join(main.build_parser().format_help().split())
+    assert "number of classes (default: 1000)" in shown
+    assert "epochs of linear warm-up, fewer than --epochs (default: 0)" in shown
+    assert "default: None" not in shown
+    assert "default: False" not in shown
 
 
 def invocations(text):
@@ -183,8 +206,9 @@ def test_help_shows_the_usage_that_was_asked_for(monkeypatch):
     assert asked_usage[-1] == shown_usage[-1] == "DIR"
     assert shown_usage[: len(asked_usage) - 1] == asked_usage[:-1]
     alias = ", --local-rank LOCAL_RANK"
+    extensions = {option.spellings for option in EXTENSIONS}
     assert set(invocations(asked)) == {
-        flag.replace(alias, "") for flag in invocations(shown.partition("\nextensions:")[0])
+        flag.replace(alias, "") for flag in invocations(shown) if flag.split()[0] not in extensions
     }
 
 
@@ -232,7 +256,7 @@ RANGES = {
     COUNT: (
         "1 1000", "0 -1 1.5 x",
         "--num-classes --epochs -b/--batch-size --print-freq/-p --bb-num-parallel-steps --powersgd-rank --popsize "
-        "--image-size --search-calibration-steps",
+        "--image-size --search-calibration-steps --threads",
     ),
     OR_OFF: ("1 1000 -1", "0 -2 1e3", "--run-epochs --optimizer-batch-size --prof --bucket-size"),
     NATURAL: ("0 3", "-1 0.5", "-j/--workers --warmup --compressor-warmup-steps --local_rank/--local-rank "
@@ -428,7 +452,7 @@ def test_a_flag_without_effect_is_refused_with_what_it_goes_with(line, capsys):
         "--search --evaluate --search-calibration-steps 3 --resume c.pth --compression-type quantile "
         "--search-min-bits 1",
         "--compression-scheme s.json --compression-type norm_uniform",
-        "--image-size 32 --crop-scale 0.6 --hflip 0 --skip-bad-images --device cpu --dist-backend gloo",
+        "--image-size 32 --crop-scale 0.6 --hflip 0 --skip-bad-images --device cpu --dist-backend gloo --threads 2",
     ],
 )
 def test_sensible_recipes_are_accepted(line):
@@ -476,4 +500,25 @@ def test_help_is_not_an_error(capsys):
     with pytest.raises(SystemExit) as stopped:
         main.parse(["--help"])
     assert stopped.value.code == 0
-    assert "extensions:" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("usage: main.py [-h] ")
+
+
+HEAVY = ("torch", "torchvision", "numpy", "scipy", "PIL", "numba")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [("--help", 0), ("DIR --bogus", 2), ("DIR --efx-bits 4", 2), ("DIR --raport-file model_best.pth.tar", 2)],
+)
+def test_a_command_line_is_explained_and_refused_without_torch(arguments, status):
+    program = (
+        "import sys\n"
+        "import main\n"
+        "try:\n"
+        f"    main.main({arguments.split()})\n"
+        "finally:\n"
+        f"    print('loaded:', *({{*sys.modules}} & {{*{HEAVY}}}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert done.stdout.splitlines()[-1] == "loaded:"

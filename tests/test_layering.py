@@ -1,11 +1,14 @@
 """Layering: who may import whom, and what is imported only inside the functions that need it."""
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+import main
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("image_classification", "compression", "search")
@@ -75,6 +78,43 @@ def test_the_command_line_is_read_by_main_alone(path: Path) -> None:
         assert not [name for name, _ in imported(path) if is_within(name, "argparse")]
         names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
         assert "Namespace" not in names
+
+
+def messages(path: Path) -> list[str]:
+    """The string constants of a file that are no docstrings, nor comments in the form of strings."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    alone = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    return [
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone
+    ]
+
+
+LIBRARIES = [path for path in MODULES if path != ROOT / "main.py"]
+every_library = pytest.mark.parametrize("path", LIBRARIES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@every_library
+def test_libraries_spell_no_flag_of_the_command_line(path: Path) -> None:
+    assert [text for text in messages(path) if re.search("--[a-z]", text)] == []
+
+
+@every_library
+def test_every_option_that_a_message_names_is_a_flag_for_users(path: Path) -> None:
+    flags = main.parse(["DIR"])
+    for text in messages(path):
+        for name in re.findall("`([a-z0-9_]+)`", text):
+            shown = main.in_flags(f"`{name}`", flags)
+            assert shown.startswith("--"), text
+            assert shown in main.build_parser()._option_string_actions
+
+
+def test_options_that_messages_name_are_translated_once_for_all() -> None:
+    flags = main.parse(["DIR"])
+    message = "no `file` of that name; use a smaller `batch_size`, or resume with `rank` 4"
+    translated = "no `file` of that name; use a smaller --batch-size, or resume with --powersgd-rank 4"
+    assert main.in_flags(message, flags) == translated
 
 
 def test_the_walk_over_imports_reaches_the_program() -> None:

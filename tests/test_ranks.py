@@ -44,7 +44,7 @@ def train_plainly(folder: Path) -> None:
 
     def plain(argv: Sequence[str]) -> int:
         flags = main.parse(argv)
-        with join_ranks(flags.device, flags.local_rank) as ranks:
+        with join_ranks(flags.device, flags.local_rank, threads=flags.threads) as ranks:
             loader, _ = main.build_data(flags, flags.seed, ranks)
             model = DistributedDataParallel(main.build_model(flags, flags.seed), broadcast_buffers=False)
             # The fused kernel, as the program: torch's others round the last values of a tensor differently.
@@ -110,16 +110,12 @@ SEVERAL_BUCKETS = (
 )  # fmt: skip
 
 
-def use_as_many_threads_as_launchers_do() -> None:
-    os.environ["LOCAL_WORLD_SIZE"] = "2"
-
-
 @pytest.fixture(scope="module")
 def reference(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of two ranks of resnet18, whose gradients fill several of DDP's buckets."""
     workspace = tmp_path_factory.mktemp("reference")
     argv = (pictures, *SEVERAL_BUCKETS, "--workspace", workspace)
-    run_well(*argv, ranks=2, before=use_as_many_threads_as_launchers_do)
+    run_well(*argv, ranks=2, threads=None)
     return workspace / "checkpoint.pth.tar"
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -122,6 +123,12 @@ def test_the_checkpoint_holds_the_weights_of_rank_0_and_the_buffers_of_both(trai
     for rank, own in zip(trained.ranks, saved["ranks"], strict=True):
         assert own["buffers"].keys() == {name for name in rank.weights if name not in PARAMETERS}
         assert all(torch.equal(own["buffers"][name], rank.weights[name]) for name in own["buffers"])
+
+
+def test_the_table_of_a_checkpoints_keys_is_what_is_saved(trained: Stage) -> None:
+    rows = [line.split("|")[1] for line in checkpoints.__doc__.splitlines() if line.startswith("| `")]
+    documented = [name for row in rows for name in re.findall("`([a-z_0-9]+)`", row)]
+    assert sorted(documented) == sorted(trained.checkpoint())
 
 
 def test_bytes_are_those_of_the_codes_and_of_what_is_not_compressed(trained: Stage) -> None:

@@ -1,8 +1,12 @@
 """Averaging that looks at the gradients on the way, and changes nothing."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 from ..gradients import Gradients
 from ..network.collectives import Collectives
-from ..statistics import Sink, measure
+from ..statistics import JsonLines, Sink, TensorBoard, measure, to_all
 from .dense import Dense
 
 PERIOD = 50
@@ -26,3 +30,20 @@ class StatisticsAverager(Dense):
                 own = gradients.flat[at : at + self.sizes[name]].float() / gradients.loss_scale
                 self.sink(step, name, measure(own))
         super().average_(gradients, step)
+
+
+def observe(averager: object, path: Path, first_step: int = 0, writers: Sequence[Any] = ()) -> bool:
+    """Let an averager that measures gradients write their statistics; any other is left alone.
+
+    They go to a file, from `first_step` on as `JsonLines` has it, and to TensorBoard's `writers`.
+
+    Returns:
+        Whether it measures any.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if not isinstance(averager, StatisticsAverager):
+        return False
+    averager.sink = to_all([JsonLines(path, first_step), *map(TensorBoard, writers)])
+    return True

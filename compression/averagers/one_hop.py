@@ -70,7 +70,7 @@ class OneHop(Plain):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state and not self._residual.spans:
-            raise ValueError("the checkpoint holds residuals, and --error-feedback is off")
+            raise ValueError("the checkpoint holds residuals, and `error_feedback` is off")
         self._residual.load_state_dict(state.get("residual", {}))
 
     def _parts(self, gradients: Gradients) -> list[tuple[str, Tensor]]:

@@ -154,7 +154,7 @@ class PowerSGD(Plain):
         if saved != self.rank:
             raise ValueError(
                 f"the checkpoint holds factors of rank {saved}, and this run makes them of rank {self.rank}; "
-                f"resume with --powersgd-rank {saved}"
+                f"resume with `rank` {saved}"
             )
         self._residual.load_state_dict(state.get("residual", {}))
         self._basis.load_state_dict(state.get("basis", {}))

@@ -173,7 +173,7 @@ class TwoHop(Plain):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if self._states is None:
             if state:
-                raise ValueError("the checkpoint holds residuals, and --error-feedback is off")
+                raise ValueError("the checkpoint holds residuals, and `error_feedback` is off")
             return
         for memory, name in zip(self._states, ("residual", "share_residual"), strict=True):
             memory.load_state_dict(state.get(name, {}))

@@ -132,8 +132,8 @@ class Exchange:
         """
         if state.get("late"):
             raise ValueError(
-                "the checkpoint holds averages that a broken barrier is still to apply; resume with the --bb-ratio of "
-                "the run that was interrupted"
+                "the checkpoint holds averages that a broken barrier is still to apply; resume with the "
+                "`barrier_fraction` of the run that was interrupted"
             )
         if ranks_alike:
             self.averager.load_state_dict(state["averager"])

@@ -3,24 +3,50 @@
 Horovod is imported when ranks join, so that nothing else of the program needs it.
 """
 
+import contextlib
 import os
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..streams import record_stream
 from .collectives import PostedExchange, PostedGather, Work, part_of
+from .world import World, choose_device
 
 
-def join() -> Any:
-    """Horovod's torch module, initialized. Raises ValueError where it is not installed."""
+@contextlib.contextmanager
+def join(device: str, local_rank: int, backend: str) -> Iterator[World]:
+    """The ranks of horovodrun; which one of its host this is, Horovod itself knows.
+
+    Horovod has no store: rank 0 serves one of torch's. Raises ValueError where Horovod is not installed.
+    """
+    hvd = _initialized()
+    try:
+        place = choose_device(device, hvd.local_rank())
+        control = Horovod(hvd, "control")
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        host, port = control.broadcast((os.environ.get("HOROVOD_HOSTNAME", socket.gethostname()), port))
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            host, port, is_master=control.rank == 0, wait_for_workers=False
+        )
+        yield World(hvd.local_rank(), hvd.local_size(), place, control, Horovod(hvd, "gradients"), store)
+    finally:
+        hvd.shutdown()
+
+
+def _initialized() -> Any:
+    """Horovod's torch module, initialized."""
     try:
         import horovod.torch as hvd
     except ImportError as error:
-        raise ValueError(f"--hvd needs Horovod ({error}); install it with: make horovod") from error
+        raise ValueError(f"Horovod is not installed ({error}); install it with: make horovod") from error
     # Fusion would add up the ranks' values in another order than torch does, and differently from step to step.
     os.environ["HOROVOD_FUSION_THRESHOLD"] = "0"
     hvd.init()

@@ -5,26 +5,28 @@ It knows launchers and networks, and nothing of what the ranks are for.
 
 import contextlib
 import os
-import socket
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 from .collectives import Collectives, Solo
+from .launchers import TORCHRUN, Launcher
 from .torch_distributed import TorchDistributed
 
 
 class Failure(Exception):
-    """What ends the program with one line, on every rank alike: rank 0 says it. `status` is the exit status."""
+    """An error of one line that ends the program on every rank alike: rank 0 says it. `status` is the exit status."""
 
-    def __init__(self, words: str, status: int = 2) -> None:
-        super().__init__(" ".join(words.split()))
+    def __init__(self, message: str, status: int = 2) -> None:
+        super().__init__(" ".join(message.split()))
         self.status = status
 
 
@@ -32,12 +34,13 @@ class Failure(Exception):
 class World:
     """This process among the ranks.
 
-    `control` carries all but gradients, on the main thread. `gradients` carries gradients, where they have collectives
-    of their own; None leaves the choice to `attach`. `store` holds small values that all ranks share; None where there
-    is one rank.
+    `local_rank` is its number among the `local_size` ranks of its host. `control` carries all but gradients, on the
+    main thread. `gradients` carries gradients, where they have collectives of their own; None leaves the choice to
+    `attach`. `store` holds small values that all ranks share; None where there is one rank.
     """
 
     local_rank: int
+    local_size: int
     device: torch.device
     control: Collectives
     gradients: Collectives | None
@@ -57,6 +60,21 @@ class World:
         self.control.sum_(total)
         return total
 
+    def replicate(self, model: nn.Module) -> nn.Module:
+        """The model, with rank 0's parameters and buffers on every rank.
+
+        Over torch.distributed it is wrapped in DDP, whose gradients `attach` takes over; batch norms keep statistics of
+        their own on each rank.
+        """
+        if dist.is_initialized():
+            with warnings.catch_warnings():
+                # torch 2.13 renames the argument and 2.11 knows only the old name.
+                warnings.filterwarnings("ignore", ".broadcast_buffers. is deprecated", FutureWarning)
+                return DistributedDataParallel(model, broadcast_buffers=False)
+        if self.size > 1:
+            model.load_state_dict(self.control.broadcast(model.state_dict()))
+        return model
+
     @contextlib.contextmanager
     def fail_together(self) -> Iterator[None]:
         """Around what can fail on one rank alone: where any rank fails, all of them end with the same line."""
@@ -65,7 +83,7 @@ class World:
             yield
         except (ValueError, OSError) as error:
             failure = one_line(error)
-        failures = [words for words in self.control.collect(failure) if words is not None]
+        failures = [message for message in self.control.collect(failure) if message is not None]
         if failures:
             raise Failure(failures[0])
 
@@ -82,59 +100,34 @@ class World:
 
 
 def one_line(error: Exception) -> str:
-    """One line for what went wrong; the system's own errors name the file and the way out, too."""
+    """The message of an error in one line; the system's own errors name the file and the way out, too."""
     if isinstance(error, OSError) and error.filename:
         return f"cannot use {error.filename}: {error.strerror}; choose another"
     return " ".join(str(error).split())
 
 
-def is_lost_peer(error: Exception) -> bool:
-    """Whether this is how torch.distributed or Horovod say that a rank is gone. Gloo has no error type of its own."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Horovod" in str(error)
-
-
 @contextlib.contextmanager
-def join_ranks(device: str, local_rank: int, *, backend: str = "auto", hvd: bool = False) -> Iterator[World]:
+def join_ranks(
+    device: str,
+    local_rank: int = 0,
+    *,
+    launcher: Launcher = TORCHRUN,
+    backend: str = "auto",
+    threads: int | None = None,
+) -> Iterator[World]:
     """Join the other ranks, where a launcher started any, and leave them in order at the end.
 
-    `device` is auto, cpu or cuda; `backend` is torch.distributed's, auto taking NCCL on GPUs and gloo on CPUs; `hvd`
-    joins through Horovod instead.
+    `device` is auto, cpu or cuda. `local_rank` is this process's on its host, unless the launcher's network knows
+    better. `backend` is torch.distributed's, auto taking NCCL on GPUs and gloo on CPUs.
 
-    The process chooses its number of threads by itself, so that results do not depend on the launcher: the machine's
-    cores divided by the ranks on it.
+    `threads` compute in this process. None takes the cores that it may use, divided by the ranks on its host, under
+    every launcher alike: results do not depend on who started the ranks.
 
     Raises:
         ValueError: there is no GPU for this rank, or no Horovod, or a backend that is not for its device.
     """
-    horovod: Any = None
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if hvd:
-        from . import horovod as horovod_module
-
-        horovod = horovod_module.join()
-        local_rank, ranks_here = horovod.local_rank(), horovod.local_size()
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-    place = _device(device, local_rank)
-    with contextlib.ExitStack() as stack:
-        if horovod is not None:
-            stack.callback(horovod.shutdown)
-            world = _over_horovod(horovod, local_rank, place)
-        elif "RANK" in os.environ:
-            own = "nccl" if place.type == "cuda" else "gloo"
-            if backend not in ("auto", own):
-                raise ValueError(
-                    f"--dist-backend {backend} cannot send what lies on a {place.type} device; use {own}, or choose "
-                    "another --device"
-                )
-            store, rank, size = next(iter(rendezvous("env://")))
-            dist.init_process_group(own, store=store, rank=rank, world_size=size)
-            stack.callback(dist.destroy_process_group)
-            # A gloo thread that is letting go of its last work wants Python's lock once more. The end of the group
-            # waits for that thread with the lock in hand, so it has to be through by then.
-            stack.callback(time.sleep, 0.05)
-            world = World(local_rank, place, TorchDistributed(), None, store)
-        else:
-            world = World(local_rank, place, Solo(), None, None)
+    with launcher.join(device, local_rank, backend) as world:
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
         try:
             yield world
         except Failure:
@@ -142,27 +135,43 @@ def join_ranks(device: str, local_rank: int, *, backend: str = "auto", hvd: bool
             raise
 
 
-def _device(device: str, local_rank: int) -> torch.device:
+@contextlib.contextmanager
+def join_over_torch(device: str, local_rank: int, backend: str) -> Iterator[World]:
+    """The ranks of torchrun over torch.distributed; a world of one rank where torchrun did not start this process."""
+    place = choose_device(device, local_rank)
+    if not TORCHRUN.started_this_process():
+        yield World(local_rank, 1, place, Solo(), None, None)
+        return
+    own = "nccl" if place.type == "cuda" else "gloo"
+    if backend not in ("auto", own):
+        raise ValueError(
+            f"`backend` {backend} cannot send what lies on a {place.type} device; use {own}, or choose another `device`"
+        )
+    store, rank, size = next(iter(rendezvous("env://")))
+    dist.init_process_group(own, store=store, rank=rank, world_size=size)
+    try:
+        local_size = int(os.environ.get(TORCHRUN.local_size, 1))
+        yield World(local_rank, local_size, place, TorchDistributed(), None, store)
+    finally:
+        # A gloo thread that is letting go of its last work wants Python's lock once more. The end of the group
+        # waits for that thread with the lock in hand, so it has to be through by then.
+        time.sleep(0.05)
+        dist.destroy_process_group()
+
+
+def choose_device(device: str, local_rank: int) -> torch.device:
+    """The device of a rank: auto, cpu or cuda, where each rank of a host has a GPU of its own.
+
+    Raises:
+        ValueError: this host has fewer GPUs than that.
+    """
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if kind != "cuda":
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"--device cuda needs a GPU for each rank of a machine: local rank {local_rank} has none, "
-            f"{torch.cuda.device_count()} are visible; start fewer ranks or use --device cpu"
+            f"`device` cuda needs a GPU for each rank of a machine: local rank {local_rank} has none, "
+            f"{torch.cuda.device_count()} are visible; start fewer ranks or use `device` cpu"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def _over_horovod(hvd: Any, local_rank: int, device: torch.device) -> World:
-    """Horovod has no store: rank 0 serves one of torch's."""
-    from .horovod import Horovod
-
-    control = Horovod(hvd, "control")
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    host, port = control.broadcast((os.environ.get("HOROVOD_HOSTNAME", socket.gethostname()), port))
-    store = dist.TCPStore(host, port, is_master=control.rank == 0, wait_for_workers=False)  # type: ignore[attr-defined]
-    return World(local_rank, device, control, Horovod(hvd, "gradients"), store)

@@ -4,15 +4,28 @@ A backend is one file and one row of BACKENDS. All of them read the same options
 folder backends give the same images, in the same order and views, from any number of workers and any start.
 """
 
+from __future__ import annotations
+
+import importlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from image_classification.data import dali, pillow, synthetic
-from image_classification.data.digits import digits_folder
-from image_classification.data.images import BadImage
-from image_classification.data.mixup import mixup
-from image_classification.data.options import DataOptions, Loader
+from image_classification.rows import loaded
+
+if TYPE_CHECKING:
+    from image_classification.data.images import BadImage
+    from image_classification.data.mixing import mixup, mixup_labels
+    from image_classification.data.options import DataOptions, Loader
+
+_MODULE_OF = {
+    "BadImage": "images",
+    "DataOptions": "options",
+    "Loader": "options",
+    "mixup": "mixing",
+    "mixup_labels": "mixing",
+}
 
 __all__ = [
     "ALIASES",
@@ -23,17 +36,18 @@ __all__ = [
     "Loader",
     "build",
     "mixup",
+    "mixup_labels",
     "resolve_backend",
     "root",
 ]
 
-BACKENDS: dict[str, Callable[[DataOptions], tuple[Loader, Loader]]] = {
-    "pytorch": pillow.build,
-    "syntetic": synthetic.build,
-    "dali-gpu": dali.build_gpu,
-    "dali-cpu": dali.build_cpu,
+BACKENDS: dict[str, str | Callable[[DataOptions], tuple[Loader, Loader]]] = {
+    "pytorch": "image_classification.data.pillow:build",
+    "syntetic": "image_classification.data.synthetic:build",
+    "dali-gpu": "image_classification.data.dali:build_gpu",
+    "dali-cpu": "image_classification.data.dali:build_cpu",
 }
-"""Name -> what builds the train and the validation loader."""
+"""Name -> builder of the train and the validation loader, or its name."""
 
 ALIASES = {"synthetic": "syntetic"}
 
@@ -42,8 +56,19 @@ DEFAULT_BACKEND = "dali-cpu"
 _DALI_PACKAGE = "nvidia-dali-cuda130"
 
 
+def __getattr__(name: str) -> Any:
+    """Names that need torch are loaded when they are used."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
 def root(argument: str) -> Path:
     """The folder that the command line's DIR means: `digits` is the embedded data set, `./digits` a folder."""
+    from image_classification.data.digits import digits_folder
+
     return digits_folder() if argument == "digits" else Path(argument)
 
 
@@ -79,4 +104,5 @@ def build(options: DataOptions) -> tuple[Loader, Loader]:
         ValueError: what is wrong with the folder, or with the backend.
     """
     name, _ = resolve_backend(options.backend)
-    return BACKENDS[name](options)
+    loaders: tuple[Loader, Loader] = loaded(BACKENDS[name])(options)
+    return loaders

@@ -4,12 +4,12 @@
 """
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from image_classification.atomic import appearing
 
 _SIDE = 32
 _BRIGHTEST = 16
@@ -27,21 +27,9 @@ def digits_folder() -> Path:
     folder = cache / "gradient-compression-trainer" / "digits-v1"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(folder)
+        with appearing(folder) as beside:
+            _write(beside)
     return folder
-
-
-def _write_atomically(folder: Path) -> None:
-    """Write beside and rename: whoever sees the folder sees all of it, and of two writers one wins."""
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _write(beside)
-        beside.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _write(folder: Path) -> None:

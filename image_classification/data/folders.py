@@ -59,7 +59,7 @@ def list_splits(root: Path, num_classes: int) -> tuple[Split, Split]:
     if len(classes["train"]) > num_classes:
         raise ValueError(
             f"{root}/train holds {len(classes['train'])} classes, more than the {num_classes} of the "
-            f"model; use --num-classes {len(classes['train'])}"
+            f"model; use `num_classes` {len(classes['train'])}"
         )
     return _list_images(root / "train", classes["train"]), _list_images(root / "val", classes["val"])
 

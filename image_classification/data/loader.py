@@ -128,7 +128,7 @@ def build_folder_loaders(
     if options.training and len(train) < options.global_batch:
         raise ValueError(
             f"{train.folder} holds {len(train)} images, fewer than one global batch of {options.global_batch} "
-            f"({options.batch_size} on each of {options.world_size} ranks); use a smaller --batch-size"
+            f"({options.batch_size} on each of {options.world_size} ranks); use a smaller `batch_size`"
         )
     return (
         FolderLoader(Samples(train, options, train=True), make_reader),

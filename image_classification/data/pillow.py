@@ -138,7 +138,7 @@ class PillowReader:
                 raise
             raise ChildProcessError(
                 f"a data loader process died ({' '.join(str(error).split())}), most often for want of memory or of "
-                "shared memory; use fewer --workers or a smaller --batch-size"
+                "shared memory; use fewer `workers` or a smaller `batch_size`"
             ) from error
 
     def close(self) -> None:

@@ -72,7 +72,7 @@ class Samples:
             except BadImage as error:
                 if not self.options.skip_bad_images:
                     raise BadImage(
-                        f"{path} is not a readable image ({error}); replace or remove it, or pass --skip-bad-images"
+                        f"{path} is not a readable image ({error}); replace or remove it, or pass `skip_bad_images`"
                     ) from error
                 if not self.train:
                     return None

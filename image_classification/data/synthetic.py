@@ -54,7 +54,7 @@ def build(options: DataOptions) -> tuple[SyntheticLoader, SyntheticLoader]:
     """
     if options.training and options.global_batch > TRAIN_IMAGES:
         raise ValueError(f"the synthetic data set has {TRAIN_IMAGES} images, fewer than one global batch "
-                         f"of {options.global_batch}; use a smaller --batch-size")
+                         f"of {options.global_batch}; use a smaller `batch_size`")
     generator = torch.Generator().manual_seed(
         int(np.random.default_rng((options.seed, options.rank)).integers(2**63))
     )

@@ -21,15 +21,6 @@ def fan_out_of_group(conv: nn.Conv2d) -> int:
     return fan_out(conv) // conv.groups
 
 
-MODEL_CONFIGS: dict[str, Callable[[nn.Conv2d], int]] = {
-    "classic": fan_out,
-    "fanin": fan_in,
-    "grp-fanin": fan_in,
-    "grp-fanout": fan_out_of_group,
-}
-"""Name -> the fan that scales a convolution's weights."""
-
-
 def initialize_(model: nn.Module, fan: Callable[[nn.Conv2d], int]) -> None:
     """Draw every convolution's weight from N(0, 2 / fan), with torch's global generator, in module order."""
     for module in model.modules():

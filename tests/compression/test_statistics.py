@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import compression
 from compression import Solo
-from compression.averagers import StatisticsAverager
+from compression.averagers import Dense, StatisticsAverager
 from compression.gradients import Gradients
 from compression.statistics import BINS, PROBABILITIES, JsonLines, Statistics, TensorBoard, measure, to_all
 
@@ -167,6 +167,25 @@ def test_a_resumed_run_goes_on_in_the_file_and_a_new_one_begins_it_anew(tmp_path
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 50, 100]
     JsonLines(path)
     assert path.read_text() == ""
+
+
+def test_an_averager_that_measures_is_observed_and_any_other_is_left_alone(tmp_path: Path) -> None:
+    path, curves = tmp_path / "stats.jsonl", []
+
+    class Writer:
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            curves.append((name, step))
+
+        def add_histogram_raw(self, *fields: Any) -> None:
+            pass
+
+    assert not compression.observe(Dense(Solo()), path)
+    assert not path.exists()
+    averager = observing()
+    assert compression.observe(averager, path, writers=[Writer()])
+    averager.average_(Gradients(torch.ones(1240), tuple(SHAPES), (0, 1200)), 50)
+    assert [json.loads(line)["layer"] for line in path.read_text().splitlines()] == ["weight", "bias"]
+    assert ("gradient_mean/bias", 50) in curves
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from image_classification import models
 from image_classification.models.initialization import initialize_
 from image_classification.models.resnets import SEBottleneck
+from image_classification.rows import loaded
 from image_classification.torchvision_import import torchvision
 
 PARAMETERS = {
@@ -134,7 +135,7 @@ def grouped() -> nn.Sequential:
 
 def drawn(model: nn.Module, config: str) -> nn.Module:
     torch.manual_seed(5)
-    initialize_(model, models.MODEL_CONFIGS[config])
+    initialize_(model, loaded(models.MODEL_CONFIGS[config]))
     return model
 
 

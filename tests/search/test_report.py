@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from search import Evolved, SearchResult, Tables, as_text, load_scheme, optimum, plot, search, write_logs
+from search import Evolved, SearchResult, Tables, as_text, load_scheme, logs, optimum, plot, search
 from search import run as run_module
 from tests.support.table_examples import fifty_layers
 
@@ -64,9 +64,8 @@ def test_a_budget_is_installed_where_there_is_one():
     assert "budget" in found.to_json()
 
 
-def test_every_number_of_a_search_can_be_checked_from_its_file(result, tmp_path):
-    write_logs(result, tmp_path, 3, ["bn1.weight"])
-    content = json.loads((tmp_path / "adapt_logs" / "search_3.json").read_text())
+def test_every_number_of_a_search_can_be_checked_from_its_file(result):
+    content = json.loads(logs(result, 3, ["bn1.weight"])["search_3.json"])
     assert set(content) == KEYS
     assert set(content["de"]) == {"objective", "bits", "evaluations", "seconds"}
     assert set(content["optimum"]) == {"objective", "bits"}
@@ -78,16 +77,16 @@ def test_every_number_of_a_search_can_be_checked_from_its_file(result, tmp_path)
     assert content["numel"] == list(result.tables.numel)
 
 
-def test_the_logs_hold_errors_and_widths_by_layer_name(result, tmp_path):
-    folder = write_logs(result, tmp_path / "new", "calibration", ["bn1.weight", "bn1.bias"])
-    assert folder == tmp_path / "new" / "adapt_logs"
+def test_the_logs_hold_errors_and_widths_by_layer_name(result):
+    files = logs(result, "calibration", ["bn1.weight", "bn1.bias"])
     names = ["compress_scheme_calibration.json", "epochcalibration.json", "search_calibration.json"]
-    assert sorted(path.name for path in folder.iterdir()) == names
-    scheme = json.loads((folder / names[0]).read_text())
+    assert sorted(files) == names
+    assert all(content.endswith(b"}\n") for content in files.values())
+    scheme = json.loads(files[names[0]])
     assert scheme["32"] == ["bn1.weight", "bn1.bias"]
     widths = {name: int(width) for width, layers in scheme.items() for name in layers if width != "32"}
     assert widths == result.bits_by_layer()
-    errors = json.loads((folder / names[1]).read_text())
+    errors = json.loads(files[names[1]])
     assert list(errors) == list(result.tables.layers)
     column = result.tables.widths.index(widths["layer7"])
     assert errors["layer7"] == result.tables.error[7, column]
@@ -95,23 +94,14 @@ def test_the_logs_hold_errors_and_widths_by_layer_name(result, tmp_path):
 
 
 def test_a_written_scheme_is_read_back(result, tmp_path):
-    folder = write_logs(result, tmp_path, 0, ["bn1.weight"])
-    layers = result.tables.layers
-    assert (
-        load_scheme(folder / "compress_scheme_0.json", layers, [*layers, "bn1.weight"])
-        == result.bits_by_layer()
-    )
+    path, layers = tmp_path / "scheme.json", result.tables.layers
+    path.write_bytes(logs(result, 0, ["bn1.weight"])["compress_scheme_0.json"])
+    assert load_scheme(path, layers, [*layers, "bn1.weight"]) == result.bits_by_layer()
 
 
-def test_writing_again_replaces_and_a_failure_leaves_what_was_there(result, tmp_path):
-    folder = write_logs(result, tmp_path, 0, [])
-    before = (folder / "search_0.json").read_bytes()
+def test_what_json_has_no_word_for_is_an_error(result):
     with pytest.raises(ValueError, match="not JSON compliant"):
-        write_logs(replace(result, alpha=math.nan), tmp_path, 0, [])
-    assert (folder / "search_0.json").read_bytes() == before
-    write_logs(replace(result, alpha=0.25), tmp_path, 0, [])
-    assert json.loads((folder / "search_0.json").read_text())["alpha"] == 0.25
-    assert not list(folder.glob("*.part"))
+        logs(replace(result, alpha=math.nan), 0, [])
 
 
 def test_the_text_sets_evolution_optimum_and_uniform_widths_side_by_side(result):
@@ -147,16 +137,13 @@ def test_the_text_says_what_a_budget_achieved():
 
 
 @pytest.mark.parametrize("target_bits", [None, 3.0])
-def test_a_search_without_error_can_be_printed_written_and_drawn(tmp_path, target_bits):
+def test_a_search_without_error_can_be_printed_written_and_drawn(target_bits):
     found = search(zero_error_tables(), popsize=2, iterations=0, seed=0, target_bits=target_bits)
     text = as_text(found, 0)
     assert "inf %" in text
-    write_logs(found, tmp_path, 0, [])
-    plot(found, tmp_path / "search.png")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapt_logs", "search.png"]
+    assert len(logs(found, 0, [])) == 3
+    assert plot(found).startswith(b"\x89PNG\r\n")
 
 
-def test_the_plot_is_a_png(result, tmp_path):
-    plot(result, tmp_path / "search.png")
-    assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG\r\n")
-    assert [path.name for path in tmp_path.iterdir()] == ["search.png"]
+def test_the_plot_is_a_png(result):
+    assert plot(result).startswith(b"\x89PNG\r\n")

@@ -14,6 +14,7 @@ import compression
 from compression.averagers import two_hop
 from compression.gradients import Gradients
 from compression.layers import layers_of
+from compression.network.launchers import HOROVODRUN, TORCHRUN
 from compression.network.world import join_ranks
 
 SHAPES = {"conv": (16, 8, 3, 3), "norm": (16,), "fc": (40, 64), "bias": (40,)}
@@ -26,7 +27,7 @@ def main(out: str, hvd: bool) -> None:
     layers = layers_of(SHAPES.items(), 64)
     ends = torch.tensor([0] + [layer.numel for layer in layers]).cumsum(0).tolist()
     averages: dict[str, torch.Tensor] = {}
-    with join_ranks("cpu", 0, hvd=hvd) as ranks:
+    with join_ranks("cpu", launcher=HOROVODRUN if hvd else TORCHRUN) as ranks:
         network = ranks.gradients or ranks.control
         for name, row in compression.COMPRESSORS.items():
             options = {"bucket_size": 64} if "bucket_size" in row.takes else {}

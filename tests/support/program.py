@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 import main
 from compression import COMPRESSORS
-from image_classification import models
-from image_classification.losses import training_loss
+from image_classification import losses, models
+from image_classification.interruption import Interruption
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 120
@@ -42,6 +42,24 @@ SMALL = (
 
 UNLISTED = {"powersgd": "--powersgd-rank 2", "dgc": "--dgc --topk-ratio 0.1"}
 """How to ask for a compressor that is no --compression-type."""
+
+LOADED_ON_USE = (
+    "compression.averagers",
+    "compression.exchange.attachment",
+    "compression.kernels.cpu",
+    "compression.network.world",
+    "image_classification.data.dali",
+    "image_classification.data.pillow",
+    "image_classification.data.synthetic",
+    "image_classification.models.resnets",
+    "image_classification.reproducibility",
+    "image_classification.training",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "search.plotting",
+    "search.report",
+)
+"""Modules that the program does not load before it needs them, and that every rank would else load anew."""
 
 Before = Callable[[], None]
 
@@ -86,14 +104,18 @@ class Rank:
     widths: Mapping[str, int]
 
 
-def run(*argv: object, ranks: int = 1, before: Before | None = None) -> list[Rank]:
-    """Run the program with the same flags on every rank. It leaves no process and no temporary file."""
-    return run_each([argv] * ranks, before)
+def run(*argv: object, ranks: int = 1, before: Before | None = None, threads: int | None = 1) -> list[Rank]:
+    """Run the program with the same flags on every rank. It leaves no process and no temporary file.
+
+    Each rank computes in one thread, because threads that wait for one another are slow on a busy machine. None leaves
+    their number to the program.
+    """
+    return run_each([argv if threads is None else (*argv, "--threads", threads)] * ranks, before)
 
 
-def run_well(*argv: object, ranks: int = 1, before: Before | None = None) -> list[Rank]:
+def run_well(*argv: object, ranks: int = 1, before: Before | None = None, threads: int | None = 1) -> list[Rank]:
     """The same, for runs that must end well."""
-    done = run(*argv, ranks=ranks, before=before)
+    done = run(*argv, ranks=ranks, before=before, threads=threads)
     assert [rank.status for rank in done] == [0] * ranks, "\n".join(rank.err for rank in done)
     return done
 
@@ -124,23 +146,18 @@ def run_each(argvs: Sequence[Sequence[object]], before: Before | None = None) ->
 
 
 def environments(ranks: int) -> list[dict[str, str]]:
-    """What a launcher puts into the environment of each rank.
-
-    Only the number of ranks on this machine is not true: it makes the program use one thread for each. Threads that
-    wait for one another are slow on a busy machine.
-    """
-    one_thread = {"LOCAL_WORLD_SIZE": str(os.cpu_count())}
+    """What torchrun puts into the environment of each rank; nothing for a process that it did not start."""
     if ranks == 1:
-        return [one_thread]
+        return [{}]
     port = free_port()
     return [
         {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
-            **one_thread,
         }
         for rank in range(ranks)
     ]
@@ -169,7 +186,7 @@ def processes_of_session(session: int) -> list[str]:
 def _server() -> Any:
     """What starts processes: a server that forks them, with the program imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "matplotlib.figure", "matplotlib.backends.backend_agg"])
+    context.set_forkserver_preload([__name__, *LOADED_ON_USE])
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("PYTHONPATH", str(ROOT))
         forkserver.ensure_running()
@@ -182,7 +199,7 @@ def _rank_main(argv: list[str], environment: dict[str, str], note: Path, before:
         os.dup2(os.open(note / name, os.O_WRONLY | os.O_CREAT), stream.fileno())
     (note / "tmp").mkdir()
     tempfile.tempdir = os.environ["TMPDIR"] = str(note / "tmp")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
     os.environ.update(environment)
     models.ARCHITECTURES["tiny"] = tiny
@@ -206,28 +223,33 @@ def _rank_of(status: int, note: Path) -> Rank:
 # Mishaps
 
 
+def own_rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
 def signal_in_step(step: int, number: int, rank: int | None = None) -> None:
     """The signal reaches one rank, or all, at the end of optimizer step `step` of this run, counted from 1."""
-    ask = main.Run._should_stop
+    due = Interruption.due
 
-    def ask_later(run: main.Run) -> bool:
-        if run.steps + 1 == step and rank in (None, run.ranks.rank):
+    def due_later(interruption: Interruption, done: int) -> bool:
+        if done == step and rank in (None, own_rank()):
             signal.raise_signal(number)
-        return ask(run)
+        return due(interruption, done)
 
-    patch.object(main.Run, "_should_stop", ask_later).start()
+    patch.object(Interruption, "due", due_later).start()
 
 
 def signal_in_validation(number: int, rank: int) -> None:
-    """The signal reaches one rank as it begins a validation."""
-    validate = main.Run._validate
+    """The signal reaches one rank before the first batch of its first validation."""
+    asked = Interruption.asked
+    batches = itertools.count()
 
-    def validate_later(run: main.Run) -> dict[str, float] | None:
-        if rank == run.ranks.rank:
+    def asked_later(interruption: Interruption) -> bool:
+        if rank == own_rank() and next(batches) == 0:
             signal.raise_signal(number)
-        return validate(run)
+        return asked(interruption)
 
-    patch.object(main.Run, "_validate", validate_later).start()
+    patch.object(Interruption, "asked", asked_later).start()
 
 
 def compiled_code_goes_to(folder: Path) -> None:
@@ -237,16 +259,16 @@ def compiled_code_goes_to(folder: Path) -> None:
 
 def infinite_loss_in_batch(batch: int, rank: int) -> None:
     """One rank's loss is infinite in one training batch of this run, counted from 1."""
-    build = training_loss
+    build = losses.training_loss
     batches = itertools.count(1)
 
     def spoiled(label_smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
         loss = build(label_smoothing)
 
         def spoil(logits: Tensor, targets: Tensor) -> Tensor:
-            strikes = next(batches) == batch and os.environ["RANK"] == str(rank)
+            strikes = next(batches) == batch and own_rank() == rank
             return loss(logits, targets) * (float("inf") if strikes else 1.0)
 
         return spoil
 
-    patch.object(main, "training_loss", spoiled).start()
+    patch.object(losses, "training_loss", spoiled).start()

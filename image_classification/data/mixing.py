@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 
 def mixup(images: Tensor, targets: Tensor, alpha: float, seed: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -33,3 +34,10 @@ def mixup(images: Tensor, targets: Tensor, alpha: float, seed: Sequence[int]) ->
     share = float(random.beta(alpha, alpha))
     permutation = torch.from_numpy(random.permutation(len(images))).to(images.device)
     return images.lerp(images[permutation], 1 - share), targets.lerp(targets[permutation], 1 - share)
+
+
+def mixup_labels(
+    images: Tensor, labels: Tensor, num_classes: int, alpha: float, seed: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Mixup of a batch with class indices, int64 [B]: the blend, and targets [B, num_classes] of the images' type."""
+    return mixup(images, one_hot(labels, num_classes).to(images.dtype), alpha, seed)

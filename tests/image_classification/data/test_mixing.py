@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from image_classification.data import mixup
+from image_classification.data import mixup, mixup_labels
 
 
 def batch(count: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,3 +69,11 @@ def test_a_negative_alpha_is_an_error():
 def test_targets_that_are_not_one_hot_rows_are_an_error(targets):
     with pytest.raises(ValueError, match=r"mixup blends one-hot targets, float \[6, classes\], got torch\."):
         mixup(batch()[0], targets, 1.0, (1,))
+
+
+def test_class_indices_are_mixed_as_one_hot_targets() -> None:
+    images, targets = batch()
+    mixed, mixed_targets = mixup_labels(images, torch.arange(6), 6, 0.4, (1, 2))
+    expected, expected_targets = mixup(images, targets, 0.4, (1, 2))
+    assert torch.equal(mixed, expected)
+    assert torch.equal(mixed_targets, expected_targets)
