@@ -6,6 +6,12 @@ namespace never leaves it.
 
 from __future__ import annotations
 
+import sys
+
+# Python 3.14 has a package `compression` too. Where something at its start has imported that one, ours takes its place.
+if "attach" not in dir(sys.modules.get("compression")):
+    sys.modules.pop("compression", None)
+
 import argparse
 import contextlib
 import functools
@@ -14,7 +20,6 @@ import math
 import os
 import random
 import secrets
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
