@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -19,9 +20,11 @@ settings.load_profile("unhurried")
 def pytest_configure() -> None:
     """Remove what programs leave in the temporary folder: torch's launcher its logs, who was killed its sockets."""
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # where pytest keeps its last few runs
-    folder = tempfile.TemporaryDirectory(prefix="tests-")
-    atexit.register(folder.cleanup)  # after multiprocessing, which is imported later, has removed what is its own
-    tempfile.tempdir = os.environ["TMPDIR"] = folder.name
+    # No TemporaryDirectory: from Python 3.14 on, forked processes drop what atexit holds, and the folder would go.
+    folder = tempfile.mkdtemp(prefix="tests-")
+    # After multiprocessing, which is imported later, has removed what is its own.
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    tempfile.tempdir = os.environ["TMPDIR"] = folder
 
 
 @pytest.fixture(scope="session")
