@@ -41,8 +41,11 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
-test: lint  ## lint, then every test; what was skipped is listed with its reason
+test: lint  ## lint, then every test but the slow ones; what was skipped is listed with its reason
 	$(BIN)/python -m pytest
+
+slow: $(INSTALLED)  ## the slow tests, and properties on ten times as many examples: writes docs/slow.md
+	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile=slow -p tests.support.slow_report
 
 horovod: $(INSTALLED)  ## Horovod into .venv: 5 minutes the first time, seconds from the cached wheel afterwards
 	build_horovod/install.sh $(BIN)/python
