@@ -463,9 +463,9 @@ def together(rank_functions: list[Callable[[Callable[[Tensor], Tensor]], Any]]) 
     def work(rank: int) -> None:
         def sum_over_ranks(values: Tensor) -> Tensor:
             shared[rank] = values
-            barrier.wait(timeout=20)
+            barrier.wait(timeout=900)
             total = torch.stack(list(shared)).sum(0)
-            barrier.wait(timeout=20)
+            barrier.wait(timeout=900)
             return total
 
         results[rank] = rank_functions[rank](sum_over_ranks)

@@ -213,7 +213,7 @@ def test_closing_leaves_no_process_and_no_thread(root, backend, workers):
         val.close()
     assert multiprocessing.active_children() == []
     for thread in set(threading.enumerate()) - threads:
-        thread.join(5)  # a queue's feeder may still be on its way out
+        thread.join(900)  # a queue's feeder may still be on its way out
         assert not thread.is_alive()
 
 
@@ -249,7 +249,7 @@ def test_a_process_that_is_killed_as_it_asks_takes_no_lock_along():
         assert not flag.is_set()
     setting = forking.Process(target=flag.set)
     setting.start()
-    setting.join(30)
+    setting.join(900)
     assert setting.exitcode == 0
     assert flag.is_set()
 
