@@ -626,7 +626,7 @@ class Run:
 
     # Exchange and optimizer
     compressor: compression.Compressor
-    exchange: compression.Exchange
+    exchange: compression.Attached
     optimizer: classification.precision.MixedPrecisionOptimizer
 
     # Position: epochs done, and batches done of the next one
@@ -700,9 +700,8 @@ class Run:
             self.seed,
             barrier_fraction=flags.bb_ratio or 1.0,
             late_steps=flags.bb_num_parallel_steps,
+            record=flags.search,
         )
-        if flags.search:
-            self.exchange.recorder = compression.Recorder(self.exchange.layers)
         self.optimizer = build_optimizer(flags, self.module, self.precision, self.exchange.without_momentum)
         with ranks.fail_together():
             compressed = [layer for layer in self.exchange.layers if layer.compressed]

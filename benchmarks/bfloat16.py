@@ -13,25 +13,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees it
 import torch
 
 from compression import COMPRESSORS, Collectives, Layer
-from compression.averagers import Averager, Stateless
+from compression.averagers import Averager
+from compression.averagers.base import ring_bytes
 from compression.gradients import Gradients
 from compression.registry import DenseOptions, Row
 
 
-class BFloat16(Stateless):
+class BFloat16(Averager):
     """All-reduce in bfloat16: 2 (W - 1) / W x 2 bytes a value."""
-
-    lossless = False
 
     def __init__(self, collectives: Collectives) -> None:
         self.collectives = collectives
-        self.encoded_bytes = 0
 
     def average_(self, gradients: Gradients, step: int) -> None:
         rounded = gradients.flat.mul_(1.0 / self.collectives.world_size).to(torch.bfloat16)
-        self.encoded_bytes += rounded.nbytes
+        self._encoded_bytes += rounded.nbytes
         self.collectives.sum_(rounded)
         gradients.flat.copy_(rounded)
+
+    def bytes_sent(self, layers: Sequence[Layer], world_size: int) -> float:
+        return ring_bytes(2 * sum(layer.numel for layer in layers), world_size)
 
 
 def bfloat16(options: DenseOptions, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:

@@ -82,8 +82,8 @@ class Training:
         nn.functional.cross_entropy(self.model(self.images), self.labels).backward()
         self._apply(self.exchange.finish())
 
-    def drain(self) -> None:
-        while (finite := self.exchange.drain()) is not None:
+    def flush(self) -> None:
+        while (finite := self.exchange.flush()) is not None:
             self._apply(finite)
 
     def _apply(self, finite: torch.Tensor) -> None:
@@ -124,7 +124,7 @@ def rank_main(plan: Plan) -> None:
             for _ in range(plan.late_steps + 2):
                 training.step()
             seconds.setdefault(f"{name} {share}", []).append(seconds_of(training.step, plan.steps))
-            training.drain()
+            training.flush()
         for name, training in alone.items():
             training.average()  # which compiles, the first time
             seconds.setdefault(f"{name} alone", []).append(seconds_of(training.average, 1))

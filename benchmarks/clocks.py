@@ -59,7 +59,7 @@ def main() -> None:
 
     step()  # compiles
     with patch("time.perf_counter", wraps=time.perf_counter) as clock, patch.object(
-        Metered, "_count", autospec=True, side_effect=Metered._count
+        Metered, "count", autospec=True, side_effect=Metered.count
     ) as count:
         step()
     seconds = median(timeit.repeat(step, number=1, repeat=flags.steps))

@@ -14,11 +14,9 @@ import itertools
 import json
 import re
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,11 +29,9 @@ from torch import Tensor
 import compression
 from benchmarks.ranks import kernel_bytes
 from compression import Metered, TorchDistributed
-from compression.averagers import Begin
-from compression.exchange.engine import Engine
+from compression.exchange.pipeline import Pipeline
 from compression.gradients import Gradients
 from compression.layers import layers_of
-from compression.streams import Phases
 from image_classification.allocator import keep_freed_memory
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -145,18 +141,14 @@ def ours(name: str, **options: Any) -> Method:
         layers = layers_of(work.shapes.items(), compressor.bucket_size)
         network = Metered(TorchDistributed(dist.new_group(), dist.new_group()))
         averager = compressor.averager(layers, network, seed=0)
-        steps, engine, averaged = itertools.count(), Engine(work.flat.device, bool), threading.Semaphore(0)
-
-        def average(bucket: Gradients, begin: Begin) -> Phases:
-            yield from begin(bucket)
-            averaged.release()
+        pipeline, steps = Pipeline(averager, layers, work.flat.device), itertools.count()
 
         def run() -> float:
             before, step = network.traffic.bytes_sent, next(steps)
-            for bucket in work.buckets:
-                engine.submit(partial(average, bucket, averager.expect(bucket, step)))
-            for _ in work.buckets:
-                averaged.acquire()
+            pipeline.clear()
+            for average in [pipeline.submit(bucket, step) for bucket in work.buckets]:
+                average.wait()
+            pipeline.check()
             averager.settle(True)
             return network.traffic.bytes_sent - before
 

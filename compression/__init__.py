@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .averagers.observed import observe
+    from .exchange.attached import Attached
     from .exchange.attachment import attach
     from .exchange.broken_barrier import BrokenBarrier
     from .exchange.exchange import Exchange
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "COMPRESSORS": "registry",
     "DENSE": "layers",
+    "Attached": "exchange.attached",
     "HOROVODRUN": "network.launchers",
     "TORCHRUN": "network.launchers",
     "BrokenBarrier": "exchange.broken_barrier",
@@ -63,6 +65,7 @@ __all__ = [
     "DENSE",
     "HOROVODRUN",
     "TORCHRUN",
+    "Attached",
     "BrokenBarrier",
     "Collectives",
     "Compressor",

@@ -34,28 +34,34 @@ class LayerState:
             self.pending = torch.zeros(self.values, device=device)
         return self.current, self.pending
 
-    def settle(self, applied: Tensor | bool) -> None:
-        """Make everything that was computed since the last time current, if `applied`."""
+    def settle(self, applied: Tensor | bool, layers: Iterable[str] | None = None) -> None:
+        """Make what was computed since the last time current where `applied`, else forget it.
+
+        Of all layers, or of some: what is pending of the others stays so. `applied` is a bool scalar; one on a GPU is
+        not waited for.
+        """
+        if layers is not None:
+            self._settle_some(applied, self._computed.intersection(layers))
+            return
         computed, self._computed = self._computed, set()
         if self.current is None or self.pending is None or not computed:
             return
         for name in self.spans.keys() - computed:
-            here = self.span(name)
-            self.pending[here] = self.current[here]
+            span = self.span(name)
+            self.pending[span] = self.current[span]
         if isinstance(applied, Tensor) and applied.device.type == "cuda":
             torch.where(applied, self.pending, self.current, out=self.current)  # the host does not wait
         elif applied:
             self.current, self.pending = self.pending, self.current
 
-    def commit(self, finite: Mapping[str, Tensor]) -> None:
-        """Make what was computed of some layers current, of each where its bool scalar is true."""
-        if self.current is None or self.pending is None:
-            return
-        computed = finite.keys() & self._computed
-        self._computed -= computed
-        for name in computed:
-            here = self.span(name)
-            torch.where(finite[name], self.pending[here], self.current[here], out=self.current[here])
+    def _settle_some(self, applied: Tensor | bool, names: set[str]) -> None:
+        self._computed -= names
+        for name in names:
+            assert self.current is not None
+            assert self.pending is not None
+            span = self.span(name)
+            condition = torch.as_tensor(applied, device=self.current.device)
+            torch.where(condition, self.pending[span], self.current[span], out=self.current[span])
 
     def state_dict(self) -> dict[str, Tensor]:
         if self.current is None:

@@ -1,18 +1,26 @@
-"""Phases of a job, and what keeps the streams of a GPU in order.
+"""The phases of a job, and the order of its work on the streams of a GPU.
 
 Nothing here knows what a job does.
 """
 
 from collections.abc import Iterator
+from enum import Enum
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Phases = Iterator[bool]
-"""Of a job. Each but the last ends with whether another job may begin before the next one: what was sent travels
-meanwhile. If not, only jobs that have said so go on in between."""
+
+class Meanwhile(Enum):
+    """What the communication thread may do between a phase of a job and the next one, while messages travel."""
+
+    OTHERS_BEGIN = "another job may begin"
+    NONE_BEGINS = "only jobs that have let others begin go on: this one has collectives whose order counts"
+
+
+Phases = Iterator[Meanwhile]
+"""The phases of a job, each but the last of which ends by saying what may happen meanwhile."""
 
 
 def run_all(phases: Phases) -> None:

@@ -58,7 +58,7 @@ class GradientExchange(Protocol):
         """Commit residuals and buffers where the bool scalar `applied` is true, drop them where it is not."""
         ...
 
-    def drain(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:
+    def flush(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:
         """After the last step: put averages that are still to come into .grad, `loss_scale` times too large.
 
         Returns:
@@ -153,7 +153,7 @@ def train_epoch(
             exchange.settle(applied)
             optimizer.zero_grad()
             meter.count_step(applied)
-            finite = exchange.drain(optimizer.scale.value) if done == end else None
+            finite = exchange.flush(optimizer.scale.value) if done == end else None
 
         stop = should_stop()
         line_is_due = done // print_freq > (done - accumulation) // print_freq

@@ -1,14 +1,14 @@
 """Averagers: how ranks agree on the mean of their gradients.
 
-An averager knows layers, a codec and collectives; it knows neither models nor the hooks that call it. Whatever it
-does, every rank ends with the same bits.
+An averager knows layers, a codec and collectives; it knows neither kernels nor models nor the hooks that call it.
+Whatever it does, every rank ends with the same bits.
 
 What an averager remembers (residuals) belongs to one rank, is kept by layer, and changes only when a step is
 settled: what a step computed is pending until it is known to be finite on every rank.
 
 One file per way of agreeing:
 
-| what travels | can the network add it? | averager | bytes sent per rank |
+| on the wire | can the network add it? | averager | bytes sent per rank |
 | --- | --- | --- | --- |
 | float32, half | yes | Dense: all-reduce | 2 (W-1)/W x width x N |
 | b-bit codes | no | TwoHop: exchange, decode and add, encode again, gather | 2 (W-1)/W x encoded |
@@ -19,8 +19,7 @@ One file per way of agreeing:
 W ranks, N values, rank R.
 """
 
-from ..gradients import Gradients
-from .base import Averager, Begin, Stateless
+from .base import Averager, Averaging
 from .dense import Dense, Sanity
 from .dgc import DeepGradientCompression
 from .observed import StatisticsAverager
@@ -33,18 +32,15 @@ from .warm_up import WarmUp
 
 __all__ = [
     "Averager",
-    "Begin",
+    "Averaging",
     "DeepGradientCompression",
     "Dense",
-    "Gradients",
-    "Memory",
     "OneHop",
     "PowerSGD",
     "RandomKAverager",
     "Residual",
     "RmsScore",
     "Sanity",
-    "Stateless",
     "StatisticsAverager",
     "TopKAverager",
     "TwoHop",

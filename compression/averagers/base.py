@@ -1,106 +1,95 @@
-"""What averagers have in common: the gradients they get, the protocol they keep, what they remember."""
+"""What averagers have in common: one operation, its stages, its promise of bytes, and the state that it settles."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from ..gradients import Gradients
-from ..streams import Phases
+from ..layer_state import LayerState
+from ..layers import Layer
+from ..streams import Meanwhile, Phases
 
-Begin = Callable[[Gradients], Phases]
-"""What `Averager.average_` does, phase by phase, as a `compression.engine.Job` has them."""
+Averaging = Callable[[Gradients], Phases]
+"""The work of `Averager.average_`, phase by phase: to be called once, with the gradients."""
 
 
-class Averager(Protocol):
-    """Averages gradients over the ranks, in place."""
+class Averager(ABC):
+    """Averages gradients over the ranks, in place.
 
-    @property
-    def lossless(self) -> bool:
-        """Whether it leaves the gradients' type and unit alone, and so takes them with the loss scale in."""
+    Averagers are made of one phase, choose no widths, apply no momentum and remember nothing, unless they say
+    otherwise.
+    """
+
+    lossless: bool = False
+    """Whether it leaves the gradients' type and unit alone, and so takes them with the loss scale in."""
+
+    widths: Mapping[str, int] = MappingProxyType({})
+    """Bits of every layer, DENSE where it travels as float32. Empty where there are none to choose."""
+
+    without_momentum: frozenset[str] = frozenset()
+    """Layers whose momentum it applies itself: the optimizer's must be off for them."""
+
+    states: Mapping[str, LayerState] = MappingProxyType({})
+    """What this rank remembers of layers, by the names that checkpoints hold."""
+
+    _encoded_bytes: int = 0
 
     @property
     def encoded_bytes(self) -> int:
         """Bytes made so far, counted once however often they travel."""
-
-    @property
-    def widths(self) -> Mapping[str, int]:
-        """Bits of every layer, DENSE where it travels as float32. Empty where there are none to choose."""
-
-    def set_widths(self, widths: Mapping[str, int]) -> None:
-        """Bits per layer from now on; unnamed layers keep theirs. ValueError where they do not fit."""
-
-    @property
-    def without_momentum(self) -> frozenset[str]:
-        """Layers whose momentum it applies itself: the optimizer's must be off for them."""
-
-    def average_(self, gradients: Gradients, step: int) -> None:
-        """Replace this rank's gradients by the average over ranks. `step` counts optimizer steps."""
-
-    def expect(self, gradients: Gradients, step: int) -> Begin:
-        """Say that gradients will be averaged that lie like these; what begins to do it is to be called once.
-
-        Of these, names, offsets and the device count; the values may come later. Every rank expects its gradients in
-        the same order, on whatever thread: the sooner, the better.
-        """
-
-    def settle(self, applied: Tensor | bool) -> None:
-        """Keep what the step computed to remember, or forget it where the step was not applied.
-
-        A tensor is a bool scalar, and is not waited for where it lies on a GPU.
-        """
-
-    def commit(self, finite: Mapping[str, Tensor]) -> None:
-        """In place of `settle`, right after `average_` of these layers: keep what it computed to remember of each, or
-        forget it where the layer's bool scalar is false. For averages that last longer than their step."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What this rank remembers, as tensors by layer name."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`; ValueError where it does not fit the layers."""
-
-
-class Plain(ABC):
-    """What averagers are unless they say otherwise: of one phase, without widths, without momentum, settled by step."""
-
-    widths: Mapping[str, int] = MappingProxyType({})
-    without_momentum: frozenset[str] = frozenset()
+        return self._encoded_bytes
 
     @abstractmethod
     def average_(self, gradients: Gradients, step: int) -> None:
-        """As `Averager.average_`."""
+        """Replace this rank's gradients by the average over ranks. `step` counts optimizer steps."""
 
-    def expect(self, gradients: Gradients, step: int) -> Begin:
-        def begin(gradients: Gradients) -> Phases:
+    @abstractmethod
+    def bytes_sent(self, layers: Sequence[Layer], world_size: int) -> float:
+        """Bytes that a rank of `world_size` sends to average these layers once, the mean over ranks; warm-up aside."""
+
+    def post(self, gradients: Gradients, step: int) -> Averaging:
+        """Announce gradients that lie like these, and return their averaging.
+
+        Of these, names, offsets and the device count; the values may come later. Every rank posts its gradients in
+        the same order, on whatever thread: the sooner, the better.
+        """
+
+        def averaging(gradients: Gradients) -> Phases:
             self.average_(gradients, step)
-            yield False
+            yield Meanwhile.NONE_BEGINS
 
-        return begin
+        return averaging
 
     def set_widths(self, widths: Mapping[str, int]) -> None:
+        """Bits per layer from now on; unnamed layers keep theirs. ValueError where they do not fit."""
         raise ValueError("this compressor has no bit widths to set")
 
-    def commit(self, finite: Mapping[str, Tensor]) -> None:
-        raise ValueError("this compressor settles whole steps, and so no average of it can be late")
+    def settle(self, applied: Tensor | bool, layers: Iterable[str] | None = None) -> None:
+        """Keep what was computed to remember, of all layers or of some, or forget it where `applied` is false.
 
-
-class Stateless(Plain):
-    """Averagers that remember nothing."""
-
-    def settle(self, applied: Tensor | bool) -> None:
-        pass
-
-    def commit(self, finite: Mapping[str, Tensor]) -> None:
-        pass
+        A tensor is a bool scalar, and is not waited for where it lies on a GPU.
+        """
+        for state in self.states.values():
+            state.settle(applied, layers)
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        """What this rank remembers, as tensors by layer name."""
+        return {name: state.state_dict() for name, state in self.states.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state:
-            raise ValueError(f"this compression remembers nothing, but the checkpoint holds {sorted(state)}")
+        """The inverse of `state_dict`; ValueError where it does not fit."""
+        if unknown := sorted(set(state) - set(self.states)):
+            raise ValueError(
+                f"the checkpoint holds a {unknown[0]}, which this compression does not remember; resume with the "
+                "compression that wrote it, and its `error_feedback`"
+            )
+        for name, own in self.states.items():
+            own.load_state_dict(state.get(name, {}))
 
 
+def ring_bytes(nbytes: float, world_size: int) -> float:
+    """Bytes that a rank sends to all-reduce a tensor of `nbytes`: each part of it goes round twice."""
+    return 2 * (world_size - 1) / world_size * nbytes

@@ -17,7 +17,7 @@ STAGES = 4  # of the ramp: 1/4, 1/16, 1/64, 1/256
 
 
 class MomentumCorrection:
-    """Owes the sum of all velocities that were not sent: u = m u + g, v += u (Lin et al. 2018, section 3.1).
+    """The sum of all velocities that were not sent: u = m u + g, v += u (Lin et al. 2018, section 3.1).
 
     With `nesterov`, v += g + m u. With `masking` (momentum factor masking, section 3.2) what is sent is cleared in u as
     well as in v, so that stale momentum cannot carry on a value that is up to date.
@@ -39,9 +39,9 @@ class MomentumCorrection:
         return placed(new_v, gradients, self.accumulated)
 
     def clear_sent(self, positions: Tensor) -> None:
-        for memory in (self.accumulated, self.velocity) if self.masking else (self.accumulated,):
-            assert memory.pending is not None
-            memory.pending.index_fill_(0, positions, 0.0)
+        for state in (self.accumulated, self.velocity) if self.masking else (self.accumulated,):
+            assert state.pending is not None
+            state.pending.index_fill_(0, positions, 0.0)
 
 
 class DeepGradientCompression(TopKAverager):
@@ -51,7 +51,7 @@ class DeepGradientCompression(TopKAverager):
     off for them. The others travel in float32 and keep it. Weight decay stays with the optimizer, so it is neither
     accumulated nor masked (the paper is silent on it).
 
-    Over the first `ramp_steps` the share kept falls in four equal stages, to max(ratio, 1/4), 1/16, 1/64 and 1/256
+    Over the first `ramp_steps` the fraction kept falls in four equal stages, to max(ratio, 1/4), 1/16, 1/64 and 1/256
     (section 3.3, where a stage is an epoch), and is `ratio` from then on.
 
     `clip` bounds the norm of each rank's own gradient, all layers together, by clip x W^-1/2 before it is accumulated
@@ -75,8 +75,11 @@ class DeepGradientCompression(TopKAverager):
         self.ratio, self.ramp_steps, self.clip = ratio, ramp_steps, clip
         self.without_momentum = frozenset(layer.name for layer in layers if layer.compressed)
 
+    def codec_at(self, step: int) -> TopK:
+        return TopK(self.ratio_at(step))
+
     def ratio_at(self, step: int) -> float:
-        """The share of values kept at a step."""
+        """The fraction of values kept at a step."""
         if step >= self.ramp_steps:
             return self.ratio
         return max(self.ratio, 0.25 ** (1 + STAGES * step // self.ramp_steps))
@@ -87,5 +90,4 @@ class DeepGradientCompression(TopKAverager):
             limit = self.clip / math.sqrt(self.collectives.world_size)
             factor = (limit / norm).clamp(max=1.0).nan_to_num(nan=1.0)  # a NaN stays in its layer
             gradients.flat.mul_(factor.to(torch.float32))
-        self.codec = TopK(self.ratio_at(step))
         super().average_(gradients, step)

@@ -26,9 +26,8 @@ class StatisticsAverager(Dense):
 
     def average_(self, gradients: Gradients, step: int) -> None:
         if self.sink is not None and step % self.period == 0:
-            for name, at in zip(gradients.names, gradients.offsets, strict=True):
-                own = gradients.flat[at : at + self.sizes[name]].float() / gradients.loss_scale
-                self.sink(step, name, measure(own))
+            for name, own in gradients.layers(self.sizes):
+                self.sink(step, name, measure(own.float() / gradients.loss_scale))
         super().average_(gradients, step)
 
 

@@ -15,7 +15,7 @@ from ..layer_state import LayerState
 from ..layers import Layer
 from ..limits import LIMIT
 from ..network.collectives import Collectives
-from .base import Plain
+from .base import Averager, ring_bytes
 
 # What travels is scaled down by this, so that sums over rows, columns and ranks of the largest floats stay finite.
 HEADROOM = 2.0**-20
@@ -57,7 +57,7 @@ class _Stack:
 
 
 @dataclass(frozen=True)
-class _Route:
+class _Plan:
     """What travels of one group of layers: all left factors and the dense layers first, all right factors second."""
 
     names: tuple[str, ...]  # of the layers that are factored
@@ -69,7 +69,7 @@ class _Route:
     second_values: int
 
 
-class PowerSGD(Plain):
+class PowerSGD(Averager):
     """PowerSGD (Vogels et al. 2019, arXiv:1905.13727, algorithms 1 and 2), 2 (W - 1) / W x 4 R (rows + cols) bytes.
 
     A layer is a matrix M whose rows are its first dimension. One step of subspace iteration, from where the last
@@ -88,66 +88,67 @@ class PowerSGD(Plain):
     Finite for every finite sum of gradient and residual: a column of P Q longer than the largest float is cut there.
     """
 
-    lossless = False
-
     def __init__(self, rank: int, layers: Sequence[Layer], collectives: Collectives, seed: int) -> None:
         self.rank, self.collectives = rank, collectives
-        self.encoded_bytes = 0
         self.layers = {layer.name: layer for layer in layers}
         self._seed = seed
         factored = [layer for layer in layers if layer.compressed and gains(*sides(layer.shape), rank)]
         self._residual = LayerState({layer.name: layer.numel for layer in factored})
         self._basis = LayerState({layer.name: rank * sides(layer.shape)[1] for layer in factored})
-        self._routes: dict[tuple[tuple[str, ...], tuple[int, ...]], _Route] = {}
+        self.states = {"residual": self._residual, "basis": self._basis}
+        self._plans: dict[tuple[tuple[str, ...], tuple[int, ...]], _Plan] = {}
 
     def average_(self, gradients: Gradients, step: int) -> None:
-        route = self._route(gradients)
+        plan = self._plan_of(gradients)
         flat, network = gradients.flat, self.collectives
         inverse_world_size = 1.0 / network.world_size
-        residual, compensated = self._residual.allocate(flat.device, route.names)
-        basis, next_basis = self._bases(flat.device, route.names)
-        first, second = flat.new_empty(route.first_values), flat.new_empty(route.second_values)
+        residual, compensated = self._residual.allocate(flat.device, plan.names)
+        basis, next_basis = self._bases(flat.device, plan.names)
+        first, second = flat.new_empty(plan.first_values), flat.new_empty(plan.second_values)
 
-        for place in route.matrices:
+        for place in plan.matrices:
             gradient, own = place.whole(flat, place.gradient_at), place.whole(compensated, place.residual_at)
             torch.add(gradient, place.whole(residual, place.residual_at), out=own)
             place.right(second, place.right_at).copy_(place.right(basis, place.basis_at))
-        for stack in route.rights:
+        for stack in plan.rights:
             rows = stack.view(second, self.rank).view(stack.members, self.rank, stack.side)
             rows.copy_(torch.linalg.qr(rows.mT).Q.mT)
         second *= HEADROOM
-        for place in route.matrices:
+        for place in plan.matrices:
             own = place.whole(compensated, place.residual_at)
             torch.mm(own, place.right(second, place.right_at).T, out=place.left(first))
-        for here, there in route.dense:
+        for here, there in plan.dense:
             torch.mul(flat[here], inverse_world_size, out=first[there])
         network.sum_(first)
 
-        for stack in route.lefts:
+        for stack in plan.lefts:
             columns = stack.view(first, self.rank).view(stack.members, stack.side, self.rank)
             columns.copy_(torch.linalg.qr(columns).Q)
-        for place in route.matrices:
+        for place in plan.matrices:
             left, own = place.left(first), place.whole(compensated, place.residual_at)
             own_right = torch.mm((left * HEADROOM).T, own, out=place.right(second, place.right_at))
             own.addmm_(left, _restored(own_right), alpha=-1.0).clamp_(-LIMIT, LIMIT)
         second *= inverse_world_size
-        if route.matrices:
+        if plan.matrices:
             network.sum_(second)
 
-        for place in route.matrices:
+        for place in plan.matrices:
             right = place.right(second, place.right_at)
             place.right(next_basis, place.basis_at).copy_(right)
             torch.mm(place.left(first), _restored(right), out=place.whole(flat, place.gradient_at))
-        for here, there in route.dense:
+        for here, there in plan.dense:
             flat[here] = first[there]
-        self.encoded_bytes += first.nbytes + second.nbytes
+        self._encoded_bytes += first.nbytes + second.nbytes
 
-    def settle(self, applied: Tensor | bool) -> None:
-        self._residual.settle(applied)
-        self._basis.settle(applied)
+    def bytes_sent(self, layers: Sequence[Layer], world_size: int) -> float:
+        values = 0
+        for layer in layers:
+            factors = self.rank * sum(sides(layer.shape)) if layer.name in self._residual.spans else layer.numel
+            values += factors
+        return ring_bytes(4 * values, world_size)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rank": self.rank, "residual": self._residual.state_dict(), "basis": self._basis.state_dict()}
+        return {"rank": self.rank, **super().state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         saved = state.get("rank", self.rank)
@@ -156,8 +157,7 @@ class PowerSGD(Plain):
                 f"the checkpoint holds factors of rank {saved}, and this run makes them of rank {self.rank}; "
                 f"resume with `rank` {saved}"
             )
-        self._residual.load_state_dict(state.get("residual", {}))
-        self._basis.load_state_dict(state.get("basis", {}))
+        super().load_state_dict({name: values for name, values in state.items() if name != "rank"})
 
     def _bases(self, device: torch.device, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(current, pending) Q of all layers; numbers in [-1/2, 1/2) from the seed at first use.
@@ -174,13 +174,13 @@ class PowerSGD(Plain):
             self._basis.current = torch.cat([torch.empty(0), *draws])
         return self._basis.allocate(device, names)
 
-    def _route(self, gradients: Gradients) -> _Route:
+    def _plan_of(self, gradients: Gradients) -> _Plan:
         key = (gradients.names, gradients.offsets)
-        if key not in self._routes:
-            self._routes[key] = self._plan(gradients)
-        return self._routes[key]
+        if key not in self._plans:
+            self._plans[key] = self._plan(gradients)
+        return self._plans[key]
 
-    def _plan(self, gradients: Gradients) -> _Route:
+    def _plan(self, gradients: Gradients) -> _Plan:
         starts = dict(zip(gradients.names, gradients.offsets, strict=True))
         factored = [name for name in starts if name in self._residual.spans]
         sizes = {name: sides(self.layers[name].shape) for name in factored}
@@ -204,7 +204,7 @@ class PowerSGD(Plain):
                 count = self.layers[name].numel
                 dense.append((slice(start, start + count), slice(first_values, first_values + count)))
                 first_values += count
-        return _Route(tuple(factored), matrices, lefts, rights, tuple(dense), first_values, second_values)
+        return _Plan(tuple(factored), matrices, lefts, rights, tuple(dense), first_values, second_values)
 
     def _stacks(self, side_of: Mapping[str, int]) -> tuple[dict[str, int], tuple[_Stack, ...], int]:
         """One side's factors packed, those of one shape together: where each lies, the stacks, values in all."""

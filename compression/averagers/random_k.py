@@ -10,24 +10,21 @@ from ..gradients import Gradients
 from ..layers import Layer
 from ..network.collectives import Collectives
 from ..randomness import stream_keys
-from .base import Stateless
+from .base import Averager, ring_bytes
 
 _HOP = 3  # of the stream of positions; quantized averaging draws from 1 and 2
 
 
-class RandomKAverager(Stateless):
+class RandomKAverager(Averager):
     """The mean over ranks at random positions, unscaled, and zero elsewhere: one all-reduce of float32.
 
     The positions are those of `RandomK` in every layer, new in each step and the same on all ranks: their stream names
     rank 0 whoever draws. So the values are all that travels, and the network can add them.
     """
 
-    lossless = False
-
     def __init__(self, codec: RandomK, layers: Sequence[Layer], collectives: Collectives, seed: int) -> None:
         self.codec, self.collectives, self.seed = codec, collectives, seed
         self.layers = {layer.name: layer for layer in layers}
-        self.encoded_bytes = 0
 
     def average_(self, gradients: Gradients, step: int) -> None:
         if not gradients.names:
@@ -38,8 +35,11 @@ class RandomKAverager(Stateless):
         places = zip(layers, gradients.offsets, keys.tolist(), strict=True)
         positions = torch.cat([at + self.codec.positions(layer.numel, key, flat.device) for layer, at, key in places])
         sample = flat[positions] * (1.0 / self.collectives.world_size)
-        self.encoded_bytes += sample.nbytes
+        self._encoded_bytes += sample.nbytes
         self.collectives.sum_(sample)
         for layer, at in zip(layers, gradients.offsets, strict=True):
             flat[at : at + layer.numel].zero_()
         flat[positions] = sample
+
+    def bytes_sent(self, layers: Sequence[Layer], world_size: int) -> float:
+        return ring_bytes(4 * sum(self.codec.kept(layer.numel) for layer in layers), world_size)

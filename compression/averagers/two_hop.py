@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,20 +14,20 @@ from ..codecs.quantizer import Quantizer
 from ..gradients import Gradients
 from ..layer_state import LayerState
 from ..layers import DENSE, Ints, Layer, shard
-from ..network.collectives import Collectives, PostedExchange, PostedGather, Work, part_of
+from ..network.collectives import Collectives, PostedExchange, PostedGather, part_of
 from ..plans import Plan, Segment, drop_message, mask_owner, plan, split_into_chunks
 from ..randomness import stream_keys
-from ..streams import Phases, run_all
-from .base import Begin, Plain
+from ..streams import Meanwhile, Phases, run_all
+from .base import Averager, Averaging
 
-CHUNK_BYTES = 3 * 2**19  # of what all ranks own, where nothing follows that could be encoded meanwhile
+CHUNK_BYTES = 3 * 2**19  # of all shards, where nothing follows that could be encoded meanwhile
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """The plans of a chunk of every share.
+    """The plans of a chunk of every shard.
 
-    Of what this rank encodes, of the share that it owns, of all of them, and in these of those that others own.
+    Of the shards that this rank encodes, of its own shard, of all of them, and in these of those of others.
     """
 
     sent: Plan
@@ -37,8 +37,8 @@ class _Chunk:
 
 
 @dataclass(frozen=True)
-class _Route:
-    """One group of layers."""
+class _Group:
+    """The plans of layers that travel together."""
 
     chunks: tuple[_Chunk, ...]
     layers: Ints  # their indices
@@ -46,37 +46,41 @@ class _Route:
 
 
 class _Messages(NamedTuple):
-    """A chunk whose messages of both hops may arrive: the average that this rank owns goes into `own`."""
+    """A chunk whose messages of both hops are posted: the average that this rank owns goes into `own`."""
 
-    send_shards: PostedExchange
+    shards: PostedExchange
     own: Tensor
-    send_own: PostedGather
+    averages: PostedGather
 
 
-def _keep_all(wire: Tensor) -> Work:
+class _KeepAll:
     """The exchange of a rank that is alone: what it encoded is what there is to add up."""
-    return lambda: wire.view(1, -1)
+
+    def send(self, messages: Tensor) -> None:
+        self._messages = messages
+
+    def wait(self) -> Tensor:
+        return self._messages.view(1, -1)
 
 
-class TwoHop(Plain):
+class TwoHop(Averager):
     """Quantized averaging in two hops, at 2 (W - 1) / W x encoded bytes of N a rank.
 
-    Hop one: every layer is cut into W shares, and each rank sends its encoding of share r to rank r, which decodes
-    and adds them up in rank order. What a rank has of its own share does not travel, and is added as it is. Hop two:
-    each rank encodes the average of its share, sends it to all, and decodes it for itself. All decode the same bytes,
+    Hop one: every layer is cut into W shards, and each rank sends its encoding of shard r to rank r, which decodes
+    and adds them up in rank order. What a rank has of its own shard does not travel, and is added as it is. Hop two:
+    each rank encodes the average of its shard, sends it to all, and decodes it for itself. All decode the same bytes,
     so that all end with the same bits. A rank that is alone encodes everything in both hops. Layers that are not
     compressed travel as float32 in the same messages. While some gradients are on their way, the next are encoded; the
-    last of a step, which end with the first layer, travel in chunks instead. All messages are expected early.
+    last of a step, which end with the first layer, travel in chunks instead. All messages are posted early.
 
     With error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847) what the first encoding
     lost is added to the next gradient, and what the second lost to the owner's next average (DoubleSqueeze, Tang
-    et al. 2019, arXiv:1905.05957). The encoding is then scaled into a projection: see `kernels.reference.project`.
+    et al. 2019, arXiv:1905.05957). The encoding is then scaled into a projection: see
+    `kernels.reference.buckets.project`.
 
     `widths` gives each compressed layer its own bits; missing ones take the codec's. A dense layer is never cut
     differently when widths change, so residuals outlive a change of widths.
     """
-
-    lossless = False
 
     def __init__(
         self,
@@ -87,25 +91,20 @@ class TwoHop(Plain):
         error_feedback: bool = False,
     ) -> None:
         self.codec, self.collectives, self.seed = codec, collectives, seed
-        self.encoded_bytes = 0
         self.layers = {layer.name: layer for layer in layers}
-        self.shards = {
-            layer.name: shard(layer.numel, codec.bucket_size, collectives.world_size, layer.index)
-            for layer in layers
-        }
+        self.shards = self._shards(layers, collectives.world_size)
         self.widths: dict[str, int] = {layer.name: codec.bits if layer.compressed else DENSE for layer in layers}
-        self._routes: dict[tuple[tuple[str, ...], tuple[int, ...]], _Route] = {}
-        self._step: int | None = None  # whose keys and chunks, so far, these are
+        self._groups: dict[tuple[tuple[str, ...], tuple[int, ...]], _Group] = {}
+        self._step: int | None = None  # of the keys and of the chunks so far
         self._keys = np.empty((2, 0, 2), np.uint32)
         self._chunks_of_step = 0
-        self._states: tuple[LayerState, LayerState] | None = None
         if error_feedback:
-            mine = {name: shards[collectives.rank] for name, shards in self.shards.items()}
             compressed = [layer for layer in layers if layer.compressed]
-            self._states = (
-                LayerState({layer.name: layer.numel for layer in compressed}),
-                LayerState({layer.name: mine[layer.name][1] - mine[layer.name][0] for layer in compressed}),
-            )
+            own = {name: stop - start for name, (start, stop) in self._own_shards().items()}
+            self.states = {
+                "residual": LayerState({layer.name: layer.numel for layer in compressed}),
+                "share_residual": LayerState({layer.name: own[layer.name] for layer in compressed}),
+            }
 
     def set_widths(self, widths: Mapping[str, int]) -> None:
         """Bits per layer from now on; DENSE sends a layer in float32. Unnamed layers keep theirs."""
@@ -115,80 +114,61 @@ class TwoHop(Plain):
             if bits != DENSE:
                 self.codec.with_bits(bits)  # checks the range
         self.widths.update(widths)
-        self._routes.clear()
+        self._groups.clear()
 
     def average_(self, gradients: Gradients, step: int) -> None:
-        run_all(self.expect(gradients, step)(gradients))
+        run_all(self.post(gradients, step)(gradients))
 
-    def expect(self, gradients: Gradients, step: int) -> Begin:
-        route, device = self._route(gradients), gradients.flat.device
+    def post(self, gradients: Gradients, step: int) -> Averaging:
+        group, device = self._group(gradients), gradients.flat.device
         if self._step != step:
             self._step, self._keys, self._chunks_of_step = step, self._stream_keys(step), 0
-        keys, first_number = self._keys[:, route.layers], self._chunks_of_step
-        self._chunks_of_step += len(route.chunks)
+        keys, first_tag = self._keys[:, group.layers], self._chunks_of_step
+        self._chunks_of_step += len(group.chunks)
 
         @functools.cache
-        def expected() -> list[_Messages]:
-            return [self._expect(chunk, first_number + k, device) for k, chunk in enumerate(route.chunks)]
+        def posted() -> list[_Messages]:
+            return [self._post(chunk, first_tag + k, device) for k, chunk in enumerate(group.chunks)]
 
         if self.collectives.matched_by_tag(device):  # else in their turn, on the thread and the stream that send
-            expected()
-        return lambda gradients: self._phases(gradients.flat, route, keys, expected())
+            posted()
+        return lambda gradients: self._phases(gradients.flat, group, keys, posted())
 
-    def _phases(
-        self, flat: Tensor, route: _Route, keys: NDArray[np.uint32], expected: Sequence[_Messages]
-    ) -> Phases:
-        """Three: encode and send all shares, add up and send the own one, decode the averages."""
+    def _phases(self, flat: Tensor, group: _Group, keys: NDArray[np.uint32], posted: Sequence[_Messages]) -> Phases:
+        """Three: encode and send all shards, add up and send the own one, decode the averages."""
         network, codec = self.collectives, self.codec
         rank = None if self._alone else network.rank
-        shards, averages = [], []
-        for chunk, messages in zip(route.chunks, expected, strict=True):
+        for chunk, messages in zip(group.chunks, posted, strict=True):
             wire = torch.empty(chunk.sent.wire_bytes, dtype=torch.uint8, device=flat.device)
-            codec.encode_plan(chunk.sent, flat, keys[0], wire, *self._memory(0, flat, route))
-            self.encoded_bytes += wire.nbytes
-            shards.append(messages.send_shards(wire))
-        yield network.matched_by_tag(flat.device)
-        for chunk, messages, received in zip(route.chunks, expected, shards, strict=True):
-            summands = (received(), flat, rank, 1.0 / network.world_size)
-            codec.recode_plan(chunk.owned, *summands, keys[1], messages.own, *self._memory(1, flat, route))
-            averages.append(messages.send_own())
-        yield True
-        for chunk, received in zip(route.chunks, averages, strict=True):
-            codec.decode_plan(chunk.others, received(), flat)
+            codec.encode_plan(chunk.sent, flat, keys[0], wire, *self._residuals("residual", flat, group))
+            self._encoded_bytes += wire.nbytes
+            messages.shards.send(wire)
+        yield Meanwhile.OTHERS_BEGIN if network.matched_by_tag(flat.device) else Meanwhile.NONE_BEGINS
+        for chunk, messages in zip(group.chunks, posted, strict=True):
+            summands = (messages.shards.wait(), flat, rank, 1.0 / network.world_size)
+            residuals = self._residuals("share_residual", flat, group)
+            codec.recode_plan(chunk.owned, *summands, keys[1], messages.own, *residuals)
+            messages.averages.send()
+        yield Meanwhile.OTHERS_BEGIN
+        for chunk, messages in zip(group.chunks, posted, strict=True):
+            codec.decode_plan(chunk.others, messages.averages.wait(), flat)
 
-    def settle(self, applied: Tensor | bool) -> None:
-        for memory in self._states or ():
-            memory.settle(applied)
-
-    def commit(self, finite: Mapping[str, Tensor]) -> None:
-        for memory in self._states or ():
-            memory.commit(finite)
-
-    def state_dict(self) -> dict[str, Any]:
-        if self._states is None:
-            return {}
-        residual, share_residual = self._states
-        return {"residual": residual.state_dict(), "share_residual": share_residual.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self._states is None:
-            if state:
-                raise ValueError("the checkpoint holds residuals, and `error_feedback` is off")
-            return
-        for memory, name in zip(self._states, ("residual", "share_residual"), strict=True):
-            memory.load_state_dict(state.get(name, {}))
+    def bytes_sent(self, layers: Sequence[Layer], world_size: int) -> float:
+        segments = [Segment(layer, 0, 0) for layer in layers]
+        encoded = self._plan(segments, range(world_size), self._shards(layers, world_size))
+        return 2 * (world_size - 1) / world_size * encoded.wire_bytes
 
     @property
     def _alone(self) -> bool:
         return self.collectives.world_size == 1
 
-    def _expect(self, chunk: _Chunk, number: int, device: torch.device) -> _Messages:
+    def _post(self, chunk: _Chunk, tag: int, device: torch.device) -> _Messages:
         sizes, network = chunk.whole.message_bytes, self.collectives
         messages = torch.empty(chunk.whole.wire_bytes, dtype=torch.uint8, device=device)
         return _Messages(
-            _keep_all if self._alone else network.post_exchange(sizes, number, device),
+            _KeepAll() if self._alone else network.post_exchange(sizes, tag, device),
             part_of(messages, sizes, network.rank),
-            network.post_gather(messages, sizes, number),
+            network.post_gather(messages, sizes, tag),
         )
 
     def _stream_keys(self, step: int) -> NDArray[np.uint32]:
@@ -196,34 +176,48 @@ class TwoHop(Plain):
         rank, layers = self.collectives.rank, np.arange(1 + max(layer.index for layer in self.layers.values()))
         return np.stack([stream_keys(self.seed, step, layers, hop, rank) for hop in (1, 2)])
 
-    def _memory(self, hop: int, flat: Tensor, route: _Route) -> tuple[Tensor, ...]:
-        return self._states[hop].allocate(flat.device, route.encoded) if self._states is not None else ()
+    def _residuals(self, name: str, flat: Tensor, group: _Group) -> tuple[Tensor, ...]:
+        """(current, pending) of a hop, nothing without error feedback."""
+        return self.states[name].allocate(flat.device, group.encoded) if self.states else ()
 
-    def _route(self, gradients: Gradients) -> _Route:
+    def _shards(self, layers: Sequence[Layer], world_size: int) -> dict[str, list[tuple[int, int]]]:
+        size = self.codec.bucket_size
+        return {layer.name: shard(layer.numel, size, world_size, layer.index) for layer in layers}
+
+    def _own_shards(self) -> dict[str, tuple[int, int]]:
+        return {name: shards[self.collectives.rank] for name, shards in self.shards.items()}
+
+    def _group(self, gradients: Gradients) -> _Group:
         key = (gradients.names, gradients.offsets)
-        if key not in self._routes:
-            self._routes[key] = self._plan(gradients)
-        return self._routes[key]
+        if key not in self._groups:
+            self._groups[key] = self._planned(gradients)
+        return self._groups[key]
 
-    def _plan(self, gradients: Gradients) -> _Route:
-        rank = self.collectives.rank
+    def _planned(self, gradients: Gradients) -> _Group:
+        rank, own = self.collectives.rank, self._own_shards()
         layers = [self.layers[name] for name in gradients.names]
-        where = [memory.offsets for memory in self._states] if self._states else [{}, {}]
-        segments, owned_segments = [], []
+        residual_at, own_residual_at = (
+            self.states[name].offsets if self.states else {} for name in ("residual", "share_residual")
+        )
+        segments, own_segments = [], []
         for layer, offset in zip(layers, gradients.offsets, strict=True):
-            start, _ = self.shards[layer.name][rank]
-            segments.append(Segment(layer, offset, where[0].get(layer.name, 0)))
-            owned_segments.append(Segment(layer, offset, where[1].get(layer.name, 0) - start))
-        rules = (self.shards, self.widths, self.codec.shard_bucket_size, self.codec.record_bytes)
-        all_shards = plan(segments, range(self.collectives.world_size), *rules)
-        my_shard = plan(owned_segments, [rank], *rules)
+            start, _ = own[layer.name]
+            segments.append(Segment(layer, offset, residual_at.get(layer.name, 0)))
+            own_segments.append(Segment(layer, offset, own_residual_at.get(layer.name, 0) - start))
+        all_shards = self._plan(segments, range(self.collectives.world_size), self.shards)
+        own_shard = self._plan(own_segments, [rank], self.shards)
         # A GPU encodes faster than it launches, and gets one launch a hop.
         in_chunks = gradients.flat.device.type == "cpu" and 0 in all_shards.layers
         count = max(1, all_shards.wire_bytes // CHUNK_BYTES) if in_chunks else 1
-        parts = [
+        chunks = [
             _Chunk(whole if self._alone else drop_message(whole, rank), owned, whole, mask_owner(whole, rank))
-            for whole, owned in zip(*(split_into_chunks(each, count) for each in (all_shards, my_shard)), strict=True)
+            for whole, owned in zip(*(split_into_chunks(each, count) for each in (all_shards, own_shard)), strict=True)
             if whole.wire_bytes
         ]
         encoded = tuple(layer.name for layer in layers if self.widths[layer.name] != DENSE)
-        return _Route(tuple(parts), all_shards.layers, encoded)
+        return _Group(tuple(chunks), all_shards.layers, encoded)
+
+    def _plan(
+        self, segments: Sequence[Segment], owners: Sequence[int], shards: Mapping[str, Sequence[tuple[int, int]]]
+    ) -> Plan:
+        return plan(segments, owners, shards, self.widths, self.codec.shard_bucket_size, self.codec.record_bytes)

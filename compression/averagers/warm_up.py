@@ -1,53 +1,45 @@
 """Warm-up: the first steps uncompressed, while gradients are large and change fast."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ..gradients import Gradients
+from ..layers import Layer
 from ..streams import run_all
-from .base import Averager, Begin
+from .base import Averager, Averaging
 from .dense import Dense
 
 
-class WarmUp:
+class WarmUp(Averager):
     """The first steps in float32, then another averager."""
 
     def __init__(self, inner: Averager, dense: Dense, steps: int) -> None:
         self.inner, self.dense, self.steps = inner, dense, steps
-        self.lossless = False
+        self.widths, self.without_momentum = inner.widths, inner.without_momentum
         self._compressed = False
 
     @property
     def encoded_bytes(self) -> int:
         return self.inner.encoded_bytes + self.dense.encoded_bytes
 
-    @property
-    def widths(self) -> Mapping[str, int]:
-        return self.inner.widths
-
     def set_widths(self, widths: Mapping[str, int]) -> None:
         self.inner.set_widths(widths)
 
-    @property
-    def without_momentum(self) -> frozenset[str]:
-        return self.inner.without_momentum
-
     def average_(self, gradients: Gradients, step: int) -> None:
-        run_all(self.expect(gradients, step)(gradients))
+        run_all(self.post(gradients, step)(gradients))
 
-    def expect(self, gradients: Gradients, step: int) -> Begin:
+    def post(self, gradients: Gradients, step: int) -> Averaging:
         self._compressed = step >= self.steps
-        return (self.inner if self._compressed else self.dense).expect(gradients, step)
+        return (self.inner if self._compressed else self.dense).post(gradients, step)
 
-    def settle(self, applied: Tensor | bool) -> None:
-        if self._compressed:
-            self.inner.settle(applied)
+    def bytes_sent(self, layers: Sequence[Layer], world_size: int) -> float:
+        return self.inner.bytes_sent(layers, world_size)
 
-    def commit(self, finite: Mapping[str, Tensor]) -> None:
+    def settle(self, applied: Tensor | bool, layers: Iterable[str] | None = None) -> None:
         if self._compressed:
-            self.inner.commit(finite)
+            self.inner.settle(applied, layers)
 
     def state_dict(self) -> dict[str, Any]:
         return self.inner.state_dict()

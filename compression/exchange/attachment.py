@@ -7,6 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..network.collectives import Collectives, Solo
 from ..network.torch_distributed import TorchDistributed
 from ..registry import Compressor
+from .attached import Attached
 from .broken_barrier import BrokenBarrier
 from .exchange import Exchange
 
@@ -19,7 +20,8 @@ def attach(
     *,
     barrier_fraction: float = 1.0,
     late_steps: int = 1,
-) -> Exchange:
+    record: bool = False,
+) -> Attached:
     """Average the model's gradients through a compressor, from the next backward on.
 
     A DDP model gets its communication hook (one per model) and, unless `collectives` are given, process groups of
@@ -29,13 +31,15 @@ def attach(
 
     With a `barrier_fraction` below 1 the exchange is a `BrokenBarrier`, whose late averages are applied `late_steps`
     steps later. Raises ValueError where the compressor cannot be late.
+
+    With `record` the exchange's `recorder` remembers the running sum of gradients that a search of bit widths measures.
     """
     if isinstance(model, DistributedDataParallel) and collectives is None:
         collectives = TorchDistributed(*_groups(model))
     collectives = collectives or Solo()
     if barrier_fraction == 1.0:
-        return Exchange(model, compressor, collectives, seed)
-    return BrokenBarrier(model, compressor, collectives, seed, barrier_fraction, late_steps)
+        return Exchange(model, compressor, collectives, seed, record)
+    return BrokenBarrier(model, compressor, collectives, seed, barrier_fraction, late_steps, record)
 
 
 def _groups(model: DistributedDataParallel) -> list[dist.ProcessGroup]:

@@ -2,7 +2,7 @@
 
 Backward ends with the first layers, and forward begins with them: their averages are the only ones that the next
 forward needs at once, and nothing is left to hide them behind. They also tend to hold most of the gradient's norm, and
-few of its bytes. So a step waits for the smallest prefix of layers, in forward order, that holds a share R of the
+few of its bytes. So a step waits for the smallest prefix of layers, in forward order, that holds a fraction R of the
 squared norm. The others travel behind the next steps' compute, and are applied S steps later, as they are.
 
 SGD still converges where the weights that a gradient is taken at stay near those that it is applied to, the better the
@@ -28,27 +28,26 @@ every step that overflowed meanwhile.
 """
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..gradients import Gradients
+from ..gradients import Gradients, is_unit_scale, not_finite
 from ..network.collectives import Collectives
 from ..registry import COMPRESSORS, Compressor, with_stale_updates
-from ..streams import Phases, device_future, run_all
-from .exchange import Exchange, is_unit_scale, not_finite, unscaled
+from ..streams import device_future, record_stream
+from .attached import Attached
 from .hooks import shaped
+from .report import Report
 
 _CHUNK = 2**16  # values that are squared at a time, so that their float64 copy stays in the cache
 
 
 def prefix_length(squares: Sequence[float], fraction: float) -> int:
-    """How many layers, from the first on, hold a share of the sum of their squared norms.
+    """How many layers, from the first on, hold a fraction of the sum of their squared norms.
 
     All of them where there is nothing to share: the sum is zero, or not finite.
     """
@@ -61,31 +60,33 @@ def prefix_length(squares: Sequence[float], fraction: float) -> int:
     return len(squares)
 
 
+class _Average(NamedTuple):
+    """The average of a layer, float32 and without loss scale."""
+
+    name: str
+    values: Tensor
+    nonfinite: Tensor
+    squared_norm: float
+
+
 @dataclass(eq=False)
 class _Part:
-    """Some layers of one step: their gradients, and once `done` the averages, float32 and without loss scale."""
+    """Some layers of one step: their gradients, and once `future` is completed their averages."""
 
     step: int
     due: int
     gradients: Gradients
-    bad: Sequence[Tensor] = ()  # of each layer: its average is not finite
-    squares: Sequence[float] = ()  # of each layer: the squared norm of its average
-    done: Any = field(init=False)  # a future
-
-    def __post_init__(self) -> None:
-        self.done = device_future(self.gradients.flat.device)
-
-    def complete(self) -> None:
-        self.done.set_result([self.gradients.flat, *self.bad])
+    averages: Sequence[_Average] = ()
+    future: Any = None
 
 
-class BrokenBarrier(Exchange):
-    """An exchange whose steps wait for a share of the gradient; see above for what it promises and what it costs.
+class BrokenBarrier(Attached):
+    """An exchange whose steps wait for a fraction of the gradient; see above for what it promises and what it costs.
 
     It needs the whole of a step: `begin_step`, backward, `finish`, the optimizer's step, `settle`. Before weights are
-    looked at the late averages must be applied too: see `drain`.
+    looked at the late averages must be applied too: see `flush`.
 
-    What averagers and recorder remember of a layer is committed with the layer's own average, if that is finite. Where
+    What averagers and recorder remember of a layer is settled with the layer's own average, if that is finite. Where
     a step is not applied, because another layer's was not, a finite average of it is lost.
     """
 
@@ -97,6 +98,7 @@ class BrokenBarrier(Exchange):
         seed: int,
         fraction: float,
         late_steps: int,
+        record: bool = False,
     ) -> None:
         if not (0 < fraction <= 1 and late_steps >= 1):
             raise ValueError(
@@ -108,33 +110,74 @@ class BrokenBarrier(Exchange):
                 f"compressor {compressor.name} averages whole steps, and a broken barrier lets layers be late; "
                 f"use {', '.join(with_stale_updates())}, without big_grad"
             )
-        super().__init__(model, compressor, collectives, seed)
         self.fraction, self.late_steps = fraction, late_steps
-        self._squares = dict.fromkeys(self._parameters, math.nan)  # of the averages that were applied last
-        self.prefix = frozenset(self._parameters)
+        self._loss_scale: float | Tensor = 1.0
+        self._open = False  # a step is under way
+        self._travelling = False  # and some of its gradients have been submitted
         self._outstanding: list[_Part] = []  # of this step and earlier ones, in their order
         self._held: list[_Part] = []  # late ones of this step, until its prefix has been queued
-        self._last_late = dict.fromkeys(self._parameters, 0)  # how many late ones are queued up to the layer's last
+        super().__init__(model, compressor, collectives, seed, record, self._choose_urgent)
+        self._sizes = {layer.name: layer.numel for layer in self.layers}
+        self._squares = dict.fromkeys(self._sizes, math.nan)  # of the averages that were applied last
+        self._last_late = dict.fromkeys(self._sizes, 0)  # how many late ones are queued up to the layer's last
+        self.prefix = frozenset(self._sizes)
+
+    # The step
 
     def begin_step(self, loss_scale: float | Tensor = 1.0) -> None:
-        super().begin_step(loss_scale)
+        if self._open:
+            raise ValueError(
+                "the averages of a broken barrier come with finish(), and the last step ended without; call finish() "
+                "before the optimizer's step and settle() after it"
+            )
+        self._open, self._travelling = True, False
+        self.pipeline.clear()
+        self._loss_scale = loss_scale
         length = prefix_length(list(self._squares.values()), self.fraction)
         self.prefix = frozenset(list(self._squares)[:length])
 
     def finish(self) -> Tensor:
-        """Wait for the averages that are due in this step, and put them into .grad; parameters without one get None.
-
-        Returns and raises as `Exchange.finish`.
-        """
         for part in self._held:
-            number = self._engine.submit(partial(self._average_part, part), [part.done])
-            self._last_late.update(dict.fromkeys(part.gradients.names, number))
+            part.future = self.pipeline.submit(part.gradients, part.step, self._arrival(part))
+            self._last_late.update(dict.fromkeys(part.gradients.names, self.pipeline.submitted))
         self._held = []
         return self._apply(self.step)
 
-    def drain(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:
+    def settle(self, applied: Tensor) -> None:
+        """End the step. Every part has settled what it computed already."""
+        if self._open:
+            self._open = False
+            self.step += 1
+
+    def flush(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:
         self._loss_scale = loss_scale
         return self._apply(min(part.due for part in self._outstanding)) if self._outstanding else None
+
+    def begin_backward(self) -> None:
+        if not self._open or self._travelling:
+            self.begin_step()
+
+    def submit(self, gradients: Gradients) -> "torch.futures.Future[Tensor]":
+        """Copy what is in the prefix and queue it, copy the rest and hold it back; the buffer is done with at once.
+
+        The rest would only be in the prefix's way: it has the next steps' compute to travel behind.
+        """
+        self._travelling = True
+        self.meter.submitted()
+        values = dict(gradients.layers(self._sizes))
+        urgent = {name: view for name, view in values.items() if name in self.prefix}
+        late = {name: view for name, view in values.items() if name not in self.prefix}
+        if urgent:
+            part = self._part(urgent, self.step)
+            after = max(self._last_late[name] for name in urgent)
+            part.future = self.pipeline.submit_urgent(part.gradients, part.step, after, self._arrival(part))
+        if late:
+            self._held.append(self._part(late, self.step + self.late_steps))
+        done: torch.futures.Future[Tensor] = device_future(gradients.flat.device)
+        done.set_result(gradients.flat)
+        return done
+
+    # What is remembered and counted
 
     def state_dict(self) -> dict[str, Any]:
         """As `Exchange.state_dict`; what is outstanding is waited for, and not applied."""
@@ -143,129 +186,88 @@ class BrokenBarrier(Exchange):
             {
                 "step": part.step,
                 "due": part.due,
-                "averages": {name: average.cpu().clone() for name, average, _, _ in self._layers_of(part)},
+                "averages": {average.name: average.values.cpu().clone() for average in part.averages},
             }
             for part in self._outstanding
         ]
-        return super().state_dict() | {"late": late, "squares": dict(self._squares)}
+        return self.remembered() | {"late": late, "squares": dict(self._squares)}
 
     def load_state_dict(self, state: Mapping[str, Any], ranks_alike: bool = True) -> None:
-        super().load_state_dict({**state, "late": []}, ranks_alike)
+        self.remember(state, ranks_alike)
         self._squares.update(state.get("squares", {}))
         self._outstanding = [self._restored(**late) for late in state.get("late", [])]
 
-    # The work itself.
+    def report(self) -> Report:
+        return self.meter.report(self.step + self._open)
 
-    def _end_step(self) -> None:
-        if self._open:
-            raise ValueError(
-                "the averages of a broken barrier come with finish(), and the last step ended without; call finish() "
-                "before the optimizer's step and settle() after it"
-            )
+    # The work itself
 
-    def _remember(self, applied: Tensor) -> None:
-        """Nothing: every part has committed what it computed."""
-
-    def _choose(self, urgent: bool) -> bool:
+    def _choose_urgent(self, urgent: bool) -> bool:
         """Rank 0's choice: 4 bytes, and the rank's wait for the others."""
-        start = time.perf_counter()
-        try:
-            if self._failure is None:
-                word = torch.tensor([float(urgent and self.collectives.rank == 0)], device=self.device)
-                self.collectives.sum_(word)
-                urgent = bool(word)
-        except BaseException as error:
-            self._failure = error
-        self._job_seconds += time.perf_counter() - start
-        return urgent
+        word = torch.tensor([float(urgent and self.collectives.rank == 0)], device=self.device)
+        self.collectives.sum_(word)
+        return bool(word)
 
-    def _submit(self, gradients: Gradients, done: "torch.futures.Future[Tensor]") -> None:
-        """Copy what is in the prefix and queue it, copy the rest and hold it back; the buffer is done with at once.
-
-        The rest would only be in the prefix's way: it has the next steps' compute to travel behind.
-        """
-        self._travelling, self._submitted_at = True, time.perf_counter()
-        urgent = [name in self.prefix for name in gradients.names]
-        if any(urgent):
-            part = self._part(gradients, urgent, self.step)
-            after = max(self._last_late[name] for name in part.gradients.names)
-            self._engine.submit_urgent(partial(self._average_part, part), after, [part.done])
-        if not all(urgent):
-            self._held.append(self._part(gradients, [not each for each in urgent], self.step + self.late_steps))
-        done.set_result(gradients.flat)
-
-    def _part(self, gradients: Gradients, chosen: Sequence[bool], due: int) -> _Part:
-        """The chosen layers of a flat buffer, copied."""
-        pairs = zip(gradients.names, self._views(gradients), strict=True)
-        values = {name: view for (name, view), each in zip(pairs, chosen, strict=True) if each}
-        part = _Part(self.step, due, _packed(values, self._loss_scale))
+    def _part(self, values: Mapping[str, Tensor], due: int) -> _Part:
+        """A copy of some layers of this step."""
+        part = _Part(self.step, due, Gradients.packed(values, self._loss_scale))
         self._outstanding.append(part)
         return part
 
-    def _average_part(self, part: _Part) -> None:
-        """On the communication thread."""
-        with self._capturing_failure():
-            run_all(self._timed(self._phases(part)))
-        part.complete()
+    def _arrival(self, part: _Part) -> Any:
+        """What is to be done on the communication thread when a part's averages are there."""
 
-    def _phases(self, part: _Part) -> Phases:
-        gradients = self._prepared(part.gradients)
-        self.averager.average_(gradients, part.step)
-        part.gradients = unscaled(gradients)
-        self._inspect(part)
-        finite = {name: ~bad for name, bad in zip(part.gradients.names, part.bad, strict=True)}
-        self.averager.commit(finite)
-        if self.recorder is not None:
-            self.recorder.memory.commit(finite)
-        yield False
+        def arrive(averages: Gradients) -> None:
+            part.averages = self._inspected(averages)
+            for average in part.averages:
+                self.averager.settle(~average.nonfinite, [average.name])
+                if self.recorder is not None:
+                    self.recorder.state.settle(~average.nonfinite, [average.name])
 
-    def _inspect(self, part: _Part) -> None:
-        views = self._views(part.gradients)
-        part.bad = not_finite(part.gradients.flat, views)
-        part.squares = torch.stack([_squared_norm(view) for view in views]).tolist()
+        return arrive
+
+    def _inspected(self, averages: Gradients) -> list[_Average]:
+        names, views = zip(*averages.layers(self._sizes), strict=True)
+        nonfinite = not_finite(averages.flat, list(views))
+        squares = torch.stack([_squared_norm(view) for view in views]).tolist()
+        return [_Average(*each) for each in zip(names, views, nonfinite, squares, strict=True)]
 
     def _restored(self, step: int, due: int, averages: Mapping[str, Tensor]) -> _Part:
         """What `state_dict` made of a part."""
-        part = _Part(step, due, _packed({name: values.to(self.device) for name, values in averages.items()}))
-        self._inspect(part)
-        part.complete()
-        return part
+        gradients = Gradients.packed({name: values.to(self.device) for name, values in averages.items()})
+        future: Any = device_future(self.device)
+        future.set_result(gradients.flat)
+        return _Part(step, due, gradients, self._inspected(gradients), future)
 
     def _wait_for(self, parts: Sequence[_Part]) -> None:
         for part in parts:
-            part.done.wait()
-        if self._failure is not None:
-            raise self._failure
+            part.future.wait()
+        self.pipeline.check()
 
-    def _apply(self, step: int) -> Tensor:
-        """Put the sums of the averages that are due in a step into .grad."""
+    def _due(self, step: int) -> Iterator[_Average]:
+        """The averages that are due in a step, waited for; they are outstanding no more."""
         due = [part for part in self._outstanding if part.due <= step]
         self._wait_for(due)
         self._outstanding = [part for part in self._outstanding if part.due > step]
+        for average in (each for part in due for each in part.averages):
+            record_stream(average.values, average.nonfinite)
+            yield average
+
+    def _apply(self, step: int) -> Tensor:
+        """Put the sums of the averages that are due in a step into .grad."""
         sums: dict[str, Tensor] = {}
-        self._bad = dict.fromkeys(self._parameters, torch.zeros((), dtype=torch.bool, device=self.device))
-        for name, average, bad, square in (each for part in due for each in self._layers_of(part)):
-            sums[name] = sums[name] + average if name in sums else average
-            self._bad[name] = self._bad[name] | bad
+        nonfinite = dict.fromkeys(self._sizes, torch.zeros((), dtype=torch.bool, device=self.device))
+        for name, values, bad, square in self._due(step):
+            sums[name] = sums[name] + values if name in sums else values
+            nonfinite[name] = nonfinite[name] | bad
             self._squares[name] = square
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             parameter.grad = None
             if name in sums:
                 total = sums[name] if is_unit_scale(self._loss_scale) else sums[name] * self._loss_scale
                 parameter.grad = shaped(total.to(parameter.dtype), parameter)
-        return super().finish()
-
-    def _layers_of(self, part: _Part) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-        """(name, average, whether that is not finite, its squared norm)."""
-        return zip(part.gradients.names, self._views(part.gradients), part.bad, part.squares, strict=True)
-
-
-def _packed(values: Mapping[str, Tensor], loss_scale: float | Tensor = 1.0) -> Gradients:
-    """A copy of layers side by side."""
-    offsets = [0]
-    for each in values.values():
-        offsets.append(offsets[-1] + each.numel())
-    return Gradients(torch.cat(list(values.values())), tuple(values), tuple(offsets[:-1]), loss_scale)
+        self.meter.arrived()
+        return self.all_finite(nonfinite)
 
 
 def _squared_norm(values: Tensor) -> Tensor:

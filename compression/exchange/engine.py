@@ -4,8 +4,8 @@ Collectives of several phases would deadlock inside the callbacks of torch's fut
 when two threads issue them. One thread with a queue has neither problem: as long as every rank submits the same
 jobs in the same order, every collective of every job meets its peers. Meanwhile backward goes on.
 
-A job may have phases, and says between them whether another job may begin first, so that the network carries the
-messages of one while the other computes. A job says no while it has collectives to issue that must keep their order.
+A job may have phases, and says between them what may happen meanwhile (`streams.Meanwhile`), so that the network
+carries the messages of one job while another computes.
 
 On a GPU the thread has a stream of its own, or backward's kernels would queue behind what a collective waits for. A job
 begins behind what the submitter's stream holds when it submits. Whoever takes a job's results waits for them with a
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ..streams import Phases
+from ..streams import Meanwhile, Phases
 
 Job = Callable[[], Phases | None]
 """What it returns are phases that are still to run."""
@@ -129,13 +129,16 @@ class Engine:
 
     def _run(self) -> None:
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-            under_way: list[Phases] = []  # the latest first: what it sends, others wait for
+            under_way: list[_Running] = []  # the latest first: what it sends, others wait for
             while (job := self._next(wait=not under_way)) is not None or under_way:
-                phases = job() if job is not None else iter(())
-                others_may_begin = next(phases, None)
-                under_way = [each for each in under_way if any(each)]
-                if others_may_begin or (others_may_begin is not None and any(phases)):
-                    under_way.insert(0, phases)
+                latest = _Running(job()) if job is not None else None
+                if latest is not None:
+                    latest.run_phase()
+                for running in under_way:
+                    running.run_until_others_may_begin()
+                if latest is not None and latest.meanwhile is Meanwhile.NONE_BEGINS:
+                    latest.run_until_others_may_begin()
+                under_way = [each for each in ([latest] if latest else []) + under_way if not each.ended]
 
     def _next(self, wait: bool) -> Callable[[], Phases] | None:
         """The next job; None where there is none now, or, if it shall wait, where there will be none anymore."""
@@ -161,7 +164,22 @@ class Engine:
             return queue.popleft()
 
 
+class _Running:
+    """A job under way: its phases still to run, and what the last one lets happen meanwhile."""
 
+    def __init__(self, phases: Phases) -> None:
+        self._phases = phases
+        self.meanwhile: Meanwhile | None = None
 
+    @property
+    def ended(self) -> bool:
+        return self.meanwhile is None
 
+    def run_phase(self) -> None:
+        self.meanwhile = next(self._phases, None)
 
+    def run_until_others_may_begin(self) -> None:
+        """At least one phase, and to the end where none of them lets others begin."""
+        self.run_phase()
+        while self.meanwhile is Meanwhile.NONE_BEGINS:
+            self.run_phase()

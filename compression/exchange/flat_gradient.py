@@ -26,16 +26,16 @@ class FlatGradient:
         self._flat: Tensor | None = None
 
     def join(self, parts: Sequence[Gradients]) -> Gradients:
-        """A copy of all parts, which hold each layer once."""
+        """A copy of all parts, which hold each layer once and have one loss scale."""
         dtype = reduce(torch.promote_types, (part.flat.dtype for part in parts))
         if self._flat is None or self._flat.dtype != dtype:
             values = sum(count for _, count in self._places.values())
             self._flat = torch.empty(values, dtype=dtype, device=parts[0].flat.device)
         for here, there in self._pairs(self._flat, parts):
             here.copy_(there)
-        return Gradients(self._flat, self._names, self._offsets)
+        return Gradients(self._flat, self._names, self._offsets, parts[0].loss_scale)
 
-    def part(self, joined: Gradients, parts: Sequence[Gradients]) -> None:
+    def split(self, joined: Gradients, parts: Sequence[Gradients]) -> None:
         """The inverse of `join`: copy the layers back to where they came from."""
         for here, there in self._pairs(joined.flat, parts):
             there.copy_(here)

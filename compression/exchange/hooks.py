@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..gradients import Gradients
-from ..streams import device_future
 
 BUCKET_BYTES = 25 * 2**20  # of gradients that travel together where DDP does not choose
 
-Begin = Callable[[], None]
+OnBackward = Callable[[], None]
 """Called before the first gradients of a backward are submitted."""
 
-Submit = Callable[[Gradients, "torch.futures.Future[Tensor]"], None]
-"""(gradients of some layers, what to complete with their buffer when it holds what the parameters are to get)."""
+Submit = Callable[[Gradients], "torch.futures.Future[Tensor]"]
+"""Takes gradients of some layers. The future's value is their buffer, once it holds what the parameters are to get."""
 
 
 class Hooks(Protocol):
@@ -38,7 +37,7 @@ class Hooks(Protocol):
         """Catch nothing anymore, where that can be."""
 
 
-def hook(model: nn.Module, parameters: Mapping[str, nn.Parameter], begin: Begin, submit: Submit) -> Hooks:
+def hook(model: nn.Module, parameters: Mapping[str, nn.Parameter], begin: OnBackward, submit: Submit) -> Hooks:
     """Catch the gradients of a model's `parameters`, which are all that are trained."""
     if isinstance(model, DistributedDataParallel):
         return DdpHooks(model, parameters, begin, submit)
@@ -61,7 +60,7 @@ class DdpHooks:
     """DDP's communication hook: a buffer is a DDP bucket, whose future completes when it is done with."""
 
     def __init__(
-        self, model: DistributedDataParallel, parameters: Mapping[str, nn.Parameter], begin: Begin, submit: Submit
+        self, model: DistributedDataParallel, parameters: Mapping[str, nn.Parameter], begin: OnBackward, submit: Submit
     ) -> None:
         self._model, self._begin, self._submit = model, begin, submit
         self._names = {id(parameter): name for name, parameter in parameters.items()}
@@ -79,9 +78,7 @@ class DdpHooks:
         flat = bucket.buffer()
         names = tuple(self._names[id(p)] for p in bucket.parameters())
         offsets = tuple(int(view.storage_offset() - flat.storage_offset()) for view in bucket.gradients())
-        future = device_future(flat.device)
-        self._submit(Gradients(flat, names, offsets), future)
-        return future
+        return self._submit(Gradients(flat, names, offsets))
 
 
 class ParameterHooks:
@@ -91,7 +88,7 @@ class ParameterHooks:
     fills them, and make backward return only when all of them are done with.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], begin: Begin, submit: Submit) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], begin: OnBackward, submit: Submit) -> None:
         self._parameters, self._begin, self._submit = parameters, begin, submit
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._sync = True
@@ -164,13 +161,14 @@ class ParameterHooks:
                 view.zero_()
             else:
                 bucket.fill(name, gradient)
-        self._submit(Gradients(bucket.flat, tuple(bucket.views), bucket.offsets), bucket.done)
+        bucket.done = self._submit(Gradients(bucket.flat, tuple(bucket.views), bucket.offsets))
 
     def _complete(self) -> None:
         """Called by autograd when backward is through: what got no gradient since the last step counts as zero."""
         while self._submitted < len(self._buckets):
             self._launch()
         for bucket in self._buckets:
+            assert bucket.done is not None
             bucket.done.wait()
             for name, view in bucket.views.items():
                 self._parameters[name].grad = view
@@ -193,7 +191,7 @@ class _Bucket:
 
     def reset(self) -> None:
         self.missing = set(self.views)
-        self.done = device_future(self.flat.device)
+        self.done: torch.futures.Future[Tensor] | None = None
 
     def fill(self, name: str, gradient: Tensor) -> None:
         if gradient.data_ptr() != self.views[name].data_ptr():

@@ -22,29 +22,21 @@ class Recorder:
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = {layer.name: layer for layer in layers if layer.compressed}
-        self.memory = LayerState({name: layer.numel for name, layer in self.layers.items()})
+        self.state = LayerState({name: layer.numel for name, layer in self.layers.items()})
 
     def record(self, gradients: Gradients) -> None:
         """Take in this rank's own gradients of one step, before anything encodes them."""
-        current, pending = self.memory.allocate(gradients.flat.device, self.layers.keys() & gradients.names)
+        current, pending = self.state.allocate(gradients.flat.device, self.layers.keys() & gradients.names)
         for name, at in zip(gradients.names, gradients.offsets, strict=True):
             if name in self.layers:
-                here, count = self.memory.offsets[name], self.memory.spans[name]
-                torch.add(
-                    gradients.flat[at : at + count],
-                    current[here : here + count],
-                    alpha=DECAY,
-                    out=pending[here : here + count],
-                )
+                span, count = self.state.span(name), self.state.spans[name]
+                torch.add(gradients.flat[at : at + count], current[span], alpha=DECAY, out=pending[span])
 
     def averaged(self, collectives: Collectives) -> Mapping[str, Tensor]:
         """The ranks' mean of m, layer by layer, equal on all ranks. Every rank must call it."""
-        if self.memory.current is None:
+        if self.state.current is None:
             raise ValueError("no gradient was recorded yet: the search needs at least one training step")
-        mean = self.memory.current.clone()
+        mean = self.state.current.clone()
         collectives.sum_(mean)
         mean /= collectives.world_size
-        return {
-            name: mean[at : at + self.memory.spans[name]].view(self.layers[name].shape)
-            for name, at in self.memory.offsets.items()
-        }
+        return {name: mean[self.state.span(name)].view(layer.shape) for name, layer in self.layers.items()}

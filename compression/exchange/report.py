@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from ..network.collectives import Metered
+    from .pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -61,3 +65,36 @@ class Report:
     def _of(cls, sums: list[float]) -> Report:
         steps, sent, dense, ratio, *seconds = sums
         return cls(steps, sent, dense, ratio / steps if steps else 0.0, *seconds)
+
+
+class Meter:
+    """Counts the bytes and seconds of an exchange from report to report."""
+
+    def __init__(self, network: Metered, pipeline: Pipeline, values: int) -> None:
+        """`values`: of all layers."""
+        self._network, self._pipeline, self._values = network, pipeline, values
+        self._exposed_seconds = 0.0
+        self._submitted_at: float | None = None  # the last gradients of the step under way
+        self._reported = (0.0, 0.0, 0, 0.0, 0.0, 0.0)
+
+    def submitted(self) -> None:
+        """Backward has handed over gradients."""
+        self._submitted_at = time.perf_counter()
+
+    def arrived(self) -> None:
+        """All averages that the step waits for have arrived."""
+        if self._submitted_at is not None:
+            self._exposed_seconds += time.perf_counter() - self._submitted_at
+            self._submitted_at = None
+
+    def report(self, steps: int) -> Report:
+        """Bytes and seconds since the last report, at a total of `steps`."""
+        traffic, pipeline = self._network.traffic, self._pipeline
+        seconds = (traffic.seconds, pipeline.seconds, self._exposed_seconds)
+        now = (float(steps), traffic.bytes_sent, pipeline.averager.encoded_bytes, *seconds)
+        done, sent, encoded, comm, job, exposed = (b - a for a, b in zip(self._reported, now, strict=True))
+        self._reported = now
+        world = self._network.world_size
+        dense = 2 * (world - 1) / world * 4 * self._values * done
+        ratio = sent / dense if dense else encoded / (4 * self._values * done or 1)
+        return Report(int(done), sent, dense, ratio, comm, max(job - comm, 0.0), exposed)

@@ -8,21 +8,32 @@ exchange all messages but the rank's own, a gather the rank's message W - 1 time
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Work = Callable[[], Tensor]
-"""What is under way: to be called once, it waits and returns what has arrived."""
 
-PostedExchange = Callable[[Tensor], Work]
-"""An exchange whose messages may arrive: to be called once, with this rank's own, which it begins to send."""
+class PostedExchange(Protocol):
+    """An exchange whose messages from others may arrive."""
 
-PostedGather = Callable[[], Work]
-"""A gather likewise. This rank's message has to be in its place by then."""
+    def send(self, messages: Tensor) -> None:
+        """Begin to send this rank's own messages; called once."""
+
+    def wait(self) -> Tensor:
+        """What has arrived, as `Collectives.exchange` returns it; called once, after `send`."""
+
+
+class PostedGather(Protocol):
+    """A gather whose messages from others may arrive."""
+
+    def send(self) -> None:
+        """Begin to send this rank's message, which is in its place by now; called once."""
+
+    def wait(self) -> Tensor:
+        """All messages, as `Collectives.gather` returns them; called once, after `send`."""
 
 
 class Collectives(Protocol):
@@ -46,21 +57,21 @@ class Collectives(Protocol):
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
         """Everyone gets everyone's message. uint8 [sizes[rank]] -> uint8 [sum(sizes)], in rank order."""
 
-    def post_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> PostedExchange:
-        """An exchange in parts, of messages on `device`: say that those of the others may come, send, and wait.
+    def post_exchange(self, sizes: Sequence[int], tag: int, device: torch.device) -> PostedExchange:
+        """An exchange in stages, of messages on `device`: the others' may come from now on.
 
-        Those under way at one time have numbers of their own. Said early, it is known when the others send: before
+        Those under way at one time have tags of their own. Posted early, it is known when the others send: before
         anything is sent, if there is time.
         """
 
-    def post_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> PostedGather:
+    def post_gather(self, messages: Tensor, sizes: Sequence[int], tag: int) -> PostedGather:
         """A gather likewise. In `messages`, uint8 [sum(sizes)], every rank has its place.
 
-        The others' arrive there, or all in another tensor that is returned.
+        The others' arrive there, or all in another tensor that `wait` returns.
         """
 
     def matched_by_tag(self, device: torch.device) -> bool:
-        """Whether ranks may send what they expect on `device` in different orders. No send waits then."""
+        """Whether ranks may send what is posted on `device` in different orders. No send waits then."""
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -69,22 +80,43 @@ class Collectives(Protocol):
         """Every rank's value, in rank order, on every rank."""
 
 
-class AtOnce:
-    """For networks that are through with a message before they return."""
+@dataclass
+class _BlockingExchange:
+    network: Collectives
+    sizes: Sequence[int]
+    received: Tensor | None = None
 
-    def post_exchange(self: Collectives, sizes: Sequence[int], chunk: int, device: torch.device) -> PostedExchange:
-        def send(messages: Tensor) -> Work:
-            received = self.exchange(messages, sizes)
-            return lambda: received
+    def send(self, messages: Tensor) -> None:
+        self.received = self.network.exchange(messages, self.sizes)
 
-        return send
+    def wait(self) -> Tensor:
+        assert self.received is not None
+        return self.received
 
-    def post_gather(self: Collectives, messages: Tensor, sizes: Sequence[int], chunk: int) -> PostedGather:
-        def send() -> Work:
-            received = self.gather(part_of(messages, sizes, self.rank), sizes)
-            return lambda: received
 
-        return send
+@dataclass
+class _BlockingGather:
+    network: Collectives
+    message: Tensor
+    sizes: Sequence[int]
+    received: Tensor | None = None
+
+    def send(self) -> None:
+        self.received = self.network.gather(self.message, self.sizes)
+
+    def wait(self) -> Tensor:
+        assert self.received is not None
+        return self.received
+
+
+class Blocking:
+    """Stages of networks that are through with a message before they return: all of them happen in `send`."""
+
+    def post_exchange(self: Collectives, sizes: Sequence[int], tag: int, device: torch.device) -> PostedExchange:
+        return _BlockingExchange(self, sizes)
+
+    def post_gather(self: Collectives, messages: Tensor, sizes: Sequence[int], tag: int) -> PostedGather:
+        return _BlockingGather(self, part_of(messages, sizes, self.rank), sizes)
 
     def matched_by_tag(self, device: torch.device) -> bool:
         return False
@@ -97,7 +129,7 @@ def part_of(messages: Tensor, sizes: Sequence[int], rank: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Solo(AtOnce):
+class Solo(Blocking):
     """A world of one rank: everything is already where it belongs."""
 
     rank: int = 0
@@ -147,53 +179,28 @@ class Metered:
     def sum_(self, values: Tensor) -> None:
         start = time.perf_counter()
         self.inner.sum_(values)
-        self._count(2 * values.nbytes * (self.world_size - 1) / self.world_size, start)
+        self.count(2 * values.nbytes * (self.world_size - 1) / self.world_size, start)
 
     def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
         start = time.perf_counter()
         received = self.inner.exchange(messages, sizes)
-        self._count(messages.nbytes, start)
+        self.count(messages.nbytes, start)
         return received
 
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
         start = time.perf_counter()
         received = self.inner.gather(message, sizes)
-        self._count(message.nbytes * (self.world_size - 1), start)
+        self.count(message.nbytes * (self.world_size - 1), start)
         return received
 
-    def post_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> PostedExchange:
-        inner = self.inner.post_exchange(sizes, chunk, device)
+    def post_exchange(self, sizes: Sequence[int], tag: int, device: torch.device) -> PostedExchange:
+        return _MeteredExchange(self, self.inner.post_exchange(sizes, tag, device))
 
-        def send(messages: Tensor) -> Work:
-            start = time.perf_counter()
-            pending = inner(messages)
-            self._count(messages.nbytes, start)
-            return self._timed(pending)
-
-        return send
-
-    def post_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> PostedGather:
-        inner = self.inner.post_gather(messages, sizes, chunk)
-
-        def send() -> Work:
-            start = time.perf_counter()
-            pending = inner()
-            self._count(sizes[self.rank] * (self.world_size - 1), start)
-            return self._timed(pending)
-
-        return send
+    def post_gather(self, messages: Tensor, sizes: Sequence[int], tag: int) -> PostedGather:
+        return _MeteredGather(self, self.inner.post_gather(messages, sizes, tag), sizes[self.rank])
 
     def matched_by_tag(self, device: torch.device) -> bool:
         return self.inner.matched_by_tag(device)
-
-    def _timed(self, pending: Work) -> Work:
-        def wait() -> Tensor:
-            start = time.perf_counter()
-            received = pending()
-            self._count(0, start)
-            return received
-
-        return wait
 
     def broadcast(self, value: Any) -> Any:
         return self.inner.broadcast(value)
@@ -201,6 +208,42 @@ class Metered:
     def collect(self, value: Any) -> list[Any]:
         return self.inner.collect(value)
 
-    def _count(self, sent: float, start: float) -> None:
+    def count(self, sent: float, start: float) -> None:
+        """Add bytes, and the seconds since `start`."""
         self.traffic.bytes_sent += sent
         self.traffic.seconds += time.perf_counter() - start
+
+
+@dataclass
+class _MeteredExchange:
+    meter: Metered
+    inner: PostedExchange
+
+    def send(self, messages: Tensor) -> None:
+        start = time.perf_counter()
+        self.inner.send(messages)
+        self.meter.count(messages.nbytes, start)
+
+    def wait(self) -> Tensor:
+        start = time.perf_counter()
+        received = self.inner.wait()
+        self.meter.count(0, start)
+        return received
+
+
+@dataclass
+class _MeteredGather:
+    meter: Metered
+    inner: PostedGather
+    nbytes: int  # of this rank's message
+
+    def send(self) -> None:
+        start = time.perf_counter()
+        self.inner.send()
+        self.meter.count(self.nbytes * (self.meter.world_size - 1), start)
+
+    def wait(self) -> Tensor:
+        start = time.perf_counter()
+        received = self.inner.wait()
+        self.meter.count(0, start)
+        return received

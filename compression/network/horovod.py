@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..streams import record_stream
-from .collectives import PostedExchange, PostedGather, Work, part_of
+from .collectives import PostedExchange, PostedGather, part_of
 from .world import World, choose_device
 
 
@@ -61,8 +62,8 @@ class Horovod:
     """
 
     def __init__(self, hvd: Any, prefix: str) -> None:
-        self._hvd = hvd
-        self._prefix = prefix
+        self.hvd = hvd
+        self.prefix = prefix
         self.rank: int = hvd.rank()
         self.world_size: int = hvd.size()
 
@@ -73,52 +74,77 @@ class Horovod:
             values.copy_(wide)
             return
         if values.numel():
-            name = f"{self._prefix}.sum.{values.numel()}"
-            self._wait(self._hvd.allreduce_async_(values, op=self._hvd.Sum, name=name))
+            name = f"{self.prefix}.sum.{values.numel()}"
+            self.wait_for(self.hvd.allreduce_async_(values, op=self.hvd.Sum, name=name))
 
     def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
-        return self.post_exchange(sizes, 0, messages.device)(messages)()
+        posted = self.post_exchange(sizes, 0, messages.device)
+        posted.send(messages)
+        return posted.wait()
 
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
-        return self._begin_gather(message, sizes, 0)()
+        posted = _Gather(self, message, f"gather.0.{sum(sizes)}")
+        posted.send()
+        return posted.wait()
 
-    def post_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> PostedExchange:
-        def send(messages: Tensor) -> Work:
-            splits = torch.tensor(sizes, dtype=torch.int32)
-            splits[self.rank] = 0
-            name = f"{self._prefix}.exchange.{chunk}.{sum(sizes)}"
-            handle = self._hvd.alltoall_async(messages, splits=splits, name=name)
+    def post_exchange(self, sizes: Sequence[int], tag: int, device: torch.device) -> PostedExchange:
+        return _Exchange(self, sizes, f"exchange.{tag}.{sum(sizes)}")
 
-            def wait() -> Tensor:
-                received, _ = self._wait(handle)
-                rows: Tensor = received.view(self.world_size - 1, sizes[self.rank])
-                return rows
-
-            return wait
-
-        return send
-
-    def post_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> PostedGather:
-        return lambda: self._begin_gather(part_of(messages, sizes, self.rank), sizes, chunk)
+    def post_gather(self, messages: Tensor, sizes: Sequence[int], tag: int) -> PostedGather:
+        return _Gather(self, part_of(messages, sizes, self.rank), f"gather.{tag}.{sum(sizes)}")
 
     def matched_by_tag(self, device: torch.device) -> bool:
         return device.type == "cpu"  # it goes by names; on GPUs what is sent must come from the stream that fills it
 
-    def _begin_gather(self, message: Tensor, sizes: Sequence[int], chunk: int) -> Work:
-        handle = self._hvd.allgather_async(message, name=f"{self._prefix}.gather.{chunk}.{sum(sizes)}")
-        return lambda: self._wait(handle)
-
     def broadcast(self, value: Any) -> Any:
-        return self._hvd.broadcast_object(value, root_rank=0, name=f"{self._prefix}.broadcast")
+        return self.hvd.broadcast_object(value, root_rank=0, name=f"{self.prefix}.broadcast")
 
     def collect(self, value: Any) -> list[Any]:
-        values: list[Any] = self._hvd.allgather_object(value, name=f"{self._prefix}.collect")
+        values: list[Any] = self.hvd.allgather_object(value, name=f"{self.prefix}.collect")
         return values
 
-    def _wait(self, handle: Any) -> Any:
-        """Horovod's own waiting spins with Python's lock in hand, and keeps backward from going on."""
-        while not self._hvd.poll(handle):
+    def wait_for(self, handle: Any) -> Any:
+        """The result of an operation that was begun.
+
+        Horovod's own waiting spins with Python's lock in hand, and keeps backward from going on.
+        """
+        while not self.hvd.poll(handle):
             time.sleep(1e-4)
-        received = self._hvd.synchronize(handle)
+        received = self.hvd.synchronize(handle)
         record_stream(*(received if isinstance(received, tuple) else (received,)))  # Horovod's own thread made it
+        return received
+
+
+@dataclass
+class _Exchange:
+    network: Horovod
+    sizes: Sequence[int]
+    name: str
+    handle: Any = None
+
+    def send(self, messages: Tensor) -> None:
+        splits = torch.tensor(self.sizes, dtype=torch.int32)
+        splits[self.network.rank] = 0
+        name = f"{self.network.prefix}.{self.name}"
+        self.handle = self.network.hvd.alltoall_async(messages, splits=splits, name=name)
+
+    def wait(self) -> Tensor:
+        received, _ = self.network.wait_for(self.handle)
+        rows: Tensor = received.view(self.network.world_size - 1, self.sizes[self.network.rank])
+        return rows
+
+
+@dataclass
+class _Gather:
+    network: Horovod
+    message: Tensor
+    name: str
+    handle: Any = None
+
+    def send(self) -> None:
+        name = f"{self.network.prefix}.{self.name}"
+        self.handle = self.network.hvd.allgather_async(self.message, name=name)
+
+    def wait(self) -> Tensor:
+        received: Tensor = self.network.wait_for(self.handle)
         return received

@@ -1,23 +1,24 @@
 """Collectives over torch.distributed: gloo on CPUs, NCCL on GPUs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import PostedExchange, PostedGather, Work, part_of
+from .collectives import PostedExchange, PostedGather, part_of
 
 
 class TorchDistributed:
     """Collectives over a torch process group (gloo on CPUs, NCCL on GPUs).
 
     `group` should be used by one thread only: gloo matches collectives by the order in which they are issued. Exchanges
-    and gathers it matches by their numbers, and other threads may expect them.
+    and gathers it matches by their tags, and other threads may post them.
 
     Exchange and gather are sends and receives between all pairs at once. In torch's all-to-all over gloo the two
-    directions of a link take turns; gloo's all-gather wants equal sizes, and shares differ by a bucket.
+    directions of a link take turns; gloo's all-gather wants equal sizes, and shards differ by a bucket.
 
     `upward`, another group over the same ranks, carries messages to ranks of higher numbers. It is there for gloo,
     which has one lock for each connection: who sends something on it keeps what arrives there waiting, and the thread
@@ -34,61 +35,33 @@ class TorchDistributed:
         dist.all_reduce(values, group=self.group)
 
     def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
-        return self.post_exchange(sizes, 0, messages.device)(messages)()
+        posted = self.post_exchange(sizes, 0, messages.device)
+        posted.send(messages)
+        return posted.wait()
 
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
         messages = message.new_empty(sum(sizes))
         part_of(messages, sizes, self.rank).copy_(message)
-        return self.post_gather(messages, sizes, 0)()()
+        posted = self.post_gather(messages, sizes, 0)
+        posted.send()
+        return posted.wait()
 
-    def post_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> PostedExchange:
+    def post_exchange(self, sizes: Sequence[int], tag: int, device: torch.device) -> PostedExchange:
         received = torch.empty(self.world_size - 1, sizes[self.rank], dtype=torch.uint8, device=device)
         rows = received.unbind()
-        send = self._expect([*rows[: self.rank], received[:0], *rows[self.rank :]], 2 * chunk, received)
+        incoming = [*rows[: self.rank], received[:0], *rows[self.rank :]]
         outgoing = [*sizes[: self.rank], 0, *sizes[self.rank + 1 :]]
-        return lambda messages: send(messages.split_with_sizes(outgoing))
+        return _Exchange(_Messages(self, incoming, 2 * tag, received), outgoing)
 
-    def post_gather(self, messages: Tensor, sizes: Sequence[int], chunk: int) -> PostedGather:
+    def post_gather(self, messages: Tensor, sizes: Sequence[int], tag: int) -> PostedGather:
         parts = messages.split_with_sizes(list(sizes))
-        send = self._expect(parts, 2 * chunk + 1, messages)
-        return lambda: send([parts[self.rank]] * self.world_size)
+        return _Gather(_Messages(self, parts, 2 * tag + 1, messages), [parts[self.rank]] * self.world_size)
 
     def matched_by_tag(self, device: torch.device) -> bool:
-        return device.type == "cpu"  # gloo goes by numbers, NCCL by order
+        return device.type == "cpu"  # gloo goes by tags, NCCL by order
 
-    def _expect(self, incoming: Sequence[Tensor], tag: int, received: Tensor) -> Callable[[Sequence[Tensor]], Work]:
-        """Fill `incoming[r]`, part of `received`, with what every other rank r sends. Returns what sends them theirs.
-
-        Gloo begins to send when its peer says that it is ready to receive. In one group it says so on the connection
-        that carries its own messages. Said after a long message it arrives after it, and one rank waits while the
-        other sends: so every rank says it first. Said while the peer sends on that connection, it makes the peer's
-        thread spin: the sooner, the better.
-        """
-        peers = [(self.rank + turn) % self.world_size for turn in range(1, self.world_size)]
-        senders = [peer for peer in peers[::-1] if incoming[peer].numel()]
-        on_gpus = received.device.type == "cuda"
-        works: list[dist.Work] = []
-        if not on_gpus:  # by the groups' own methods: checking in Python takes longer than gloo does
-            works = [self._group_from(peer, self.rank).recv([incoming[peer]], peer, tag) for peer in senders]
-
-        def send(outgoing: Sequence[Tensor]) -> Work:
-            receivers = [peer for peer in peers if outgoing[peer].numel()]
-            if on_gpus:  # NCCL has to start them together
-                asked = [dist.P2POp(dist.irecv, incoming[peer], None, self.group, tag, peer) for peer in senders]
-                asked += [dist.P2POp(dist.isend, outgoing[peer], None, self.group, tag, peer) for peer in receivers]
-                works.extend(dist.batch_isend_irecv(asked) if asked else [])
-            else:
-                works.extend(self._group_from(self.rank, peer).send([outgoing[peer]], peer, tag) for peer in receivers)
-            return wait
-
-        def wait() -> Tensor:
-            for work in works:
-                work.wait()
-            return received
-
-        return send
-
-    def _group_from(self, sender: int, receiver: int) -> dist.ProcessGroup:
+    def group_from(self, sender: int, receiver: int) -> dist.ProcessGroup:
+        """The group that carries messages from one rank to another."""
         return self._upward if sender < receiver else self.group
 
     def broadcast(self, value: Any) -> Any:
@@ -100,3 +73,66 @@ class TorchDistributed:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+
+class _Messages:
+    """Messages between this rank and every other one: the others' may come, then its own go, then all have come.
+
+    `incoming[r]`, part of `received`, is filled with the message of rank r.
+
+    Gloo begins to send when its peer says that it is ready to receive. In one group it says so on the connection that
+    carries its own messages. Said after a long message it arrives after it, and one rank waits while the other sends:
+    so every rank says it first. Said while the peer sends on that connection, it makes the peer's thread spin: the
+    sooner, the better.
+    """
+
+    def __init__(self, network: TorchDistributed, incoming: Sequence[Tensor], tag: int, received: Tensor) -> None:
+        self._network, self._incoming, self._tag, self._received = network, incoming, tag, received
+        rank, size = network.rank, network.world_size
+        self._peers = [(rank + turn) % size for turn in range(1, size)]
+        self._senders = [peer for peer in self._peers[::-1] if incoming[peer].numel()]
+        self._on_gpus = received.device.type == "cuda"
+        self._works: list[dist.Work] = []
+        if not self._on_gpus:  # by the groups' own methods: checking in Python takes longer than gloo does
+            self._works = [network.group_from(peer, rank).recv([incoming[peer]], peer, tag) for peer in self._senders]
+
+    def send(self, outgoing: Sequence[Tensor]) -> None:
+        network, tag = self._network, self._tag
+        receivers = [peer for peer in self._peers if outgoing[peer].numel()]
+        if self._on_gpus:  # NCCL has to start them together
+            group = network.group
+            asked = [dist.P2POp(dist.irecv, self._incoming[peer], None, group, tag, peer) for peer in self._senders]
+            asked += [dist.P2POp(dist.isend, outgoing[peer], None, group, tag, peer) for peer in receivers]
+            self._works.extend(dist.batch_isend_irecv(asked) if asked else [])
+        else:
+            for peer in receivers:
+                self._works.append(network.group_from(network.rank, peer).send([outgoing[peer]], peer, tag))
+
+    def wait(self) -> Tensor:
+        for work in self._works:
+            work.wait()
+        return self._received
+
+
+@dataclass
+class _Exchange:
+    messages: _Messages
+    outgoing: list[int]  # bytes to each rank
+
+    def send(self, messages: Tensor) -> None:
+        self.messages.send(messages.split_with_sizes(self.outgoing))
+
+    def wait(self) -> Tensor:
+        return self.messages.wait()
+
+
+@dataclass
+class _Gather:
+    messages: _Messages
+    outgoing: list[Tensor]  # the message for each rank
+
+    def send(self) -> None:
+        self.messages.send(self.outgoing)
+
+    def wait(self) -> Tensor:
+        return self.messages.wait()

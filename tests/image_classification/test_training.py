@@ -96,7 +96,7 @@ class Alone:
         self.calls.append("settle")
         self.settled.append(bool(applied))
 
-    def drain(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:
+    def flush(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:
         return None
 
     def nonfinite_layer(self) -> str | None:
@@ -173,8 +173,8 @@ class Late(Alone):
         super().__init__(model)
         self.held, self.finite = held, torch.tensor(finite)
 
-    def drain(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:
-        self.calls.append("drain")
+    def flush(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:
+        self.calls.append("flush")
         self.held -= 1
         self.model[4].bias.grad = torch.ones(CLASSES) * loss_scale
         return None if self.held < 0 else self.finite
@@ -186,8 +186,8 @@ def test_what_an_exchange_holds_back_is_applied_at_the_end_of_an_epoch(flags: di
     late.exchange = Late(late.model, held=2)
     result = late.train(Batches([4] * 3), lr=0.25)
     alone.train(Batches([4] * 3), lr=0.25)
-    assert late.exchange.calls[-8:] == ["begin_step", "finish", "settle", "drain", "settle", "drain", "settle", "drain"]
-    assert late.exchange.calls.count("drain") == 3
+    assert late.exchange.calls[-8:] == ["begin_step", "finish", "settle", "flush", "settle", "flush", "settle", "flush"]
+    assert late.exchange.calls.count("flush") == 3
     assert result.steps == 3
     assert torch.equal(late.model[4].weight, alone.model[4].weight)
     decayed = alone.model[4].bias.detach()
@@ -200,7 +200,7 @@ def test_nothing_that_is_held_back_is_applied_where_an_epoch_stops_early() -> No
     run = Run()
     run.exchange = Late(run.model, held=2)
     assert not run.train(Batches([4] * 3), should_stop=lambda: True).finished
-    assert "drain" not in run.exchange.calls
+    assert "flush" not in run.exchange.calls
 
 
 def test_what_is_held_back_and_not_finite_ends_the_run_too() -> None:

@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from compression.network.collectives import AtOnce
+from compression.network.collectives import Blocking
 
 Result = TypeVar("Result")
 
 
-class ThreadCollectives(AtOnce):
+class ThreadCollectives(Blocking):
     """One rank of a world whose ranks are threads of this process. Sums are taken in rank order."""
 
     def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:

@@ -124,7 +124,7 @@ def test_without_error_feedback_nothing_is_remembered() -> None:
 
 
 def test_state_that_does_not_belong_here_is_refused() -> None:
-    with pytest.raises(ValueError, match="holds 'residual', which this compression does not remember; resume with"):
+    with pytest.raises(ValueError, match="holds a residual, which this compression does not remember; resume with"):
         bind("topk", Solo()).load_state_dict({"residual": {}})
 
 
@@ -151,10 +151,10 @@ def test_the_mean_square_of_the_largest_gradients_stays_finite() -> None:
     compressed = Gradients(gradients.flat, COMPRESSED, (0, 1240))
     for _ in range(3):
         rated = score.score(compressed, compressed)
-        score.memory.settle(True)
+        score.state.settle(True)
         assert rated.flat[PLACES["wide"]].isfinite().all()
-    assert score.memory.current is not None
-    assert score.memory.current.isfinite().all()
+    assert score.state.current is not None
+    assert score.state.current.isfinite().all()
 
 
 def side_by_side(values: Tensor) -> tuple[Gradients, Tensor]:

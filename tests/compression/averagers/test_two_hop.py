@@ -1,6 +1,7 @@
 """Averaging of codes: unbiased, bounded with error feedback, as many bytes as promised."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from compression.averagers import TwoHop
 from compression.exchange.engine import Engine
 from compression.gradients import Gradients
 from compression.layers import layers_of
-from compression.network.collectives import PostedExchange, PostedGather, Work
+from compression.network.collectives import PostedExchange, PostedGather
 from tests.support.threads import ThreadCollectives, run_ranks
 
 LAYERS = layers_of([("weight", (40, 50)), ("bias", (40,))], 64)
@@ -106,7 +107,7 @@ def test_residuals_of_another_model_are_refused() -> None:
         bound.load_state_dict({"residual": {"weight": torch.zeros(7)}, "share_residual": {}})
 
 
-@pytest.mark.parametrize("whole_steps", [True, False], ids=["settle", "commit"])
+@pytest.mark.parametrize("whole_steps", [True, False], ids=["of all layers", "of each"])
 def test_residuals_outlive_the_time_in_which_a_layer_travels_dense(whole_steps: bool) -> None:
     """Also where the last step in which it did not was skipped, since its gradients were not finite."""
     layers = layers_of([("a", (40, 25)), ("b", (25, 40))], 64)
@@ -118,7 +119,8 @@ def test_residuals_outlive_the_time_in_which_a_layer_travels_dense(whole_steps: 
         if whole_steps:
             bound.settle(applied)
         else:
-            bound.commit(dict.fromkeys("ab", torch.tensor(applied)))
+            for name in "ab":
+                bound.settle(torch.tensor(applied), [name])
         assert bool(flat.isfinite().all()) == applied
         return [torch.stack([each[name] for each in bound.state_dict().values()]) for name in "ab"]
 
@@ -163,40 +165,49 @@ def test_averages_and_residuals_do_not_depend_on_the_chunks(world_size: int, mon
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_all_chunks_are_expected_and_one_is_encoded_while_another_travels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_chunks_are_posted_and_one_is_encoded_while_another_travels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(averagers.two_hop, "CHUNK_BYTES", 500)
     told: list[str] = []
 
+    @dataclass
+    class NotedExchange:
+        network: "Noted"
+        tag: int
+        inner: PostedExchange
+
+        def send(self, messages: torch.Tensor) -> None:
+            self.network.note(f"exchange {self.tag}")
+            self.inner.send(messages)
+
+        def wait(self) -> torch.Tensor:
+            self.network.note(f"exchanged {self.tag}")
+            return self.inner.wait()
+
+    @dataclass
+    class NotedGather:
+        network: "Noted"
+        tag: int
+        inner: PostedGather
+
+        def send(self) -> None:
+            self.network.note(f"gather {self.tag}")
+            self.inner.send()
+
+        def wait(self) -> torch.Tensor:
+            self.network.note(f"gathered {self.tag}")
+            return self.inner.wait()
+
     class Noted(ThreadCollectives):
-        """Notes what rank 0 expects, sends and waits for."""
+        """Notes what rank 0 posts, sends and waits for."""
 
-        def post_exchange(self, sizes: Sequence[int], chunk: int, device: torch.device) -> PostedExchange:
-            self._note(f"expect {chunk}")
-            send = super().post_exchange(sizes, chunk, device)
+        def post_exchange(self, sizes: Sequence[int], tag: int, device: torch.device) -> PostedExchange:
+            self.note(f"post {tag}")
+            return NotedExchange(self, tag, super().post_exchange(sizes, tag, device))
 
-            def note_and_send(messages: torch.Tensor) -> Work:
-                self._note(f"exchange {chunk}")
-                return self._noted(f"exchanged {chunk}", send(messages))
+        def post_gather(self, messages: torch.Tensor, sizes: Sequence[int], tag: int) -> PostedGather:
+            return NotedGather(self, tag, super().post_gather(messages, sizes, tag))
 
-            return note_and_send
-
-        def post_gather(self, messages: torch.Tensor, sizes: Sequence[int], chunk: int) -> PostedGather:
-            send = super().post_gather(messages, sizes, chunk)
-
-            def note_and_send() -> Work:
-                self._note(f"gather {chunk}")
-                return self._noted(f"gathered {chunk}", send())
-
-            return note_and_send
-
-        def _noted(self, words: str, pending: Work) -> Work:
-            def wait() -> torch.Tensor:
-                self._note(words)
-                return pending()
-
-            return wait
-
-        def _note(self, words: str) -> None:
+        def note(self, words: str) -> None:
             if self.rank == 0:
                 told.append(words)
 
@@ -205,7 +216,7 @@ def test_all_chunks_are_expected_and_one_is_encoded_while_another_travels(monkey
 
     run_ranks(2, work)
     assert told == [
-        "expect 0", "expect 1", "exchange 0", "exchange 1",
+        "post 0", "post 1", "exchange 0", "exchange 1",
         "exchanged 0", "gather 0", "exchanged 1", "gather 1", "gathered 0", "gathered 1",
     ]  # fmt: skip
 
@@ -231,7 +242,7 @@ def test_only_what_ends_with_the_first_layer_travels_in_chunks(monkeypatch: pyte
     monkeypatch.setattr(averagers.two_hop, "CHUNK_BYTES", 100)
     bound = two_hop(Solo(), bits=4)
     chunks = [
-        len(bound._route(Gradients(GRADIENTS[0], names, offsets)).chunks)
+        len(bound._group(Gradients(GRADIENTS[0], names, offsets)).chunks)
         for names, offsets in [(("bias", "weight"), (0, 40)), (("weight",), (0,)), (("bias",), (0,))]
     ]
     weight, bias = 2000 // 2 + 8 * 32, 4 * 40  # bytes
@@ -247,7 +258,7 @@ def test_averages_may_be_under_way_at_one_time(feedback: bool) -> None:
             parts = [Gradients(flat, (name,), (0,)) for flat, name in zip(flats, ("weight", "bias"), strict=True)]
             engine = Engine(torch.device("cpu"), bool)
             for part in parts:
-                engine.submit(partial(bound.expect(part, 0), part) if together else partial(bound.average_, part, 0))
+                engine.submit(partial(bound.post(part, 0), part) if together else partial(bound.average_, part, 0))
             engine.close()
             found.append(torch.cat(flats))
         return found[0], found[1]

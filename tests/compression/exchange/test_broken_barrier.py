@@ -60,10 +60,10 @@ def step(model: Linear, exchange: compression.Exchange, gradients: Sequence[Any]
     return received(model)
 
 
-def drained(model: Linear, exchange: compression.Exchange) -> list[list[Tensor]]:
+def flushed(model: Linear, exchange: compression.Exchange) -> list[list[Tensor]]:
     """What the steps after the last one get."""
     steps = []
-    while (finite := exchange.drain()) is not None:
+    while (finite := exchange.flush()) is not None:
         exchange.settle(finite)
         steps.append(received(model))
     return steps
@@ -116,7 +116,7 @@ def test_every_average_is_applied_once_in_its_step_or_a_fixed_number_of_steps_la
         with attached([[count] for count in counts], ranks, share, late_steps, "none") as (model, exchange):
             own = 2 * ranks.rank  # the ranks' mean is 1
             taken = [step(model, exchange, [own * 4.0**power] * len(counts)) for power in powers]
-            return taken, drained(model, exchange)
+            return taken, flushed(model, exchange)
 
     (taken, after), others = run_ranks(2, train)
     for mine, theirs in zip(taken + after, others[0] + others[1], strict=True):
@@ -141,7 +141,7 @@ def test_every_average_is_applied_once_in_its_step_or_a_fixed_number_of_steps_la
 def test_a_layer_is_late_exactly_where_the_prefix_of_its_step_ends_before_it() -> None:
     with attached([[3], [3], [3]], compression.Solo(), 0.9, 2, "none") as (model, exchange):
         taken = [[float(layer[0]) for layer in step(model, exchange, [6, 2, now + 1])] for now in range(5)]
-        taken += [[float(layer[0]) for layer in late] for late in drained(model, exchange)]
+        taken += [[float(layer[0]) for layer in late] for late in flushed(model, exchange)]
     assert taken == [[6, 2, 1], [6, 2, 0], [6, 2, 0], [6, 2, 2], [6, 2, 3], [0, 0, 4], [0, 0, 5]]
 
 
@@ -198,7 +198,7 @@ def train_quantized(network: ThreadCollectives, share: float, steps: int = 6) ->
             shapes = zip(sizes, QUANTIZED, strict=True)
             gradients = [size * torch.randn(shape, generator=generator) for size, shape in shapes]
             taken += step(model, exchange, gradients)
-        for late in drained(model, exchange):
+        for late in flushed(model, exchange):
             taken += late
         return taken
 
@@ -226,7 +226,7 @@ def test_ranks_get_the_same_bits_from_every_compressor_that_can_be_late(name: st
             generator = torch.Generator().manual_seed(ranks.rank)
             for _ in range(3):
                 step(model, exchange, [torch.randn(shape, generator=generator) for shape in QUANTIZED])
-            return drained(model, exchange)
+            return flushed(model, exchange)
 
     first, second = run_ranks(2, train)
     assert len(first) == (0 if name == "sanity" else 2)  # all zeros say nothing of what to wait for
@@ -262,7 +262,7 @@ def test_what_an_encoding_loses_is_sent_later_and_once() -> None:
             gradients = [3 * torch.randn(30, 40, generator=generator), torch.randn(50, 60, generator=generator)]
             for kept, gradient, taken in zip(total, gradients, step(model, exchange, gradients), strict=True):
                 kept += gradient - taken
-        for late in drained(model, exchange):
+        for late in flushed(model, exchange):
             for kept, taken in zip(total, late, strict=True):
                 kept -= taken
         residuals = exchange.state_dict()["averager"]
@@ -309,7 +309,7 @@ def test_a_run_that_is_resumed_within_an_epoch_goes_on_with_the_same_bits(name: 
 
     def go_on(model: Linear, exchange: compression.Exchange) -> list[Tensor]:
         steps = [step(model, exchange, gradients(now)) for now in range(4, 8)]
-        return [values for each in steps + drained(model, exchange) for values in each]
+        return [values for each in steps + flushed(model, exchange) for values in each]
 
     arguments = ([[20, 40]] * 3, compression.Solo(), 0.5, 3, name)
     with attached(*arguments, **options) as (model, exchange):
@@ -333,7 +333,7 @@ def test_without_a_broken_barrier_nothing_that_is_outstanding_is_forgotten() -> 
     with attached([[3], [3]], compression.Solo(), 1.0, 1, "none") as (_, exchange):
         with pytest.raises(ValueError, match="the checkpoint holds averages that a broken barrier is still to apply; "):
             exchange.load_state_dict(state)
-        assert exchange.drain() is None
+        assert exchange.flush() is None
 
 
 # What is refused

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compression.exchange.engine import Engine
-from compression.streams import Phases, device_future
+from compression.streams import Meanwhile, Phases, device_future
 from tests.support.threads import ThreadCollectives, Uncompletable, run_ranks, within
 
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def test_a_job_begins_while_others_are_under_way_once_they_say_so(others_may_beg
     def job(name: str) -> Phases:
         for phase in range(1, 4):
             ran.append(f"{name}{phase}")
-            yield phase >= others_may_begin_after
+            yield Meanwhile.OTHERS_BEGIN if phase >= others_may_begin_after else Meanwhile.NONE_BEGINS
 
     go = threading.Event()
     engine.submit(lambda: [go.wait(), None][1])
@@ -97,8 +97,8 @@ def test_the_last_phase_waits_for_no_other_job() -> None:
     done = threading.Event()
 
     def job() -> Phases:
-        yield True
-        yield True
+        yield Meanwhile.OTHERS_BEGIN
+        yield Meanwhile.OTHERS_BEGIN
         done.set()
 
     engine.submit(job)
@@ -113,7 +113,7 @@ def test_whoever_waits_for_a_job_that_raises_or_for_a_later_one_gets_the_excepti
 
     def job(future: Any) -> Phases:
         go.wait()
-        yield True
+        yield Meanwhile.OTHERS_BEGIN
         future.set_result(1)
 
     def fail() -> None:

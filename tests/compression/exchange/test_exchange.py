@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import compression
-from compression.averagers import Begin
+from compression.averagers import Averaging
 from compression.gradients import Gradients
 from compression.layers import layers_of
 from compression.streams import Phases
@@ -113,7 +113,7 @@ def quantized_in_an_order_of_its_own(rank: int) -> bool:
         averager = compression.build("maxmin", bucket_size=64).averager(layers, network, 0)
         flats = torch.randn(3, 64 * 64, generator=torch.Generator().manual_seed(rank)).unbind()
         parts = [Gradients(flat, (name,), (0,)) for flat, name in zip(flats, "abc", strict=True)]
-        averages = [begin(part) for begin, part in [(averager.expect(part, 0), part) for part in parts]]
+        averages = [begin(part) for begin, part in [(averager.post(part, 0), part) for part in parts]]
         for k in ORDERS[rank] if together else [0, 0, 0, 1, 1, 1, 2, 2, 2]:
             next(averages[k], None)
         found.append(torch.stack(flats))
@@ -180,9 +180,9 @@ def test_messages_of_any_length_arrive_where_they_belong() -> None:
 
 
 @contextlib.contextmanager
-def solo(name: str, **options: Any) -> Iterator[tuple[nn.Module, compression.Exchange]]:
+def solo(name: str, record: bool = False, **options: Any) -> Iterator[tuple[nn.Module, compression.Attached]]:
     network = model()
-    exchange = compression.attach(network, compression.build(name, **options))
+    exchange = compression.attach(network, compression.build(name, **options), record=record)
     try:
         yield network, exchange
     finally:
@@ -324,8 +324,7 @@ def test_an_unfinite_gradient_is_named_and_forgotten() -> None:
 def test_averages_that_cannot_be_handed_over_keep_nobody_waiting(
     barrier_fraction: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = "compression.exchange.hooks" if barrier_fraction == 1.0 else "compression.exchange.broken_barrier"
-    monkeypatch.setattr(f"{module}.device_future", lambda device: Uncompletable())
+    monkeypatch.setattr("compression.exchange.pipeline.device_future", lambda device: Uncompletable())
     network = model()
     exchange = compression.attach(network, compression.build("none"), barrier_fraction=barrier_fraction)
 
@@ -341,8 +340,8 @@ def test_averages_that_cannot_be_handed_over_keep_nobody_waiting(
 
 def test_the_recorder_keeps_the_decaying_sum_of_own_gradients() -> None:
     plain = model()
-    with solo("maxmin", bits=1) as (network, exchange):
-        exchange.recorder = compression.Recorder(exchange.layers)
+    with solo("maxmin", record=True, bits=1) as (network, exchange):
+        assert exchange.recorder is not None
         expected = torch.zeros_like(plain[0].weight)
         for step in range(3):
             for net in (plain, network):
@@ -358,10 +357,9 @@ def test_the_recorder_keeps_the_decaying_sum_of_own_gradients() -> None:
 def test_gradients_are_recorded_in_one_order_whether_they_travel_or_not() -> None:
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     network = nn.Conv2d(3, 32, 3).to(memory_format=torch.channels_last)
-    exchange = compression.attach(network, compression.build("maxmin"))
     recorded = []
     for travels in (True, False):
-        exchange.recorder = compression.Recorder(exchange.layers)
+        exchange = compression.attach(network, compression.build("maxmin"), record=True)
         network.zero_grad()
         with contextlib.nullcontext() if travels else exchange.no_sync():
             network(images).square().sum().backward()
@@ -369,8 +367,9 @@ def test_gradients_are_recorded_in_one_order_whether_they_travel_or_not() -> Non
             exchange.settle(exchange.finish())
         else:
             exchange.record()
+        assert exchange.recorder is not None
         recorded.append(exchange.recorder.averaged(compression.Solo())["weight"])
-    exchange.close()
+        exchange.close()
     assert torch.equal(*recorded)
 
 
@@ -412,18 +411,18 @@ def trained_on_gpu(barrier_fraction: float) -> Tensor:
     network = model().cuda()
     compressor = compression.build("maxmin", error_feedback=True)
     exchange = compression.attach(network, compressor, barrier_fraction=barrier_fraction, late_steps=2)
-    expect = exchange.averager.expect
+    post = exchange.averager.post
 
-    def slow(gradients: Gradients, step: int) -> Begin:
-        begin = expect(gradients, step)
+    def slow(gradients: Gradients, step: int) -> Averaging:
+        averaging = post(gradients, step)
 
-        def sleep_and_begin(gradients: Gradients) -> Phases:
+        def sleep_and_average(gradients: Gradients) -> Phases:
             torch.cuda._sleep(20_000_000)  # cycles: a stream that does not wait for this one is far ahead
-            yield from begin(gradients)
+            yield from averaging(gradients)
 
-        return sleep_and_begin
+        return sleep_and_average
 
-    exchange.averager.expect = slow  # type: ignore[method-assign]
+    exchange.averager.post = slow  # type: ignore[method-assign]
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     for step in range(6):
         images, labels = (each.cuda() for each in batch(0, step))
@@ -433,7 +432,7 @@ def trained_on_gpu(barrier_fraction: float) -> Tensor:
         optimizer.step()
         exchange.settle(applied)
         optimizer.zero_grad()
-    while exchange.drain() is not None:
+    while exchange.flush() is not None:
         optimizer.step()
         exchange.settle(torch.tensor(True, device="cuda"))
     exchange.close()

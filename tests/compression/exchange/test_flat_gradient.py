@@ -222,7 +222,7 @@ def test_parts_are_joined_in_order_and_parted_again() -> None:
     assert joined.flat.dtype == torch.float32
     assert joined.flat.tolist() == [*range(3, 19), *range(21, 46), *range(3), 19, 20]
     joined.flat.neg_()
-    whole.part(joined, parts)
+    whole.split(joined, parts)
     for part in parts:
         for name, at in zip(part.names, part.offsets, strict=True):
             size = {"a": 3, "b": 16, "c": 2, "d": 25}[name]

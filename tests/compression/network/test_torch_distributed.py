@@ -53,9 +53,10 @@ def several_at_once(network: TorchDistributed) -> dict[str, list[Tensor]]:
     for turn in range(len(SIZES)):
         chunk = (turn + network.rank) % len(SIZES)
         sizes, exchange, gather = expected[chunk]
-        exchanges[chunk] = exchange(message(network.rank, sum(sizes) - sizes[network.rank]))
-        gathers[chunk] = gather()
-    received = [(exchanges[chunk](), gathers[chunk]()) for chunk in reversed(range(len(SIZES)))][::-1]
+        exchange.send(message(network.rank, sum(sizes) - sizes[network.rank]))
+        gather.send()
+        exchanges[chunk], gathers[chunk] = exchange, gather
+    received = [(exchanges[chunk].wait(), gathers[chunk].wait()) for chunk in reversed(range(len(SIZES)))][::-1]
     return {"exchanged": [pair[0] for pair in received], "gathered": [pair[1] for pair in received]}
 
 
@@ -81,9 +82,10 @@ def posted(down: dist.ProcessGroup | None, up: dist.ProcessGroup | None) -> list
     asked: list[tuple[str, int, str]] = []
     network = TorchDistributed(down, up)
     network.group, network._upward = Noting(network.group, "down", asked), Noting(network._upward, "up", asked)
-    send = network.post_exchange([1, 1, 1], 0, torch.device("cpu"))
+    exchange = network.post_exchange([1, 1, 1], 0, torch.device("cpu"))
     expected = list(asked)
-    send(message(network.rank, 2))()
+    exchange.send(message(network.rank, 2))
+    exchange.wait()
     return [expected, asked]
 
 

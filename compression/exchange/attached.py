@@ -1,0 +1,173 @@
+"""What every exchange is made of: a model, a compressor bound to its layers and ranks, and hooks on its backward."""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..averagers import Averager
+from ..gradients import Gradients
+from ..layers import Layer, layers_of
+from ..network.collectives import Collectives, Metered
+from ..registry import Compressor
+from .hooks import flattened, hook
+from .pipeline import Pipeline
+from .recorder import Recorder
+from .report import Meter, Report
+
+
+class Attached(ABC):
+    """A model whose gradients are averaged in every backward. When they are applied is a subclass's business.
+
+    A step is: `begin_step`, backward, `finish`, the optimizer's step, `settle`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        compressor: Compressor,
+        collectives: Collectives,
+        seed: int,
+        record: bool,
+        choose: Callable[[bool], bool] | None = None,
+    ) -> None:
+        module = model.module if isinstance(model, DistributedDataParallel) else model
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        shapes = ((name, p.shape) for name, p in self.parameters.items())
+        self.layers: tuple[Layer, ...] = layers_of(shapes, compressor.bucket_size)
+        self.device = next(iter(self.parameters.values())).device
+        self.collectives = Metered(collectives)
+        self.averager: Averager = compressor.averager(self.layers, self.collectives, seed)
+        self.recorder = Recorder(self.layers) if record else None
+        self.pipeline = Pipeline(
+            self.averager,
+            self.layers,
+            self.device,
+            recorder=self.recorder,
+            needs_full_gradient=compressor.needs_full_gradient,
+            choose=choose,
+        )
+        self.meter = Meter(self.collectives, self.pipeline, sum(layer.numel for layer in self.layers))
+        self.step = 0
+        self._suspect: tuple[tuple[str, ...], Tensor] | None = None
+        self._hooks = hook(model, self.parameters, self.begin_backward, self.submit)
+
+    # The step
+
+    @abstractmethod
+    def begin_step(self, loss_scale: float | Tensor = 1.0) -> None:
+        """Declare the scale of the loss whose gradients travel next; the compressor sees them without it."""
+
+    @abstractmethod
+    def finish(self) -> Tensor:
+        """Wait until every .grad holds the average, or None where no average is due.
+
+        Returns a bool scalar on the device, equal on all ranks: all averages are finite. Raises what went wrong on the
+        communication thread.
+        """
+
+    @abstractmethod
+    def settle(self, applied: Tensor) -> None:
+        """End the step: keep what the averager remembers where the step was applied, else drop it."""
+
+    @abstractmethod
+    def flush(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:
+        """After the last step before weights are looked at: put averages that are still to be applied into .grad.
+
+        They are `loss_scale` times too large; apply and settle them, and ask again. Returns what `finish` does, None
+        where nothing is left.
+        """
+
+    @abstractmethod
+    def begin_backward(self) -> None:
+        """Called before the first gradients of a backward are submitted."""
+
+    @abstractmethod
+    def submit(self, gradients: Gradients) -> "torch.futures.Future[Tensor]":
+        """Take gradients of some layers. The future's value is their buffer, with what the parameters are to get."""
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Backward inside only accumulates on this rank."""
+        return self._hooks.no_sync()
+
+    def all_finite(self, nonfinite: Mapping[str, Tensor]) -> Tensor:
+        """Whether no layer's flag is set, not waited for; `nonfinite_layer` tells which."""
+        if not nonfinite:
+            return torch.ones((), dtype=torch.bool, device=self.device)
+        bad, names = torch.stack(list(nonfinite.values())), tuple(nonfinite)
+        seen = self._suspect
+        self._suspect = (names, bad if seen is None or seen[0] != names else seen[1] | bad)
+        return ~bad.any()
+
+    def nonfinite_layer(self) -> str | None:
+        """The first layer, in the model's order, whose average was not finite since the last call."""
+        suspect, self._suspect = self._suspect, None
+        if suspect is None:
+            return None
+        bad = {name for name, flag in zip(suspect[0], suspect[1].tolist(), strict=True) if flag}
+        return next((layer.name for layer in self.layers if layer.name in bad), None)
+
+    # What is remembered, counted, and set
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state between steps: the step counter, and what averager and recorder remember."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any], ranks_alike: bool = True) -> None:
+        """The inverse of `state_dict`. ValueError where the state is not of such an exchange.
+
+        Where the ranks are others than when it was saved, only what all of them shared is taken of any rank's state:
+        the step counter, and averages that are still to be applied.
+        """
+
+    def remembered(self) -> dict[str, Any]:
+        """The state that all exchanges have."""
+        recorded = self.recorder.state.state_dict() if self.recorder is not None else {}
+        return {"step": self.step, "averager": self.averager.state_dict(), "recorded": recorded}
+
+    def remember(self, state: Mapping[str, Any], ranks_alike: bool) -> None:
+        """The inverse of `remembered`."""
+        if ranks_alike:
+            self.averager.load_state_dict(state["averager"])
+            if self.recorder is not None:
+                self.recorder.state.load_state_dict(state["recorded"])
+        self.step = int(state["step"])
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Bits of every layer, DENSE where it travels as float32. Empty where the compressor has no bits."""
+        return dict(self.averager.widths)
+
+    def set_widths(self, widths: Mapping[str, int]) -> None:
+        """Bits per layer from the next step on; unnamed layers keep theirs. ValueError where they do not fit."""
+        self.averager.set_widths(widths)
+
+    @property
+    def without_momentum(self) -> frozenset[str]:
+        """Parameters whose momentum the compressor applies itself: the optimizer's must be off for them."""
+        return self.averager.without_momentum
+
+    def record(self) -> None:
+        """Take this rank's own gradients, as they are in .grad, into the recorder; nothing else changes."""
+        assert self.recorder is not None
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                self.recorder.record(Gradients(flattened(parameter.grad, parameter), (name,), (0,)))
+        self.recorder.state.settle(True)
+
+    @abstractmethod
+    def report(self) -> Report:
+        """What was sent since the last report."""
+
+    def close(self) -> None:
+        """Leave the model alone and end the communication thread.
+
+        DDP keeps its hook for life: where it wraps the model, the next backward raises RuntimeError.
+        """
+        self._hooks.remove()
+        self.pipeline.close()

@@ -1,0 +1,203 @@
+"""The pipeline: gradients go in as flat buffers, and come out as averages over the ranks, on a thread of its own.
+
+It joins an averager to an engine, takes out the loss scale, and knows which averages are finite. It knows no model, no
+backward and no optimizer: hooks, outer steps of local SGD, benchmarks and tests submit whatever tensors they have.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..averagers import Averager, Averaging
+from ..gradients import Gradients, is_unit_scale, not_finite
+from ..layers import Layer
+from ..streams import Meanwhile, Phases, device_future, record_stream
+from .engine import Engine
+from .flat_gradient import FlatGradient
+from .recorder import Recorder
+
+Result = TypeVar("Result")
+Future = torch.futures.Future
+
+
+class Pipeline:
+    """Averages what is submitted, in that order, which is the same on every rank.
+
+    `recorder` takes in the gradients before anything encodes them. With `needs_full_gradient` the buffers wait until
+    all `layers` have been submitted, and are averaged as one. An averager's state is pending until the caller settles
+    it (`Averager.settle`).
+
+    Where `choose` is given, urgent buffers overtake others, and it makes the choice: see `Engine`. The averages then
+    come back in float32 and without loss scale; else they do in the gradients' own type, unit and buffer.
+    """
+
+    def __init__(
+        self,
+        averager: Averager,
+        layers: Sequence[Layer],
+        device: torch.device,
+        *,
+        recorder: Recorder | None = None,
+        needs_full_gradient: bool = False,
+        choose: Callable[[bool], bool] | None = None,
+    ) -> None:
+        self.averager, self.recorder = averager, recorder
+        self.nonfinite: dict[str, Tensor] = {}
+        """Of each layer that was averaged since `clear`: a bool scalar on the device, not waited for."""
+        self.seconds = 0.0
+        """Seconds of the communication thread in jobs."""
+        self.failure: BaseException | None = None
+        """What went wrong on another thread than the caller's."""
+        self.submitted = 0
+        """Buffers, or full gradients, that have been submitted and are not urgent."""
+        self._sizes = {layer.name: layer.numel for layer in layers}
+        self._flat_gradient = FlatGradient(layers) if needs_full_gradient else None
+        self._waiting: list[tuple[Gradients, Future[Tensor]]] = []  # for the rest of the full gradient
+        self._choose, self._in_order = choose, choose is None
+        self._engine = Engine(device, self._choose_next)
+
+    def clear(self) -> None:
+        """Begin a step: no layer has been averaged, and no buffer waits for others."""
+        self.nonfinite.clear()
+        self._waiting.clear()
+
+    def submit(
+        self, gradients: Gradients, step: int, then: Callable[[Gradients], None] | None = None
+    ) -> Future[Tensor]:
+        """Queue the averaging of one flat buffer. The future's value is the buffer of the averages.
+
+        It is completed whether that succeeds or not, which `check` tells. `then` is called with the averages, on the
+        communication thread. RuntimeError once closed.
+        """
+        future: Future[Tensor] = device_future(gradients.flat.device)
+        self._waiting.append((gradients, future))
+        if self._flat_gradient is not None and self._missing():
+            return future
+        waiting, self._waiting = self._waiting, []
+        averaging: Averaging | None = None
+        if self._flat_gradient is None and self._in_order:
+            with self._capturing_failure():
+                averaging = self.averager.post(gradients, step)
+        job = self._job([part for part, _ in waiting], [each for _, each in waiting], step, averaging, then)
+        self.submitted = self._engine.submit(job, [each for _, each in waiting])
+        return future
+
+    def submit_urgent(
+        self, gradients: Gradients, step: int, after: int, then: Callable[[Gradients], None] | None = None
+    ) -> Future[Tensor]:
+        """Likewise, of a buffer that overtakes all others but urgent ones and the first `after` of `submitted`."""
+        future: Future[Tensor] = device_future(gradients.flat.device)
+        self._engine.submit_urgent(self._job([gradients], [future], step, None, then), after, [future])
+        return future
+
+    def check(self) -> None:
+        """Raise what went wrong on the communication thread."""
+        if failure := self.failure or self._engine.failure:
+            raise failure
+
+    def wait(self) -> None:
+        """Wait for all that is submitted; on a GPU, only the caller's stream waits."""
+        self._engine.wait()
+
+    def close(self) -> None:
+        """Finish what is submitted and end the thread. Calling it twice is harmless."""
+        self._engine.close()
+
+    def _missing(self) -> bool:
+        return sum(len(part.names) for part, _ in self._waiting) < len(self._sizes)
+
+    def _job(
+        self,
+        parts: Sequence[Gradients],
+        futures: Sequence[Future[Tensor]],
+        step: int,
+        averaging: Averaging | None,
+        then: Callable[[Gradients], None] | None,
+    ) -> Callable[[], Phases]:
+        def job() -> Phases:
+            flats = [part.flat for part in parts]
+            with self._capturing_failure():
+                if self.failure is None:
+                    flats = yield from self._timed(self._averages(parts, step, averaging, then))
+            for flat, future in zip(flats, futures, strict=True):
+                future.set_result(flat)
+
+        return job
+
+    @contextlib.contextmanager
+    def _capturing_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self.failure = error
+
+    def _timed(self, phases: Generator[Meanwhile, None, Result]) -> Generator[Meanwhile, None, Result]:
+        """The same phases, their time counted. Where something else went wrong meanwhile, that is raised."""
+        while True:
+            start = time.perf_counter()
+            try:
+                meanwhile = next(phases)
+            except StopIteration as end:
+                result: Result = end.value
+                return result
+            finally:
+                self.seconds += time.perf_counter() - start
+            yield meanwhile
+            if self.failure is not None:
+                raise self.failure
+
+    def _averages(
+        self,
+        parts: Sequence[Gradients],
+        step: int,
+        averaging: Averaging | None,
+        then: Callable[[Gradients], None] | None,
+    ) -> Generator[Meanwhile, None, list[Tensor]]:
+        """Average one buffer, or all parts as one. Returns the buffers that hold the averages of each part."""
+        gradients = parts[0] if self._flat_gradient is None else self._flat_gradient.join(parts)
+        prepared = self._prepared(gradients)
+        if self._in_order:
+            yield from (averaging or self.averager.post(prepared, step))(prepared)
+        else:
+            self.averager.average_(prepared, step)
+            yield Meanwhile.NONE_BEGINS
+        averages = self._finished(gradients, prepared)
+        if self._flat_gradient is not None:
+            self._flat_gradient.split(averages, parts)
+        if then is not None:
+            then(averages)
+        return [part.flat for part in parts] if self._flat_gradient is not None else [averages.flat]
+
+    def _prepared(self, gradients: Gradients) -> Gradients:
+        """What the averager gets, and averages in place: the same, or float32 and without loss scale elsewhere."""
+        record_stream(gradients.flat, gradients.loss_scale)
+        if not self.averager.lossless:
+            gradients = gradients.unscaled()
+            if self.recorder is not None:
+                self.recorder.record(gradients)
+        return gradients
+
+    def _finished(self, gradients: Gradients, prepared: Gradients) -> Gradients:
+        """The averages where they belong, and whether they are finite noted."""
+        scale = gradients.loss_scale
+        if not self._in_order:
+            gradients = prepared.unscaled()
+        elif prepared.flat is not gradients.flat:
+            gradients.flat.copy_(prepared.flat if is_unit_scale(scale) else prepared.flat.mul_(scale))
+        views = [values for _, values in gradients.layers(self._sizes)]
+        self.nonfinite.update(zip(gradients.names, not_finite(gradients.flat, views), strict=True))
+        return gradients
+
+    def _choose_next(self, urgent: bool) -> bool:
+        """On the communication thread: whether an urgent job is next."""
+        if self._choose is None or self.failure is not None:
+            return urgent
+        start = time.perf_counter()
+        with self._capturing_failure():
+            urgent = self._choose(urgent)
+        self.seconds += time.perf_counter() - start
+        return urgent
