@@ -22,6 +22,8 @@ def pytest_configure() -> None:
     folder = tempfile.TemporaryDirectory(prefix="tests-")
     atexit.register(folder.cleanup)  # after multiprocessing, which is imported later, has removed what is its own
     tempfile.tempdir = os.environ["TMPDIR"] = folder.name
+    # torch makes this folder as soon as torchvision is imported, whether or not anything is compiled.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder.name, "compiled"))
 
 
 @pytest.fixture(scope="session")
