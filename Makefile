@@ -3,14 +3,18 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install lint test horovod demo bench speed training clean
+.PHONY: help install lint test slow horovod demo bench speed training clean FORCE
 
-PYTHON ?= python3.11
+# The first of these that runs and has venv is taken: what .venv was made of, where there is one.
+PYTHON ?= .venv/bin/python python3.11 python3.12 python3.13 python3.14
 PHOTOS ?= ../shared/data/photos.tar
 CIFAR10 ?= ../shared/data/cifar10.tar.xz
 RUNS ?= runs/accuracy.jsonl
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# Prints which Python made an environment, as "3.11.7 /usr/bin/python3.11", where it can make one and the pins have wheels.
+MADE_OF := import ensurepip, os, platform, sys; (3, 11) <= sys.version_info[:2] <= (3, 14) and \
+  print(platform.python_version(), os.path.realpath(sys._base_executable))
 REQUIREMENTS := requirements.txt tests/requirements.txt tests/requirements-triton.txt
 
 help:
@@ -18,22 +22,30 @@ help:
 
 install: $(INSTALLED)  ## .venv with everything that is pinned; does nothing where it is up to date
 
-$(INSTALLED): $(REQUIREMENTS)
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo \
-	  "make: $(PYTHON) with its venv module is missing: install it, or name yours: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "Installing into .venv: about 2.5 GB, one to three minutes."
-	$(PYTHON) -m venv .venv
+$(INSTALLED): .venv/pyvenv.cfg $(REQUIREMENTS)
+	@echo "Installing into .venv: about 2.5 GB, one to three minutes; 8 GB where torch is a CUDA build."
 	$(BIN)/python -m pip --quiet --disable-pip-version-check install -r requirements.txt -r tests/requirements.txt
 	if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \
 	  $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-deps -r tests/requirements-triton.txt; fi
 	@touch $@
 
+# Changes only where another Python is asked for, or where .venv's own is gone.
+.venv/pyvenv.cfg: FORCE
+	@for python in $(PYTHON); do made_of=$$($$python -c '$(MADE_OF)' 2>/dev/null) || true; [ -z "$$made_of" ] || break; done; \
+	if [ -z "$$made_of" ]; then echo "make: no Python 3.11 to 3.14 with its venv module: tried $(PYTHON);" \
+	  "install one, or name yours: make PYTHON=/path/to/python" >&2; exit 1; fi; \
+	if [ "$$made_of" != "$$($(BIN)/python -c '$(MADE_OF)' 2>/dev/null)" ]; then \
+	  echo "Making .venv of Python $$made_of"; rm -rf .venv; "$${made_of#* }" -m venv .venv; fi
+
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 
-test: lint  ## lint, then every test; what was skipped is listed with its reason
+test: lint  ## lint, then every test but the slow ones; what was skipped is listed with its reason
 	$(BIN)/python -m pytest
+
+slow: $(INSTALLED)  ## the slow tests, and properties on ten times as many examples: writes docs/slow.md
+	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile=slow -p tests.support.slow_report
 
 horovod: $(INSTALLED)  ## Horovod into .venv: 5 minutes the first time, seconds from the cached wheel afterwards
 	build_horovod/install.sh $(BIN)/python

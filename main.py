@@ -16,6 +16,12 @@ use, so that a command line is read, checked and refused without torch.
 
 from __future__ import annotations
 
+import sys
+
+# Python 3.14 has a package `compression` too. Where something at its start has imported that one, ours takes its place.
+if "attach" not in dir(sys.modules.get("compression")):
+    sys.modules.pop("compression", None)
+
 import argparse
 import contextlib
 import functools
@@ -24,7 +30,6 @@ import math
 import os
 import re
 import secrets
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from benchmarks.search import machine
 from benchmarks.topk import relative
-from compression import COMPRESSORS, codec, kernels
-from compression.codecs.quantizers import Quantizer
+from compression import COMPRESSORS, codec
+from compression.codecs.quantizer import Quantizer
 from compression.layers import DENSE, Layer, layers_of
 from compression.plans import Plan, Segment, plan
 from compression.randomness import stream_keys
@@ -46,15 +46,15 @@ def one_message(layers: tuple[Layer, ...], quantizer: Quantizer) -> Plan:
 
 def works(name: str, quantizer: Quantizer, layers: tuple[Layer, ...], values: Tensor) -> dict[str, Callable[[], None]]:
     """What is measured, by name."""
-    where, family = one_message(layers, quantizer), quantizer.family
-    fast, keys = kernels.for_device(values.device), stream_keys(0, 0, where.layers, 1, 0)
+    where = one_message(layers, quantizer)
+    keys = stream_keys(0, 0, where.layers, 1, 0)
     wire = torch.empty(where.wire_bytes, dtype=torch.uint8)
     out, residual, pending = torch.zeros_like(values), torch.zeros_like(values), torch.zeros_like(values)
     return {
-        "encode": lambda: fast.encode(family, where, values, keys, wire),
-        "decode": lambda: fast.decode(family, where, wire, out),
-        "add": lambda: fast.decode(family, where, wire, out, 0.5, accumulate=True),
-        "encode with feedback": lambda: fast.encode(family, where, values, keys, wire, residual, pending),
+        "encode": lambda: quantizer.encode_plan(where, values, keys, wire),
+        "decode": lambda: quantizer.decode_plan(where, wire, out),
+        "add": lambda: quantizer.decode_plan(where, wire, out, 0.5, accumulate=True),
+        "encode with feedback": lambda: quantizer.encode_plan(where, values, keys, wire, residual, pending),
     }
 
 

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees it
 import torch
 from torch import Tensor
 
-from compression import kernels
-from compression.codecs.quantizers import Exponential, MaxMin, NormUniform, OneBit, Quantile, Quantizer, TernGrad
+from compression.codecs.quantizer import Quantizer
+from compression.codecs.quantizers import Exponential, MaxMin, NormUniform, OneBit, Quantile, TernGrad
 from compression.layers import Layer
 from compression.plans import Plan, Segment, plan
 from compression.randomness import stream_keys
@@ -47,15 +47,15 @@ def layout(quantizer: Quantizer, count: int) -> Plan:
 
 def works(quantizer: Quantizer, values: Tensor) -> dict[str, Work]:
     """What is measured, by its column."""
-    where, family = layout(quantizer, len(values)), quantizer.family
-    fast, keys = kernels.for_device(values.device), stream_keys(0, 0, where.layers, 0, 0)
+    where = layout(quantizer, len(values))
+    keys = stream_keys(0, 0, where.layers, 0, 0)
     wire = torch.empty(where.wire_bytes, dtype=torch.uint8, device=values.device)
     residual, pending, out = (torch.zeros_like(values) for _ in range(3))
     return {
-        "encode": lambda: fast.encode(family, where, values, keys, wire),
-        "feedback": lambda: fast.encode(family, where, values, keys, wire, residual, pending),
-        "decode": lambda: fast.decode(family, where, wire, out),
-        "add": lambda: fast.decode(family, where, wire, out, 0.5, accumulate=True),
+        "encode": lambda: quantizer.encode_plan(where, values, keys, wire),
+        "feedback": lambda: quantizer.encode_plan(where, values, keys, wire, residual, pending),
+        "decode": lambda: quantizer.decode_plan(where, wire, out),
+        "add": lambda: quantizer.decode_plan(where, wire, out, 0.5, accumulate=True),
     }
 
 
@@ -114,7 +114,7 @@ def main() -> None:
     target = torch.empty_like(values)
     copy = relative(lambda: target.copy_(values), lambda: target.copy_(values), arguments.repeats)[0]
     print(hardware())
-    print(f"{len(values):,} values, {kernels.for_device(device).__name__}; one copy_ takes {copy:.3f} ms")
+    print(f"{len(values):,} values, {MaxMin(4).backend(device)} kernels; one copy_ takes {copy:.3f} ms")
     columns = ("encode", "feedback", "decode", "add")
     heads = "".join(f"{column + ' ms':>13}{'x copy_':>9}" for column in columns)
     print(f"{'family':14}{'bits':>5}{heads}   rate  waits")

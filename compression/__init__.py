@@ -11,6 +11,7 @@ first on the path, those find the standard library's modules (`compression.zstd`
 """
 
 import importlib
+import sys
 import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
+        # Loaded as a submodule of the standard library's package, before ours took its place.
+        if f"{__name__}.{name}" in sys.modules:
+            return sys.modules[f"{__name__}.{name}"]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
     globals()[name] = value

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .averagers import Averager
     from .averagers.top_k import Score
     from .codecs.base import Codec
-    from .codecs.quantizers import Quantizer
+    from .codecs.quantizer import Quantizer
     from .layers import Layer
     from .network.collectives import Collectives
 

@@ -132,7 +132,7 @@ def test_every_launcher_trains_to_the_same_bits_and_leaves_nothing(
         env={**os.environ, "TMPDIR": str(tmp_path / "tmp"), "STARTED_BY": mark},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -1,20 +1,25 @@
-"""The commands that the README shows are run as they stand there, in its order."""
+"""The commands that the README shows are run as they stand there, in its order; those for a cluster are read only."""
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
+import main
 from compression import COMPRESSORS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if not line.startswith("make ")]
+# Blocks of `console` need machines that the tests have not.
+ON_A_CLUSTER = re.findall(r"^```console\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +51,15 @@ def test_every_command_works_as_shown(command: str, folder: Path) -> None:
         command, shell=True, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_imagenet_trains_by_flags_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    [command] = ON_A_CLUSTER
+    launcher, *words = shlex.split(command.replace("\\\n", " "))
+    launch = get_args_parser().parse_args(words)
+    assert (launcher, launch.training_script) == ("torchrun", "main.py")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", launch.nproc_per_node)
+    flags = main.parse(launch.training_script_args)
+    assert (flags.data, flags.arch, flags.num_classes, flags.epochs) == ("/data/imagenet", "resnet50", 1000, 90)
+    assert flags.lr == 0.256 * int(launch.nproc_per_node) * flags.batch_size / 256, "the rate that the text gives"

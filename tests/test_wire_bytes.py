@@ -83,7 +83,7 @@ def sent() -> list[dict[str, dict[str, float]]]:
     root = Path(__file__).parents[1]
     with lab(hosts=2) as hosts:
         environment = {"PYTHONPATH": f"{root}:{root / 'tests'}"}
-        outputs = hosts.run([sys.executable, __file__], timeout_s=300, environment=environment)
+        outputs = hosts.run([sys.executable, __file__], timeout_s=900, environment=environment)
     return [json.loads(output) for output in outputs]
 
 

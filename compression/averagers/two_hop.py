@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import kernels
-from ..codecs.quantizers import Quantizer
+from ..codecs.quantizer import Quantizer
 from ..gradients import Gradients
 from ..layer_state import LayerState
 from ..layers import DENSE, Ints, Layer, shard
@@ -140,22 +139,22 @@ class TwoHop(Plain):
         self, flat: Tensor, route: _Route, keys: NDArray[np.uint32], expected: Sequence[_Messages]
     ) -> Phases:
         """Three: encode and send all shares, add up and send the own one, decode the averages."""
-        network, fast = self.collectives, kernels.for_device(flat.device)
-        family, rank = self.codec.family, None if self._alone else network.rank
+        network, codec = self.collectives, self.codec
+        rank = None if self._alone else network.rank
         shards, averages = [], []
         for chunk, messages in zip(route.chunks, expected, strict=True):
             wire = torch.empty(chunk.sent.wire_bytes, dtype=torch.uint8, device=flat.device)
-            fast.encode(family, chunk.sent, flat, keys[0], wire, *self._memory(0, flat, route))
+            codec.encode_plan(chunk.sent, flat, keys[0], wire, *self._memory(0, flat, route))
             self.encoded_bytes += wire.nbytes
             shards.append(messages.send_shards(wire))
         yield network.matched_by_tag(flat.device)
         for chunk, messages, received in zip(route.chunks, expected, shards, strict=True):
             summands = (received(), flat, rank, 1.0 / network.world_size)
-            fast.recode(family, chunk.owned, *summands, keys[1], messages.own, *self._memory(1, flat, route))
+            codec.recode_plan(chunk.owned, *summands, keys[1], messages.own, *self._memory(1, flat, route))
             averages.append(messages.send_own())
         yield True
         for chunk, received in zip(route.chunks, averages, strict=True):
-            fast.decode(family, chunk.others, received(), flat)
+            codec.decode_plan(chunk.others, received(), flat)
 
     def settle(self, applied: Tensor | bool) -> None:
         for memory in self._states or ():

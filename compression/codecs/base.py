@@ -20,7 +20,10 @@ class Codec(Protocol):
         """float32 [R, N] -> uint8 [R, B]; what is random follows from `seed`, independent for each message."""
 
     def decode(self, wire_RB: Tensor, count: int) -> Tensor:
-        """uint8 [R, B] -> float32 [R, count]."""
+        """uint8 [R, B] -> float32 [R, count].
+
+        The codecs of this package take `out` as well, in `encode` and here: fresh memory costs more than the decoding.
+        """
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,10 @@ class Float32:
     def wire_bytes(self, count: int) -> int:
         return 4 * count
 
-    def encode(self, values_RN: Tensor, seed: int) -> Tensor:
-        return values_RN.to(torch.float32).contiguous().view(torch.uint8)
+    def encode(self, values_RN: Tensor, seed: int, out: Tensor | None = None) -> Tensor:
+        wire_RB = values_RN.to(torch.float32).contiguous().view(torch.uint8)
+        return wire_RB if out is None else out.copy_(wire_RB)
 
-    def decode(self, wire_RB: Tensor, count: int) -> Tensor:
-        return wire_RB.contiguous().view(torch.float32)
+    def decode(self, wire_RB: Tensor, count: int, out: Tensor | None = None) -> Tensor:
+        values_RN = wire_RB.contiguous().view(torch.float32)
+        return values_RN if out is None else out.copy_(values_RN)

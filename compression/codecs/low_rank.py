@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..limits import LIMIT
 from ..randomness import stream_key
+from .base import Float32
 
 EIGH_ERROR = 1e-7  # of eigenvalues in float32, in units of the largest
 
@@ -65,34 +66,39 @@ class SpectralAtoms:
             raise ValueError(f"this codec is for {self.rows} x {self.cols} values, got {count}")
         return 4 * (count if self.dense else self.rank * (self.rows + self.cols))
 
-    def encode(self, values_RN: Tensor, seed: int) -> Tensor:
-        """float32 [R, N] -> uint8 [R, B]; the rows draw independent random numbers from `seed`."""
+    def encode(self, values_RN: Tensor, seed: int, out: Tensor | None = None) -> Tensor:
+        """float32 [R, N] -> uint8 [R, B]; the rows draw independent random numbers from `seed`.
+
+        Into `out` where it is given, contiguous and of that shape.
+        """
         values_RN = values_RN.to(torch.float32).contiguous()
-        nbytes = self.wire_bytes(values_RN.shape[1])
+        shape = (values_RN.shape[0], self.wire_bytes(values_RN.shape[1]))
         if self.dense:
-            return values_RN.view(torch.uint8)
-        wire_RB = torch.empty(values_RN.shape[0], nbytes, dtype=torch.uint8, device=values_RN.device)
+            return Float32().encode(values_RN, seed, out)
+        wire_RB = torch.empty(shape, dtype=torch.uint8, device=values_RN.device) if out is None else out
         for row, values in enumerate(values_RN):
             draw = (stream_key(seed, row) >> 24) * 2.0**-40
             short, long = self._atoms(values.view(self.rows, self.cols), draw)
             wire_RB[row] = torch.cat([short.reshape(-1), long.reshape(-1)]).view(torch.uint8)
         return wire_RB
 
-    def decode(self, wire_RB: Tensor, count: int) -> Tensor:
-        """uint8 [R, B] -> float32 [R, count]."""
+    def decode(self, wire_RB: Tensor, count: int, out: Tensor | None = None) -> Tensor:
+        """uint8 [R, B] -> float32 [R, count]. Into `out` where it is given, contiguous and of that shape."""
         messages = wire_RB.shape[0]
         if wire_RB.shape[1] != self.wire_bytes(count):
             raise ValueError(
                 f"{count} values make a message of {self.wire_bytes(count)} bytes, got {wire_RB.shape[1]}"
             )
-        floats = wire_RB.contiguous().view(torch.float32)
         if self.dense:
-            return floats
+            return Float32().decode(wire_RB, count, out)
+        floats = wire_RB.contiguous().view(torch.float32)
         side = min(self.rows, self.cols)
         short = floats[:, : self.rank * side].reshape(messages, self.rank, side)
         long = floats[:, self.rank * side :].reshape(messages, self.rank, -1)
         left, right = (short, long) if self.rows == side else (long, short)
-        return torch.bmm(left.mT, right).view(messages, count)
+        values = torch.empty(messages, count, device=wire_RB.device) if out is None else out
+        torch.bmm(left.mT, right, out=values.view(messages, self.rows, self.cols))
+        return values
 
     def _atoms(self, matrix: Tensor, draw: float) -> tuple[Tensor, Tensor]:
         """The vectors of the atoms drawn: [rank, shorter side] and [rank, longer side]."""

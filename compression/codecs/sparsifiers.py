@@ -1,7 +1,7 @@
 """Sparsifiers: a few values of a layer as they are, and nothing of the others.
 
-Top-k sends values and indices, see `kernels/sparse.py` for the record. Random-k sends values only, because every rank
-draws the same positions.
+Top-k sends values and indices, see `compression/sparse_plans.py` for the record. Random-k sends values only, because
+every rank draws the same positions.
 
 Shapes: R messages, N values per message, B = wire_bytes(N).
 """
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import kernels, randomness
-from .. import sparse_plans as sparse
+from .. import kernels, randomness, sparse_plans
 from ..layers import Ints
+from ..sparse_plans import SparsePlan
 from ..streams import on_device
 
 
@@ -39,38 +39,59 @@ class TopK:
         """k of `count` values."""
         return math.ceil(self.ratio * count)
 
-    def plan(self, counts: Sequence[int]) -> sparse.SparsePlan:
+    # Messages of many layers in one call: see `kernels.SparseKernels` for shapes
+
+    def plan(self, counts: Sequence[int]) -> SparsePlan:
         """The message of layers of `counts` values, k chosen in each."""
-        return sparse.plan(counts, [self.kept(count) for count in counts])
+        return sparse_plans.plan(counts, [self.kept(count) for count in counts])
+
+    def select(self, where: SparsePlan, scores: Tensor, at: Ints) -> Tensor:
+        """Indices of the k largest magnitudes of every layer, ascending, each within its layer: int64 [sum of k]."""
+        return kernels.sparse_for_device(scores.device).select(where, scores, at)
+
+    def encode_plan(self, where: SparsePlan, values: Tensor, at: Ints, indices: Tensor, wire: Tensor) -> None:
+        """Write the records of all layers, of the values at the indices that `select` returned."""
+        kernels.sparse_for_device(values.device).encode(where, values, at, indices, wire)
+
+    def decode_plan(self, where: SparsePlan, wire: Tensor, out: Tensor, at: Ints, factor: float = 1.0) -> None:
+        """Add factor x value to `out` where the records of all layers say."""
+        kernels.sparse_for_device(out.device).decode(where, wire, out, at, factor)
+
+    # Messages of one layer
 
     def wire_bytes(self, count: int) -> int:
         """Exact length of a message of `count` values, known without seeing them."""
-        return sparse.record_bytes(count, self.kept(count)) if count else 0
+        return sparse_plans.record_bytes(count, self.kept(count)) if count else 0
 
-    def encode(self, values_RN: Tensor, seed: int = 0) -> Tensor:
-        """float32 [R, N] -> uint8 [R, B]. Nothing is drawn at random: `seed` is there because all codecs take one."""
+    def encode(self, values_RN: Tensor, seed: int = 0, out: Tensor | None = None) -> Tensor:
+        """float32 [R, N] -> uint8 [R, B], into `out` where it is given, contiguous and of that shape.
+
+        Nothing is drawn at random: `seed` is there because all codecs take one.
+        """
         values_RN = values_RN.to(torch.float32).contiguous()
         rows, count = values_RN.shape
-        plan, at = self._rows(rows, count)
-        fast = kernels.sparse_for_device(values_RN.device)
-        wire = torch.empty(plan.wire_bytes, dtype=torch.uint8, device=values_RN.device)
+        where, at = self._rows(rows, count)
+        wire = torch.empty(where.wire_bytes, dtype=torch.uint8, device=values_RN.device) if out is None else out
         values = values_RN.view(-1)
-        fast.encode(plan, values, at, fast.select(plan, values, at), wire)
+        self.encode_plan(where, values, at, self.select(where, values, at), wire.view(-1))
         return wire.view(rows, self.wire_bytes(count))
 
-    def decode(self, wire_RB: Tensor, count: int) -> Tensor:
-        """uint8 [R, B] -> float32 [R, count]. ValueError for a message of another length, or a damaged one."""
+    def decode(self, wire_RB: Tensor, count: int, out: Tensor | None = None) -> Tensor:
+        """uint8 [R, B] -> float32 [R, count], into `out` where it is given, contiguous and of that shape.
+
+        Raises ValueError for a message of another length, or a damaged one.
+        """
         rows = wire_RB.shape[0]
         if wire_RB.shape[1] != self.wire_bytes(count):
             raise ValueError(
                 f"{count} values make a message of {self.wire_bytes(count)} bytes, got {wire_RB.shape[1]}"
             )
-        out = torch.zeros(rows * count, dtype=torch.float32, device=wire_RB.device)
-        plan, at = self._rows(rows, count)
-        kernels.sparse_for_device(out.device).decode(plan, wire_RB.reshape(-1), out, at)
-        return out.view(rows, count)
+        values = torch.zeros(rows, count, device=wire_RB.device) if out is None else out.zero_()
+        where, at = self._rows(rows, count)
+        self.decode_plan(where, wire_RB.reshape(-1), values.view(-1), at)
+        return values
 
-    def _rows(self, rows: int, count: int) -> tuple[sparse.SparsePlan, Ints]:
+    def _rows(self, rows: int, count: int) -> tuple[SparsePlan, Ints]:
         return self.plan([count] * rows if count else []), np.arange(rows, dtype=np.int64) * count
 
 

@@ -50,7 +50,7 @@ def test_the_counter_moves_by_what_a_socket_sent():
     nbytes = 3_000_000
     with lab(hosts=2) as hosts:
         before = [hosts.sent_bytes(host) for host in range(2)]
-        hosts.run(python(TRANSFER, nbytes), timeout_s=30)
+        hosts.run(python(TRANSFER, nbytes), timeout_s=900)
         receiver, sender = (hosts.sent_bytes(host) - before[host] for host in range(2))
     assert nbytes <= sender <= 1.06 * nbytes  # at most one header of 66 bytes in a packet of 1,500, and the handshake
     assert receiver < 0.06 * nbytes  # acknowledgments
@@ -60,7 +60,7 @@ def test_the_counter_moves_by_what_a_socket_sent():
 def test_the_counter_stands_still_while_nobody_sends():
     with lab(hosts=2) as hosts:
         before = [hosts.sent_bytes(host) for host in range(2)]
-        hosts.run(python("import time; time.sleep(0.5)"), timeout_s=30)
+        hosts.run(python("import time; time.sleep(0.5)"), timeout_s=900)
         assert [hosts.sent_bytes(host) for host in range(2)] == before
 
 
@@ -68,7 +68,7 @@ def test_the_counter_stands_still_while_nobody_sends():
 def test_a_link_is_never_faster_than_its_rate():
     nbytes, bytes_per_s, burst = 1_000_000, 1_000_000, 256 * 1024
     with lab(hosts=2, rate="8mbit") as hosts:
-        seconds = float(hosts.run(python(TRANSFER, nbytes), timeout_s=30)[0])
+        seconds = float(hosts.run(python(TRANSFER, nbytes), timeout_s=900)[0])
     assert seconds > (nbytes - burst) / bytes_per_s * 0.95
 
 
@@ -77,7 +77,7 @@ def test_every_rank_finds_itself_in_the_environment():
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "GLOO_SOCKET_IFNAME", "COLOR"]
     with lab(hosts=3) as hosts:
         show = python("import os, sys; print(*[os.environ[name] for name in sys.argv[1:]])", *names)
-        outputs = hosts.run(show, timeout_s=30, environment={"COLOR": "blue"})
+        outputs = hosts.run(show, timeout_s=900, environment={"COLOR": "blue"})
     assert outputs == [f"{rank} 3 0 1 10.77.0.1 eth0 blue\n" for rank in range(3)]
 
 
@@ -85,7 +85,7 @@ def test_every_rank_finds_itself_in_the_environment():
 def test_the_machines_name_means_an_address_that_the_others_can_reach():
     with lab(hosts=2) as hosts:
         own = python("import socket; print(socket.gethostbyname(socket.gethostname()))")
-        assert hosts.run(own, timeout_s=30) == ["10.77.0.1\n", "10.77.0.2\n"]
+        assert hosts.run(own, timeout_s=900) == ["10.77.0.1\n", "10.77.0.2\n"]
 
 
 @needs_lab
@@ -93,8 +93,8 @@ def test_two_labs_at_once_do_not_meet():
     with lab(hosts=1) as one, lab(hosts=1) as other:
         assert one.namespace(0) != other.namespace(0)
         ping = python("import socket; socket.create_server(('10.77.0.1', 5000)).close()")
-        one.run(ping, timeout_s=30)
-        other.run(ping, timeout_s=30)
+        one.run(ping, timeout_s=900)
+        other.run(ping, timeout_s=900)
 
 
 @needs_lab
@@ -102,11 +102,11 @@ def test_nothing_is_left_after_an_exception():
     # A grandchild in a session of its own outlives its parent, and must not outlive the lab.
     detach = (
         "import subprocess\n"
-        "child = subprocess.Popen(['sleep', '600'], start_new_session=True, stdout=subprocess.DEVNULL)\n"
+        "child = subprocess.Popen(['sleep', '3600'], start_new_session=True, stdout=subprocess.DEVNULL)\n"
         "print(child.pid)"
     )
     with suppress(ZeroDivisionError), lab(hosts=1) as hosts:
-        [pid] = hosts.run(python(detach), timeout_s=30)
+        [pid] = hosts.run(python(detach), timeout_s=900)
         raise ZeroDivisionError
     assert namespaces_of(hosts.name) == []
     assert not is_running(int(pid))
@@ -120,7 +120,7 @@ def test_nothing_is_left_after_sigterm(tmp_path: Path):
         "from benchmarks.netlab import lab\n"
         "with lab(hosts=2, rate='1gbit') as hosts:\n"
         "    print(hosts.name, flush=True)\n"
-        f"    hosts.run(['sh', '-c', 'echo $$ > {note}; exec sleep 600'], timeout_s=600)\n"
+        f"    hosts.run(['sh', '-c', 'echo $$ > {note}; exec sleep 3600'], timeout_s=900)\n"
     )
     with subprocess.Popen(
         python(script), stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
@@ -130,7 +130,7 @@ def test_nothing_is_left_after_sigterm(tmp_path: Path):
         while not (note.exists() and note.read_text()):
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+        assert process.wait(timeout=900) == 128 + signal.SIGTERM
     assert namespaces_of(name) == []
     assert not is_running(int(note.read_text()))
 
@@ -143,13 +143,13 @@ def is_running(pid: int) -> bool:
 @needs_lab
 def test_a_rank_that_fails_ends_the_run_and_is_named():
     with lab(hosts=3) as hosts, pytest.raises(ChildProcessError, match=r"^rank 1 of 3 ended with status 7: "):
-        hosts.run(["sh", "-c", "[ $RANK = 1 ] && exit 7; exec sleep 600"], timeout_s=60)
+        hosts.run(["sh", "-c", "[ $RANK = 1 ] && exit 7; exec sleep 3600"], timeout_s=900)
 
 
 @needs_lab
 def test_ranks_that_do_not_end_are_stopped_and_named():
     with lab(hosts=2) as hosts, pytest.raises(TimeoutError, match=r"^ranks \[1\] of 2 not done after 0.5 s: "):
-        hosts.run(["sh", "-c", "[ $RANK = 0 ] || exec sleep 600"], timeout_s=0.5)
+        hosts.run(["sh", "-c", "[ $RANK = 0 ] || exec sleep 3600"], timeout_s=0.5)
 
 
 @needs_lab

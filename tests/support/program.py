@@ -32,7 +32,7 @@ from image_classification import losses, models
 from image_classification.interruption import Interruption
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 900
 
 SMALL = (
     "-a", "tiny", "--num-classes", "3", "--image-size", "32", "--data-backend", "pytorch", "-j", "0", "-b", "4",

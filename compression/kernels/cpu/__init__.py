@@ -11,14 +11,17 @@ import numpy as np
 from torch import Tensor
 
 from ...plans import Plan
+from ..protocols import Definition
 from . import buckets
 from .families import FAMILIES
 from .scratch import scratch
 from .threads import split
 
+__all__ = ["FAMILIES", "decode", "encode", "expected_squared_error", "recode"]
+
 
 def encode(
-    family: str,
+    quantizer: Definition,
     plan: Plan,
     values: Tensor,
     keys: np.ndarray,
@@ -27,11 +30,11 @@ def encode(
     pending: Tensor | None = None,
 ) -> None:
     """As `reference.encode`."""
-    recode(family, plan, wire.new_empty(0, 0), values, None, 1.0, keys, wire, residual, pending)
+    recode(quantizer, plan, wire.new_empty(0, 0), values, None, 1.0, keys, wire, residual, pending)
 
 
 def recode(
-    family: str,
+    quantizer: Definition,
     plan: Plan,
     received: Tensor,
     values: Tensor,
@@ -45,15 +48,15 @@ def recode(
     """As `reference.recode`, in blocks that never leave the cache between decoding and encoding."""
     summands = (received.numpy(), values.numpy(), -1 if rank is None else rank, np.float32(factor))
     tensors = (*summands, keys, wire.numpy(), *_remembered(residual, pending))
-    _run(buckets.recode, family, plan, *_columns(plan), *tensors)
+    _run(buckets.recode, quantizer, plan, *_columns(plan), *tensors)
 
 
-def _run(kernel: Callable[..., Any], family: str, plan: Plan, *arguments: Any) -> list[Any]:
+def _run(kernel: Callable[..., Any], quantizer: Definition, plan: Plan, *arguments: Any) -> list[Any]:
     """What a kernel returns of each thread's buckets."""
-    number = FAMILIES[family]
+    number = FAMILIES[str(quantizer.family)]
 
     def work(start: int, stop: int) -> Any:
-        return kernel(number, start, stop, *arguments, scratch(plan, family == "quantile"))
+        return kernel(number, start, stop, *arguments, scratch(plan, quantizer.family == "quantile"))
 
     return split(plan.count, work)
 
@@ -70,13 +73,13 @@ def _remembered(residual: Tensor | None, pending: Tensor | None) -> tuple[np.nda
 
 
 def decode(
-    family: str, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False
+    quantizer: Definition, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False
 ) -> None:
     """As `reference.decode`."""
     tensors = (wire.numpy(), out.numpy(), np.float32(factor), accumulate, not accumulate)
-    _run(buckets.decode, family, plan, plan.position, plan.count, plan.bits, plan.wire_at, *tensors)
+    _run(buckets.decode, quantizer, plan, plan.position, plan.count, plan.bits, plan.wire_at, *tensors)
 
 
-def expected_squared_error(family: str, plan: Plan, values: Tensor) -> float:
+def expected_squared_error(quantizer: Definition, plan: Plan, values: Tensor) -> float:
     """As `reference.expected_squared_error`; sums of 512 in float32, the rest in float64."""
-    return sum(_run(buckets.squared_error, family, plan, plan.position, plan.count, plan.bits, values.numpy()))
+    return sum(_run(buckets.squared_error, quantizer, plan, plan.position, plan.count, plan.bits, values.numpy()))

@@ -7,7 +7,7 @@ import numpy as np
 
 from ...layers import DENSE
 from ...limits import HUGE
-from ..reference.families import FRACTION_BITS, TREE
+from ..reference.arithmetic import FRACTION_BITS, TREE
 from .compiling import inlined, jit
 from .families import (
     ONEBIT,

@@ -1,4 +1,4 @@
-"""The families of quantizers, compiled: the three functions of `kernels/families.py`, on one bucket or tile.
+"""The families of quantizers, compiled: the torch definitions of `codecs/quantizers.py`, on one bucket or tile.
 
 `family` is a number on which every function branches once per call, so that one kernel serves all families and is
 compiled once. Values are given as an array, the place of the first one, and their count.
@@ -7,7 +7,7 @@ compiled once. Values are given as an array, the place of the first one, and the
 import numpy as np
 
 from ...limits import LIMIT, TINY
-from ..reference.families import HISTOGRAM_BITS, TREE
+from ..reference.arithmetic import HISTOGRAM_BITS, TREE
 from .compiling import compiled_once, inlined
 from .memory import load, load_four, load_word, store, store_four, store_word
 from .sums import START, add_sides, add_squares, blocks_of, total

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ...plans import Plan
-from ..reference.families import TERNARY_TILE, TREE
+from ..reference.arithmetic import TERNARY_TILE, TREE
 from .families import BINS
 
 TILE = TERNARY_TILE  # values worked on at a time: a multiple of TREE, of NARROWED, of 8 and of 5

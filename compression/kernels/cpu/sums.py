@@ -1,8 +1,8 @@
-"""Sums in the one order that all kernels share: that of `families.tree_sum`."""
+"""Sums in the one order that all kernels share: that of `arithmetic.tree_sum`."""
 
 import numpy as np
 
-from ..reference.families import TREE
+from ..reference.arithmetic import TREE
 from .compiling import inlined
 from .memory import load, store
 from .vectors import HALVED, halved

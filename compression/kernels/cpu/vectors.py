@@ -5,7 +5,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 
-from ..reference.families import TREE
+from ..reference.arithmetic import TREE
 from .memory import pointer_to, typed_intrinsic
 
 FIVES = 16  # bytes at a time

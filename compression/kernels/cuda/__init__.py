@@ -18,19 +18,22 @@ from torch import Tensor
 from ...plans import Plan
 from ...streams import on_device
 from .. import reference
+from ..protocols import Definition
+from ..reference.arithmetic import HISTOGRAM_BITS
 from ..reference.buckets import expected_squared_error
-from ..reference.families import HISTOGRAM_BITS
 from . import buckets, quantiles
 from .pieces import Pieces, to_decode, to_encode
 
-__all__ = ["decode", "encode", "expected_squared_error", "recode"]
+__all__ = ["FAMILIES", "decode", "encode", "expected_squared_error", "recode"]
+
+FAMILIES = frozenset({"maxmin", "norm_uniform", "exponential", "1bit", "terngrad", "quantile"})
 
 DECODING_REGISTERS = 48  # of a thread: with more, fewer warps fit beside one another, and memory waits for them
 NO_FMA = {"enable_fp_fusion": False}  # options to compile with: a product is rounded before it is added
 
 
 def encode(
-    family: str,
+    quantizer: Definition,
     plan: Plan,
     values: Tensor,
     keys: np.ndarray,
@@ -39,18 +42,18 @@ def encode(
     pending: Tensor | None = None,
 ) -> None:
     """As `reference.encode`. All tensors are contiguous and on one device."""
-    if family == "quantile":
+    if quantizer.family == "quantile":
         if residual is None and len(plan.count) <= quantiles.MOST:
             _encode_quantiles(plan, values, keys, wire)
         else:
-            reference.encode(family, plan, values, keys, wire, residual, pending)
+            reference.encode(quantizer, plan, values, keys, wire, residual, pending)
         return
     pieces = to_encode(plan, wire.device)
     if pieces.longer is not None:
-        reference.encode(family, pieces.longer, values, keys, wire, residual, pending)
+        reference.encode(quantizer, pieces.longer, values, keys, wire, residual, pending)
     feedback = residual is not None and pending is not None
     memory = (residual, pending) if feedback else (values, values)
-    _launch(buckets.encode, pieces, mixed_keys(keys, wire.device), values, *memory, wire, family, feedback)
+    _launch(buckets.encode, pieces, mixed_keys(keys, wire.device), values, *memory, wire, quantizer.family, feedback)
 
 
 def _encode_quantiles(plan: Plan, values: Tensor, keys: np.ndarray, wire: Tensor) -> None:
@@ -71,13 +74,15 @@ def mixed_keys(keys: np.ndarray, device: torch.device) -> Tensor:
     return on_device(np.stack([keys[:, 0], keys[:, 1] ^ (keys[:, 1] >> 15)], axis=1).view(np.int32), device)
 
 
-def decode(family: str, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False) -> None:
+def decode(
+    quantizer: Definition, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False
+) -> None:
     """As `reference.decode`. Both tensors are contiguous and on one device."""
-    _launch(buckets.decode, to_decode(plan, wire.device), wire, out, factor, 1, -1, 0, family, accumulate)
+    _launch(buckets.decode, to_decode(plan, wire.device), wire, out, factor, 1, -1, 0, quantizer.family, accumulate)
 
 
 def recode(
-    family: str,
+    quantizer: Definition,
     plan: Plan,
     received: Tensor,
     values: Tensor,
@@ -91,9 +96,9 @@ def recode(
     """As `reference.recode`: a launch that adds up, however many ranks there are, those of `encode`, one to decode."""
     own, ranks = (-1, len(received)) if rank is None else (rank, len(received) + 1)
     pieces = to_decode(plan, wire.device)
-    _launch(buckets.decode, pieces, received, values, factor, ranks, own, received.stride(0), family, False)
-    encode(family, plan, values, keys, wire, residual, pending)
-    decode(family, plan, wire, values)
+    _launch(buckets.decode, pieces, received, values, factor, ranks, own, received.stride(0), quantizer.family, False)
+    encode(quantizer, plan, values, keys, wire, residual, pending)
+    decode(quantizer, plan, wire, values)
 
 
 def _launch(kernel: Any, pieces: Pieces, *arguments: object) -> None:

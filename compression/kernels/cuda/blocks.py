@@ -6,7 +6,7 @@ Shapes: [Q, M, 4]; [1, M, 1] is one number per row.
 import triton
 import triton.language as tl
 
-from ..reference.families import FRACTION_BITS
+from ..reference.arithmetic import FRACTION_BITS
 from .pieces import COLUMNS, COUNT, ELEMENT, FIRST, SLOT
 from .records import store_words
 

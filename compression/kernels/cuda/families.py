@@ -1,4 +1,4 @@
-"""The families of quantizers in Triton: the functions of `kernels/families.py`, on a block of buckets.
+"""The families of quantizers in Triton: the torch definitions of `codecs/quantizers.py`, on a block of buckets.
 
 `FAMILY` is a name known when a kernel is compiled; bits are data, so that one kernel serves all widths. A bucket has
 two scales, or one that stands for both. Tables of quantiles are made in `quantiles.py`.
@@ -11,14 +11,15 @@ import triton
 import triton.language as tl
 
 from ... import limits
-from ..reference import families
+from ..reference import arithmetic
 from .sums import tree_sum
 
 _LIMIT = tl.constexpr(limits.LIMIT)
 _HUGE = tl.constexpr(limits.HUGE)
 _TINY = tl.constexpr(limits.TINY)
-_CODE = tl.constexpr(2.0**families.FRACTION_BITS)
-_INFINITY, _NAN, _ONES = tl.constexpr(families.INFINITY), tl.constexpr(0x7FC00000), tl.constexpr(0xFFFFFFFF)  # as bits
+_CODE = tl.constexpr(2.0**arithmetic.FRACTION_BITS)
+_INFINITY, _NAN = tl.constexpr(arithmetic.INFINITY), tl.constexpr(0x7FC00000)  # as bits
+_ONES = tl.constexpr(0xFFFFFFFF)
 
 
 @triton.jit

@@ -16,8 +16,8 @@ from ... import layers, limits
 from ...layers import DENSE
 from ...plans import Plan
 from ...streams import on_device
-from ..reference import families
-from ..reference.families import HISTOGRAM_BITS
+from ..reference import arithmetic
+from ..reference.arithmetic import HISTOGRAM_BITS
 from .blocks import column, copy_dense, mask_of, quads, round_at_random, rows, streams
 from .pieces import BITS, BUCKET, COUNT, FIRST, POSITION, WIRE_AT
 from .records import pack, store_words
@@ -25,7 +25,7 @@ from .records import pack, store_words
 MOST = 256  # buckets whose histograms are held at once, in 64 MB
 
 _DENSE, _LIMIT = tl.constexpr(layers.DENSE), tl.constexpr(limits.LIMIT)
-_CODE = tl.constexpr(2.0**families.FRACTION_BITS)
+_CODE = tl.constexpr(2.0**arithmetic.FRACTION_BITS)
 _BINS, _LEVELS = tl.constexpr(1 << HISTOGRAM_BITS), tl.constexpr(256)  # room for a histogram and for a table
 _LARGEST, _SMALLEST = tl.constexpr(0x7FFFFFFF), tl.constexpr(-0x80000000)
 
@@ -40,7 +40,7 @@ def extremes(
     M: tl.constexpr,
     Q: tl.constexpr,
 ) -> None:
-    """Widen `ends`, int32 [S, 2], by the smallest and the largest of each piece, in the order of `families.ordered`."""
+    """Widen `ends`, int32 [S, 2], by the smallest and the largest of each piece, ordered as `arithmetic.ordered`."""
     row = rows(M)
     keys, mask = _keys(table, pieces, row, values, ALIGNED, Q)
     low = tl.min(tl.min(tl.where(mask, keys, _LARGEST), 2, keep_dims=True), 0, keep_dims=True)
@@ -140,7 +140,7 @@ def _keys(
     ALIGNED: tl.constexpr,
     Q: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Values as integers of the same order, as `families.ordered`, and which there are."""
+    """Values as integers of the same order, as `arithmetic.ordered`, and which there are."""
     quad, four = quads(Q), tl.arange(0, 4)[None, None, :]
     mask = mask_of(quad, _count(table, pieces, row), ALIGNED)
     vectors = tl.load(values + column(table, pieces, row, POSITION, ALIGNED) + quad + four, mask=mask, other=0.0)
@@ -150,7 +150,7 @@ def _keys(
 
 @triton.jit
 def _places(vectors: tl.tensor, levels: tl.tensor, bits: tl.tensor) -> tl.tensor:
-    """Where values lie between the levels of their buckets, as `families.Quantile`, in units of 1 / `_CODE`."""
+    """Where values lie between the levels of their buckets, as `Quantile`, in units of 1 / `_CODE`."""
     top = (1 << bits) - 1
     below = tl.zeros(vectors.shape, tl.int32)
     for halving in tl.static_range(8):
@@ -173,7 +173,7 @@ def shifts_of(ends: Tensor) -> Tensor:
 
 
 def tables_of(plan: Plan, ends: Tensor, shifts: Tensor, counts: Tensor) -> Tensor:
-    """The levels of each bucket, float32 [S, 256], as `families.Quantile` takes them from `counts`, int32 [S, 2^16]."""
+    """The levels of each bucket, float32 [S, 256], as `Quantile` takes them from `counts`, int32 [S, 2^16]."""
     top = (1 << np.where(plan.bits == DENSE, 1, plan.bits))[:, None] - 1
     level = np.arange(_LEVELS.value)
     ranks = np.minimum(level, top) * (plan.count[:, None] - 1) // top
@@ -182,6 +182,6 @@ def tables_of(plan: Plan, ends: Tensor, shifts: Tensor, counts: Tensor) -> Tenso
     keys = first + (bins << shifts[:, None])
     keys = torch.where(on_device(level >= top, counts.device), last, keys)
     keys = torch.where(on_device(level, counts.device) == 0, first, keys)
-    finite = (last < families.INFINITY) & (first >= -families.INFINITY)
-    levels = families.ordered(keys.to(torch.int32)).view(torch.float32) + 0.0
+    finite = (last < arithmetic.INFINITY) & (first >= -arithmetic.INFINITY)
+    levels = arithmetic.ordered(keys.to(torch.int32)).view(torch.float32) + 0.0
     return torch.where(finite, levels, torch.nan)

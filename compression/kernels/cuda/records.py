@@ -1,6 +1,6 @@
 """Records: floats at any offset, and codes of a few bits, by bytes or, where they lie so, by words.
 
-The layout is that of `families.pack` and `TernGrad.pack`. Neighboring lanes move neighboring bytes.
+The layout is that of `arithmetic.pack` and `arithmetic.pack_ternary`. Neighboring lanes move neighboring bytes.
 
 Shapes: M buckets, 4 Q values per bucket, both powers of two, Q at least 2; 1M1 is one number per bucket.
 """
@@ -8,9 +8,9 @@ Shapes: M buckets, 4 Q values per bucket, both powers of two, Q at least 2; 1M1 
 import triton
 import triton.language as tl
 
-from ..reference import families
+from ..reference import arithmetic
 
-_TILE = tl.constexpr(families.TERNARY_TILE)
+_TILE = tl.constexpr(arithmetic.TERNARY_TILE)
 
 
 @triton.jit

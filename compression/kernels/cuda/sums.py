@@ -1,4 +1,4 @@
-"""Sums in the one order that all kernels share: that of `families.tree_sum`.
+"""Sums in the one order that all kernels share: that of `arithmetic.tree_sum`.
 
 Shapes: M buckets, K = 4 Q values per bucket, both powers of two; 1M1 is one number per bucket.
 """
@@ -6,9 +6,9 @@ Shapes: M buckets, K = 4 Q values per bucket, both powers of two; 1M1 is one num
 import triton
 import triton.language as tl
 
-from ..reference import families
+from ..reference import arithmetic
 
-_BLOCK = tl.constexpr(families.TREE // 4)  # quads that one tree sums
+_BLOCK = tl.constexpr(arithmetic.TREE // 4)  # quads that one tree sums
 
 
 @triton.jit

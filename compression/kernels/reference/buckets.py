@@ -1,7 +1,7 @@
 """The kernels written out in torch: what the fast ones are held against, bit for bit.
 
 Clear before fast. Works on any device, and the host waits for none. Buckets of equal length and width are stacked and
-worked on together; what differs between the families of quantizers is in `families.py`.
+worked on together; what differs between quantizers is their own (`protocols.Definition`).
 
 Shapes: M buckets, K values per bucket, S scales per bucket.
 """
@@ -15,11 +15,12 @@ from ...layers import DENSE
 from ...limits import HUGE
 from ...plans import Plan
 from ...streams import on_device
-from .families import FAMILIES, FRACTION_BITS, Family, record_bytes, tree_sum
+from ..protocols import Definition
+from .arithmetic import FRACTION_BITS, tree_sum
 
 
 def encode(
-    family: str,
+    quantizer: Definition,
     plan: Plan,
     values: Tensor,
     keys: np.ndarray,
@@ -34,7 +35,7 @@ def encode(
     encoded as a contraction and what is lost now goes to `pending`.
     """
     for group in _groups(plan):
-        at = _spans(plan.wire_at[group], _record_bytes(family, plan, group), wire.device)
+        at = _spans(plan.wire_at[group], _record_bytes(quantizer, plan, group), wire.device)
         vectors = values[_spans(plan.position[group], int(plan.count[group[0]]), values.device)]
         bits = int(plan.bits[group[0]])
         if bits == DENSE:
@@ -45,39 +46,39 @@ def encode(
             vectors = vectors + residual[memory]
         element = _spans(plan.element[group], vectors.shape[1], values.device)
         halves = on_device(keys[plan.slot[group]].astype(np.int64), values.device)
-        kind = FAMILIES[family]
-        scales = kind.fit(vectors, bits)
+        kind = quantizer.with_bits(bits)
+        scales = kind.fit(vectors)
         codes = round_at_random(
-            kind.positions(vectors, scales, bits).clamp(0, kind.top(bits)),
+            kind.positions(vectors, scales).clamp(0, kind.top),
             randomness.random_bits(element, halves[:, :1], halves[:, 1:]),
         )
         if residual is not None and kind.projects:
-            scales = project(kind, vectors, scales, codes, bits)
-        wire[at] = torch.cat([scales.contiguous().view(torch.uint8), kind.pack(codes, bits)], dim=1)
+            scales = project(kind, vectors, scales, codes)
+        wire[at] = torch.cat([scales.contiguous().view(torch.uint8), kind.pack(codes)], dim=1)
         if pending is not None:
-            pending[memory] = vectors - kind.levels(scales, codes, bits)
+            pending[memory] = vectors - kind.levels(scales, codes)
 
 
 def decode(
-    family: str, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False
+    quantizer: Definition, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False
 ) -> None:
     """Set `out` to factor x decoded for all buckets of `plan`, or add that to it."""
     scale = torch.tensor(factor, dtype=torch.float32)
     for group in _groups(plan):
         count, bits = int(plan.count[group[0]]), int(plan.bits[group[0]])
-        record = wire[_spans(plan.wire_at[group], _record_bytes(family, plan, group), wire.device)]
+        record = wire[_spans(plan.wire_at[group], _record_bytes(quantizer, plan, group), wire.device)]
         if bits == DENSE:
             values = _floats(record)
         else:
-            kind = FAMILIES[family]
-            head = 4 * kind.scales(bits)
-            values = kind.levels(_floats(record[:, :head]), kind.unpack(record[:, head:], count, bits), bits)
+            kind = quantizer.with_bits(bits)
+            head = 4 * kind.scale_count
+            values = kind.levels(_floats(record[:, :head]), kind.unpack(record[:, head:], count))
         at = _spans(plan.position[group], count, out.device)
         out[at] = out[at] + scale * values if accumulate else scale * values
 
 
 def recode(
-    family: str,
+    quantizer: Definition,
     plan: Plan,
     received: Tensor,
     values: Tensor,
@@ -99,39 +100,38 @@ def recode(
     messages = [*received]
     for turn in range(len(messages) + (rank is not None)):
         if turn != rank:
-            decode(family, plan, messages.pop(0), total, factor, accumulate=turn > 0)
+            decode(quantizer, plan, messages.pop(0), total, factor, accumulate=turn > 0)
         else:
             total = total + own if turn > 0 else own
-    encode(family, plan, total, keys, wire, residual, pending)
-    decode(family, plan, wire, values)
+    encode(quantizer, plan, total, keys, wire, residual, pending)
+    decode(quantizer, plan, wire, values)
 
 
-def expected_squared_error(family: str, plan: Plan, values: Tensor) -> float:
+def expected_squared_error(quantizer: Definition, plan: Plan, values: Tensor) -> float:
     """E |v - decoded|^2 over the rounding, summed over all buckets. `values`: float32 [plan.values].
 
     Rounding up a gap g with probability f has variance g^2 f (1 - f).
     """
     total = 0.0
-    kind = FAMILIES[family]
     for group in _groups(plan):
         vectors = values[_spans(plan.position[group], int(plan.count[group[0]]), values.device)]
-        bits = int(plan.bits[group[0]])
-        scales = kind.fit(vectors, bits)
-        lower, fraction = _between(kind, vectors, scales, bits)
-        upper = (lower + 1).clamp_max(kind.top(bits))
-        gap = kind.levels(scales, upper, bits).double() - kind.levels(scales, lower, bits).double()
+        kind = quantizer.with_bits(int(plan.bits[group[0]]))
+        scales = kind.fit(vectors)
+        lower, fraction = _between(kind, vectors, scales)
+        upper = (lower + 1).clamp_max(kind.top)
+        gap = kind.levels(scales, upper).double() - kind.levels(scales, lower).double()
         total += float((gap**2 * fraction.double() * (1 - fraction.double())).sum())
     return total
 
 
-def project(kind: Family, vectors_MK: Tensor, scales_MS: Tensor, codes_MK: Tensor, bits: int) -> Tensor:
+def project(kind: Definition, vectors_MK: Tensor, scales_MS: Tensor, codes_MK: Tensor) -> Tensor:
     """Scales times <v, Q> / |Q|^2: decoded, they give the projection of v on Q, never longer than v.
 
     Levels near the largest float32 are not made larger: neither they nor the steps towards them may overflow.
     """
-    max_magnitude = kind.max_magnitude(scales_MS, bits)
+    max_magnitude = kind.max_magnitude(scales_MS)
     unit = 1.0 / max_magnitude
-    q = kind.levels(scales_MS, codes_MK, bits) * unit
+    q = kind.levels(scales_MS, codes_MK) * unit
     length = tree_sum(q * q)
     bound = torch.where(max_magnitude > HUGE, 1.0, torch.inf)
     fraction = (tree_sum((vectors_MK * unit) * q) / length).unsqueeze(1).clamp(-bound, bound)
@@ -147,16 +147,16 @@ def round_at_random(positions: Tensor, random_bits: Tensor) -> Tensor:
     return (fixed + (random_bits >> (32 - FRACTION_BITS))) >> FRACTION_BITS
 
 
-def _between(kind: Family, vectors_MK: Tensor, scales_MS: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _between(kind: Definition, vectors_MK: Tensor, scales_MS: Tensor) -> tuple[Tensor, Tensor]:
     """The code below each value, as int64, and how far the value lies on the way to the next code, in [0, 1)."""
-    positions = kind.positions(vectors_MK, scales_MS, bits).clamp(0, kind.top(bits))
+    positions = kind.positions(vectors_MK, scales_MS).clamp(0, kind.top)
     lower = positions.floor()
     return lower.to(torch.int64), positions - lower
 
 
-def _record_bytes(family: str, plan: Plan, group: np.ndarray) -> int:
+def _record_bytes(quantizer: Definition, plan: Plan, group: np.ndarray) -> int:
     count, bits = int(plan.count[group[0]]), int(plan.bits[group[0]])
-    return 4 * count if bits == DENSE else record_bytes(family, count, bits)
+    return 4 * count if bits == DENSE else quantizer.record_bytes(count, bits)
 
 
 def _floats(nbytes_MB: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...layers import Ints
 from ...sparse_plans import SparsePlan
-from .families import pack, unpack
+from .arithmetic import pack, unpack
 
 HOST = "cpu"  # whose results may be looked at without waiting
 MAGNITUDE = 0x7FFFFFFF  # the bits of a float but its sign: integers in the order of the magnitudes, NaN the largest

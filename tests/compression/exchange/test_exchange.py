@@ -335,7 +335,7 @@ def test_averages_that_cannot_be_handed_over_keep_nobody_waiting(
 
     for work in (step, exchange.finish):
         with pytest.raises(OSError, match="no event can be recorded"):
-            within(10, work)
+            within(900, work)
     exchange.close()
 
 

@@ -44,9 +44,10 @@ def same_bits(name: str, where: Plan, values: torch.Tensor, residual: torch.Tens
     for kernels in (reference, cpu):
         wire = torch.zeros(where.wire_bytes, dtype=torch.uint8)
         pending = torch.zeros(where.values)
-        kernels.encode(name, where, values, keys, wire, *((residual.clone(), pending) if residual is not None else ()))
+        memory = (residual.clone(), pending) if residual is not None else ()
+        kernels.encode(codec(name), where, values, keys, wire, *memory)
         decoded = torch.ones(where.values)
-        kernels.decode(name, where, wire, decoded, 0.5, accumulate=True)
+        kernels.decode(codec(name), where, wire, decoded, 0.5, accumulate=True)
         found.append((_comparable(wire), _comparable(pending), _comparable(decoded)))
     assert all(torch.equal(slow, fast) for slow, fast in zip(*found, strict=True))
 
@@ -90,16 +91,16 @@ def test_sums_over_ranks_are_encoded_with_the_same_bits(
     values, residual = torch.randn(2, where.values, generator=torch.Generator().manual_seed(bucket_size))
     received = torch.empty(3, where.wire_bytes, dtype=torch.uint8)
     for other, message in enumerate(received):
-        cpu.encode(name, where, values.roll(other), stream_keys(1, 2, where.layers, 1, other), message)
+        cpu.encode(codec(name), where, values.roll(other), stream_keys(1, 2, where.layers, 1, other), message)
     keys = stream_keys(1, 2, where.layers, 2, 0)
     found = []
     for kernels in (reference, cpu):
         wire, pending = torch.zeros(where.wire_bytes, dtype=torch.uint8), torch.zeros(where.values)
         memory, share = (residual.clone(), pending) if feedback else (), values.clone()
-        kernels.recode(name, where, received, share, rank, 1 / 3, keys, wire, *memory)
+        kernels.recode(codec(name), where, received, share, rank, 1 / 3, keys, wire, *memory)
         found.append((wire, pending, share))
     decoded = torch.empty_like(values)
-    reference.decode(name, where, wire, decoded)
+    reference.decode(codec(name), where, wire, decoded)
     assert torch.equal(share, decoded)
     assert all(torch.equal(slow, fast) for slow, fast in zip(*found, strict=True))
 
@@ -127,8 +128,8 @@ def test_the_reference_waits_for_no_device(name: str) -> None:
     where, device = layout(name, widths_of(name, 1), 100, world_size=2), torch.device("meta")
     values, residual, pending = torch.empty(3, where.values, device=device)
     wire = torch.empty(where.wire_bytes, dtype=torch.uint8, device=device)
-    reference.encode(name, where, values, stream_keys(1, 2, where.layers, 0, 0), wire, residual, pending)
-    reference.decode(name, where, wire, values, 0.5, accumulate=True)
+    reference.encode(codec(name), where, values, stream_keys(1, 2, where.layers, 0, 0), wire, residual, pending)
+    reference.decode(codec(name), where, wire, values, 0.5, accumulate=True)
 
 
 @pytest.mark.parametrize("name", [name for name in QUANTIZERS if COMPRESSORS[name].has_bits])
@@ -136,5 +137,5 @@ def test_the_reference_waits_for_no_device(name: str) -> None:
 def test_the_expected_error_is_the_same(name: str, bits: int) -> None:
     quantizer = codec(name, bits=bits, bucket_size=100)
     values = torch.randn(5000, generator=torch.Generator().manual_seed(bits))
-    expected = reference.expected_squared_error(name, quantizer._plan(1, 5000), values)
+    expected = reference.expected_squared_error(quantizer, quantizer._messages(1, 5000), values)
     assert quantizer.expected_squared_error(values) == pytest.approx(expected, rel=1e-4)

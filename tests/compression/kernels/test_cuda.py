@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compression import kernels
-from compression.kernels import record_bytes, reference
+from compression import codec, kernels
+from compression.kernels import reference
 from compression.layers import DENSE, Layer, shard
 from compression.plans import Plan, Segment, plan
 from compression.randomness import stream_keys
@@ -96,7 +96,7 @@ def layout(family: str, layers: Layers, bucket_size: int, world_size: int) -> Pl
     shards = {layer.name: shard(layer.numel, bucket_size, world_size, layer.index) for layer in places}
     bits = {layer.name: width for layer, (_, width, _) in zip(places, layers, strict=True)}
     rule = None if family == "quantile" else bucket_size
-    return plan(segments, range(world_size), shards, bits, rule, lambda count, bits: record_bytes(family, count, bits))
+    return plan(segments, range(world_size), shards, bits, rule, codec(family).record_bytes)
 
 
 def differences(
@@ -117,9 +117,9 @@ def differences(
         pending = torch.zeros(where.values, device=place)
         memory = (residual.to(place), pending) if feedback else ()
         record = wire[1:-1]  # at an odd address, with a byte on either side that is not ours
-        module.encode(family, where, values.to(place), keys, record, *memory)
+        module.encode(codec(family), where, values.to(place), keys, record, *memory)
         decoded = torch.ones(where.values, device=place)
-        module.decode(family, where, record, decoded, 0.3, accumulate=adding)
+        module.decode(codec(family), where, record, decoded, 0.3, accumulate=adding)
         found.append((wire.cpu(), pending.cpu(), decoded.cpu()))
     names = ("wire", "pending", "decoded")
     return [name for name, slow, fast in zip(names, *found, strict=True) if not same(slow, fast)]
@@ -137,7 +137,7 @@ def differences_of_sums(
     residual = torch.randn(where.values, generator=generator)
     received = torch.zeros(messages, where.wire_bytes, dtype=torch.uint8)
     for other, message in enumerate(received):
-        reference.encode(family, where, values.roll(other), stream_keys(1, 2, where.layers, 1, other), message)
+        reference.encode(codec(family), where, values.roll(other), stream_keys(1, 2, where.layers, 1, other), message)
     keys = stream_keys(1, 2, where.layers, 2, 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = []
@@ -148,7 +148,7 @@ def differences_of_sums(
         )
         memory = (residual.to(place), pending) if feedback else ()
         share = values.clone().to(place)
-        module.recode(family, where, received.to(place), share, rank, 1 / (messages + 1), keys, wire, *memory)
+        module.recode(codec(family), where, received.to(place), share, rank, 1 / (messages + 1), keys, wire, *memory)
         found.append((wire.cpu(), pending.cpu(), share.cpu()))
     names = ("wire", "pending", "decoded")
     return [name for name, slow, fast in zip(names, *found, strict=True) if not same(slow, fast)]
@@ -231,8 +231,8 @@ def work_without_waiting(family: str) -> None:
     try:
         for mode in ("default", "error"):
             torch.cuda.set_sync_debug_mode(mode)
-            cuda.encode(family, where, values, keys, wire)
-            cuda.decode(family, where, wire, values)
+            cuda.encode(codec(family), where, values, keys, wire)
+            cuda.decode(codec(family), where, wire, values)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -274,7 +274,7 @@ def kernels_of_a_gpu(environment: dict[str, str], installed: bool) -> str:
         patch.dict(os.environ, environment, clear=True),
         patch.object(kernels, "find_spec", lambda _: installed or None),
     ):
-        return kernels.for_device(torch.device("cuda")).__name__
+        return kernels.for_device(torch.device("cuda"), "maxmin").__name__
 
 
 @pytest.fixture(scope="module")

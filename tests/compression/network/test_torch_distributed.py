@@ -94,7 +94,7 @@ def trial(network: TorchDistributed) -> dict[str, Any]:
 def rank_main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=900))
     down, up = dist.new_group(), dist.new_group()
     results: dict[str, Any] = {"one": trial(TorchDistributed()), "two": trial(TorchDistributed(down, up))}
     results["posted"] = posted(None, None)
@@ -118,7 +118,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for rank in range(RANKS):
             ranks.append(subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment))
             stack.callback(ranks[-1].kill)
-        assert [rank.wait(timeout=120) for rank in ranks] == [0] * RANKS
+        assert [rank.wait(timeout=900) for rank in ranks] == [0] * RANKS
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

@@ -147,7 +147,7 @@ def test_ranks_that_write_the_digits_at_once_agree_and_leave_nothing_behind(cach
 
     def together(folder: Path) -> None:
         write_little(folder)
-        barrier.wait(30)
+        barrier.wait(900)
 
     monkeypatch.setattr(digits, "_write", together)
     roots: list[Path] = []

@@ -1,0 +1,230 @@
+"""What all quantizers are: a few bits per value, and scales for every bucket of consecutive values.
+
+A record is what one bucket becomes: its scales as float32, then its codes as one little-endian bit stream, padded
+to a whole byte. A message is the records one after the other; nothing else travels.
+
+A quantizer is defined in torch by three functions: the scales of a bucket; the positions of its values on the axis of
+codes, real numbers from 0 to the top code; the levels of the codes. Rounding a position at random to one of its two
+neighbors, packing, projecting and the expected error follow from them, alike for all. That definition is enough to run
+everywhere. Kernels that know the quantizer's family (`compression.kernels`) give the same bits faster.
+
+All that round at random are unbiased: E[decode(encode(x))] = x for every x between the least and the largest level,
+up to the rounding of float32 (a position among the codes is known to 2^-17 of a step at 8 bits). With error feedback
+the decoded bucket is scaled into a projection (`kernels.reference.buckets.project`), which the formulas of the
+quantizers leave out.
+
+Finite for every finite input; magnitudes and ranges beyond 3.4e38 are cut there. A bucket with a NaN or an infinity
+decodes to NaN throughout.
+
+Shapes: R messages, N values per message, B = wire_bytes(N); M buckets, K values per bucket, S scales per bucket.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .. import kernels
+from ..kernels.reference import arithmetic
+from ..layers import Layer, bucket_length
+from ..limits import TINY
+from ..plans import Plan, Segment, plan
+from ..randomness import stream_keys
+
+
+class Quantizer(ABC):
+    """A code of `bits` per value whose scales `bucket_size` consecutive values share; -1 makes the layer one bucket.
+
+    A subclass says which `family` of the fast kernels it is, if any: `class MaxMin(VariableWidth, family="maxmin")`.
+    That is not inherited, since a subclass may change the arithmetic.
+    """
+
+    family: ClassVar[str | None] = None
+    projects: ClassVar[bool] = True
+
+    bits: int
+    bucket_size: int
+
+    def __init_subclass__(cls, family: str | None = None, **others: Any) -> None:
+        super().__init_subclass__(**others)
+        cls.family = family
+
+    def __post_init__(self) -> None:
+        if self.bucket_size < 1 and self.bucket_size != -1:
+            raise ValueError(
+                f"{type(self).__name__} needs a bucket size of at least 1, or -1 for the whole layer, "
+                f"got {self.bucket_size}"
+            )
+
+    # The torch definition
+
+    @property
+    @abstractmethod
+    def top(self) -> int:
+        """The largest code."""
+
+    @abstractmethod
+    def fit(self, vectors_MK: Tensor) -> Tensor:
+        """The scales [M, S] of each bucket; all NaN where a value is not finite."""
+
+    @abstractmethod
+    def positions(self, vectors_MK: Tensor, scales_MS: Tensor) -> Tensor:
+        """Positions of the values on the axis of codes, float32; 0 to top after clamping, never NaN."""
+
+    @abstractmethod
+    def levels(self, scales_MS: Tensor, codes_MK: Tensor) -> Tensor:
+        """The values that codes stand for."""
+
+    @property
+    def scale_count(self) -> int:
+        """How many float32 scales a record has."""
+        return 1
+
+    def max_magnitude(self, scales_MS: Tensor) -> Tensor:
+        """The largest magnitude of any scale and any level, but no denormal number: [M, 1]."""
+        return scales_MS.abs().amax(1, keepdim=True).clamp_min(TINY)
+
+    def packed_bytes(self, count: int) -> int:
+        """Exact length of `count` codes."""
+        return -(-count * self.bits // 8)
+
+    def pack(self, codes_MK: Tensor) -> Tensor:
+        """int64 [M, K] -> uint8 [M, packed_bytes(K)]."""
+        return arithmetic.pack(codes_MK, self.bits)
+
+    def unpack(self, packed_MB: Tensor, count: int) -> Tensor:
+        """The inverse of `pack`."""
+        return arithmetic.unpack(packed_MB, count, self.bits)
+
+    # Sizes
+
+    @property
+    def shard_bucket_size(self) -> int | None:
+        """Values that share scales within one rank's shard of a layer; None where all of them do."""
+        return self.bucket_size
+
+    def with_bits(self, bits: int) -> Self:
+        """The same quantizer at another width; ValueError where it has none such."""
+        if bits != self.bits:
+            raise ValueError(f"{type(self).__name__} has one width and no other, got bits={bits}")
+        return self
+
+    def record_bytes(self, count: int, bits: int) -> int:
+        """Exact length of the record of a bucket of `count` values at a width."""
+        kind = self.with_bits(bits)
+        return 4 * kind.scale_count + kind.packed_bytes(count)
+
+    def wire_bytes(self, count: int) -> int:
+        """Exact length of a message of `count` values, known without seeing them."""
+        length = max(count, 1) if self.shard_bucket_size is None else bucket_length(count, self.bucket_size)
+        full, rest = divmod(count, length)
+        return full * self.record_bytes(length, self.bits) + (self.record_bytes(rest, self.bits) if rest else 0)
+
+    # Messages
+
+    def encode(self, values_RN: Tensor, seed: int, out: Tensor | None = None) -> Tensor:
+        """float32 [R, N] -> uint8 [R, B]; the rows draw independent random numbers from `seed`.
+
+        Into `out` where it is given, contiguous and of that shape.
+        """
+        values_RN = values_RN.to(torch.float32).contiguous()
+        rows, count = values_RN.shape
+        where = self._messages(rows, count)
+        wire = torch.empty(where.wire_bytes, dtype=torch.uint8, device=values_RN.device) if out is None else out
+        self.encode_plan(where, values_RN.view(-1), stream_keys(seed, 0, where.layers, 0, 0), wire.view(-1))
+        return wire.view(rows, self.wire_bytes(count))
+
+    def decode(self, wire_RB: Tensor, count: int, out: Tensor | None = None) -> Tensor:
+        """uint8 [R, B] -> float32 [R, count]. Into `out` where it is given, contiguous and of that shape.
+
+        Raises ValueError for a message of another length.
+        """
+        rows = wire_RB.shape[0]
+        wire = wire_RB.reshape(-1)
+        if len(wire) != rows * self.wire_bytes(count):
+            raise ValueError(
+                f"{count} values make a message of {self.wire_bytes(count)} bytes, got {wire_RB.shape[1]}"
+            )
+        values = torch.empty(rows, count, dtype=torch.float32, device=wire_RB.device) if out is None else out
+        self.decode_plan(self._messages(rows, count), wire, values.view(-1))
+        return values
+
+    # Messages of many layers, of any widths, in one call: see `kernels.Kernels` for shapes
+
+    def encode_plan(
+        self,
+        where: Plan,
+        values: Tensor,
+        keys: NDArray[Any],
+        wire: Tensor,
+        residual: Tensor | None = None,
+        pending: Tensor | None = None,
+    ) -> None:
+        """Write the records of all buckets of a plan; with error feedback, what that loses to `pending`."""
+        self._kernels(wire).encode(self, where, values, keys, wire, residual, pending)
+
+    def decode_plan(
+        self, where: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False
+    ) -> None:
+        """Set `out` to factor x decoded, or add that to it."""
+        self._kernels(wire).decode(self, where, wire, out, factor, accumulate)
+
+    def recode_plan(
+        self,
+        where: Plan,
+        received: Tensor,
+        values: Tensor,
+        rank: int | None,
+        factor: float,
+        keys: NDArray[Any],
+        wire: Tensor,
+        residual: Tensor | None = None,
+        pending: Tensor | None = None,
+    ) -> None:
+        """Add up what all ranks have of one shard, in rank order, times `factor`, and encode the sum."""
+        self._kernels(wire).recode(self, where, received, values, rank, factor, keys, wire, residual, pending)
+
+    def backend(self, device: torch.device) -> str:
+        """The name of the kernels that serve on a device: reference, cpu or cuda."""
+        name: str = getattr(kernels.for_device(device, self.family), "__name__", "")
+        return name.rpartition(".")[2]
+
+    def _kernels(self, wire: Tensor) -> kernels.Kernels:
+        return kernels.for_device(wire.device, self.family)
+
+    def _messages(self, rows: int, count: int) -> Plan:
+        """The plan of `rows` messages of one layer each."""
+        layers = [Layer(row, str(row), (count,), True) for row in range(rows)]
+        segments = [Segment(layer, row * count, row * count) for row, layer in enumerate(layers)]
+        shards = {layer.name: [(0, count)] for layer in layers}
+        return plan(segments, [0], shards, dict.fromkeys(shards, self.bits), self.shard_bucket_size, self.record_bytes)
+
+
+@dataclass(frozen=True)
+class VariableWidth(Quantizer):
+    """A quantizer of any width from `min_bits` to 8, whose codes are rounded at random and unbiased."""
+
+    min_bits: ClassVar[int] = 1
+
+    bits: int
+    bucket_size: int = 512
+
+    def __post_init__(self) -> None:
+        if not self.min_bits <= self.bits <= 8:
+            name = type(self).__name__
+            raise ValueError(f"{name} codes are {self.min_bits} to 8 bits wide, got bits={self.bits}")
+        super().__post_init__()
+
+    def with_bits(self, bits: int) -> Self:
+        return self if bits == self.bits else replace(self, bits=bits)
+
+    def expected_squared_error(self, values: Tensor) -> float:
+        """E |v - decode(encode(v))|^2 over the rounding, in closed form. `values`: float32, any shape.
+
+        The sum of (h - v) (v - l), the variance of rounding v to its neighbors l and h without bias.
+        """
+        flat = values.detach().to(torch.float32).reshape(-1)
+        return self._kernels(flat).expected_squared_error(self, self._messages(1, len(flat)), flat)

@@ -1,0 +1,136 @@
+"""The signatures that all kernels have, and the torch definition of a quantizer that they follow.
+
+Shapes: M buckets, K values per bucket, S scales per bucket, L layers.
+"""
+
+from typing import Protocol, Self
+
+import numpy as np
+from torch import Tensor
+
+from ..layers import Ints
+from ..plans import Plan
+from ..sparse_plans import SparsePlan
+
+
+class Definition(Protocol):
+    """A quantizer in torch operations: scales of a bucket, positions on the axis of codes, levels of codes.
+
+    Rounding a position at random to one of its two neighbors, projecting and the expected error follow from these,
+    alike for all quantizers (`reference.buckets`).
+    """
+
+    @property
+    def family(self) -> str | None:
+        """What fast kernels know it by; None where this definition is all that there is."""
+
+    @property
+    def projects(self) -> bool:
+        """Whether error feedback scales its code into a projection."""
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+
+    @property
+    def scale_count(self) -> int:
+        """How many float32 scales a record has."""
+
+    def with_bits(self, bits: int) -> Self:
+        """The same quantizer at another width."""
+
+    def record_bytes(self, count: int, bits: int) -> int:
+        """Exact length of the record of a bucket of `count` values at a width."""
+
+    def fit(self, vectors_MK: Tensor) -> Tensor:
+        """The scales [M, S] of each bucket; all NaN where a value is not finite."""
+
+    def positions(self, vectors_MK: Tensor, scales_MS: Tensor) -> Tensor:
+        """Positions of the values on the axis of codes, float32; 0 to top after clamping, never NaN."""
+
+    def levels(self, scales_MS: Tensor, codes_MK: Tensor) -> Tensor:
+        """The values that codes stand for, float32."""
+
+    def max_magnitude(self, scales_MS: Tensor) -> Tensor:
+        """The largest magnitude of any scale and any level, but no denormal number: [M, 1]."""
+
+    def pack(self, codes_MK: Tensor) -> Tensor:
+        """int64 codes -> uint8 [M, bytes]."""
+
+    def unpack(self, packed_MB: Tensor, count: int) -> Tensor:
+        """The inverse of `pack`."""
+
+
+class Kernels(Protocol):
+    """Work on all buckets of a plan, of any widths. All tensors are contiguous and on one device."""
+
+    def encode(
+        self,
+        quantizer: Definition,
+        plan: Plan,
+        values: Tensor,
+        keys: np.ndarray,
+        wire: Tensor,
+        residual: Tensor | None = None,
+        pending: Tensor | None = None,
+    ) -> None:
+        """Write the records of all buckets into `wire`.
+
+        `values` float32 [plan.values], `keys` uint32 [slots, 2], `wire` uint8 [plan.wire_bytes]. With `residual` (what
+        earlier encodings lost) and `pending` (float32 as well, addressed by `plan.memory_at`), values + residual is
+        encoded as a contraction, and the loss of this encoding goes to `pending`.
+        """
+
+    def decode(
+        self,
+        quantizer: Definition,
+        plan: Plan,
+        wire: Tensor,
+        out: Tensor,
+        factor: float = 1.0,
+        accumulate: bool = False,
+    ) -> None:
+        """Set `out` to factor x decoded, or add that to it."""
+
+    def recode(
+        self,
+        quantizer: Definition,
+        plan: Plan,
+        received: Tensor,
+        values: Tensor,
+        rank: int | None,
+        factor: float,
+        keys: np.ndarray,
+        wire: Tensor,
+        residual: Tensor | None = None,
+        pending: Tensor | None = None,
+    ) -> None:
+        """Add up what all ranks have of one shard, in rank order, times `factor`, and encode the sum.
+
+        Of this rank, which is number `rank`, that is `values`; of the others it is their messages, decoded: `received`
+        is uint8 [ranks - 1, plan.wire_bytes]. Where `rank` is None there are only messages. Afterwards the shard in
+        `values` holds the encoded sum, decoded again. The others as in `encode`.
+        """
+
+    def expected_squared_error(self, quantizer: Definition, plan: Plan, values: Tensor) -> float:
+        """E |v - decoded|^2 over the rounding, summed over all buckets. `values`: float32 [plan.values]."""
+
+
+class SparseKernels(Protocol):
+    """Work on the few values of every layer that are kept. Layer l begins at `at[l]` of a flat buffer."""
+
+    def select(self, plan: SparsePlan, scores: Tensor, at: Ints) -> Tensor:
+        """Indices of the k largest magnitudes of every layer, ascending: int64 [sum of k], each within its layer.
+
+        `scores` is float32. Of equal magnitudes the lower index goes first. NaN is larger than infinity, so that what
+        is not finite is kept.
+        """
+
+    def encode(self, plan: SparsePlan, values: Tensor, at: Ints, indices: Tensor, wire: Tensor) -> None:
+        """Write the records of all layers into `wire`, uint8 [plan.wire_bytes]. `indices` as `select` returns them."""
+
+    def decode(self, plan: SparsePlan, wire: Tensor, out: Tensor, at: Ints, factor: float = 1.0) -> None:
+        """Add factor x value to `out` where the records of all layers say.
+
+        Raises ValueError where a record is damaged; on a GPU, where that would be to wait, adds NaN.
+        """
