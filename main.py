@@ -2,10 +2,10 @@
 
 The one entry of the program, to be read from top to bottom. Its sections:
 
-    types         what a flag's value may be
+    types         values that a flag may have
     parser        every flag, and how a command line is read
     cross-checks  which flags go together
-    builders      what the flags build: compressor, model, data, logs
+    builders      from flags to objects: compressor, model, data, logs
     run           one run: four steps that build it, and the loop over epochs
     resume        a run's checkpoint, and how a run goes on from one
     entry         ranks join, run, and fail together
@@ -367,7 +367,7 @@ def refuse(wrong: Any, message: str) -> None:
 def check(flags: argparse.Namespace, changed: set[str]) -> None:
     """Hold the flags against one another; `changed` names those that differ from their defaults.
 
-    A flag that could have no effect is an error that says what it goes with: nothing that a user set is
+    A flag that could have no effect is an error that names the flags it needs: nothing that a user set is
     silently ignored. A default spelled out is never refused, nor are training flags with --evaluate.
 
     Raises:
@@ -607,7 +607,7 @@ def build_logger(
 class Run:
     """One run of the program on this rank: everything the flags build, and the loop over epochs."""
 
-    # What it was told
+    # Orders
     flags: argparse.Namespace
     ranks: compression.World
     workspace: Path
@@ -686,7 +686,7 @@ class Run:
             self.module.compile()
 
     def _build_exchange_and_optimizer(self) -> None:
-        """Second step: replicas, whose gradients a compressor averages, and what steps them.
+        """Second step: replicas, whose gradients a compressor averages, and the optimizer that steps them.
 
         The ranks agree once the bit widths are known to fit the layers: a scheme is a file, and each rank reads its
         own. Only an exchange that is complete can take up the state in a checkpoint.
@@ -736,7 +736,7 @@ class Run:
         self.summary = dict(saved.get("metrics", {})) if saved and self.trained else {}
 
     def _open_logs(self, saved: Mapping[str, Any] | None) -> None:
-        """Fourth step: the workspace, and what is written along the way.
+        """Fourth step: the workspace, and the files that are written along the way.
 
         The ranks agree once rank 0, which alone writes, could open every file: before the first step is spent.
         """
@@ -843,7 +843,7 @@ class Run:
         return classification.data.mixup_labels(images, labels, self.flags.num_classes, self.flags.mixup, seed)
 
     def _validate(self) -> dict[str, float] | None:
-        """None where a signal ended it early."""
+        """Metrics of validation; None where a signal ended it early."""
         with classification.training.averaged_batch_norm(self.module, self.ranks.sum):
             return classification.training.evaluate(
                 self.module,
@@ -855,7 +855,7 @@ class Run:
             )
 
     def _traffic(self) -> dict[str, float]:
-        """Metrics of what was sent since the last call, means over ranks; `sent` adds it up."""
+        """Bytes and seconds per step since the last call, means over ranks; `sent` adds them up."""
         report = self.exchange.report().mean(self.ranks.sum, self.ranks.size, self.ranks.device)
         self.sent += report
         return report.metrics()
@@ -938,7 +938,7 @@ class Run:
                 self.written.append(self.snapshot.path)
 
     def _save_weights(self) -> None:
-        """Write what validation scores: the weights, and the batch-norm statistics averaged over the ranks."""
+        """Write the weights that validation scores, with batch-norm statistics averaged over the ranks."""
         if self.flags.save_weights:
             path = Path(self.flags.save_weights)
             averaged = classification.training.averaged_batch_norm(self.module, self.ranks.sum)
@@ -959,7 +959,7 @@ class Run:
 
 
 class Snapshot:
-    """The checkpoint of a run: what it holds of it, and how a run goes on from it.
+    """The checkpoint of a run: its content, and the way on from it.
 
     The keys of its content are those of the table in `image_classification/checkpoints.py`.
     """

@@ -1,4 +1,4 @@
-"""Statistics of gradients: what their values look like, layer by layer, and where that is written.
+"""Statistics of gradients: the distribution of their values, layer by layer, and sinks that write it.
 
 Nothing here knows ranks or models. A sink is anything that takes a step, a layer's name and its statistics.
 """

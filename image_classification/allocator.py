@@ -1,4 +1,4 @@
-"""How the C library keeps memory between training steps on a CPU."""
+"""Memory that the C library keeps between training steps on a CPU."""
 
 import ctypes
 

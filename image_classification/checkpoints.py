@@ -7,7 +7,7 @@ keys only, and knows neither models, optimizers nor ranks.
 | --- | --- |
 | `epoch` | epochs done, which is also the number of the next one |
 | `iteration` | batches done of that next one: the sampler's position |
-| `arch`, `num_classes` | what the weights fit |
+| `arch`, `num_classes` | the network that the weights fit |
 | `state_dict` | the model's parameters and buffers, those of rank 0 |
 | `best_prec1` | the best top-1 so far, percent |
 | `optimizer` | momentum, master weights, loss scale; the schedule is a function of the epoch and has no state |
@@ -15,7 +15,7 @@ keys only, and knows neither models, optimizers nor ranks.
 | `metrics` | those of training in the epoch that `iteration` is in, by name |
 | `memory_format` | order in memory, nchw or nhwc, of the values that compression and search remember |
 | `widths` | layer name -> bits that each layer travels in |
-| `seed` | what the run is seeded with, also where no seed was asked for |
+| `seed` | seed of the run, also where none was asked for |
 | `world_size` | ranks that wrote it |
 | `ranks` | per rank: `random` (see `random_state`), `buffers` (batch-norm statistics), `exchange` (residuals and all |
 | | other memory of its compressor) |

@@ -16,7 +16,7 @@ _KEY = "stop"
 
 
 class Store(Protocol):
-    """What is needed of torch.distributed's stores."""
+    """The part of torch.distributed's stores that is needed."""
 
     def set(self, key: str, value: str) -> None: ...
 

@@ -29,7 +29,7 @@ END: Step = (math.inf, math.inf)
 
 
 class Metric(NamedTuple):
-    """How a metric is read: its unit, empty where it has none, its format, and whether terminals show it."""
+    """Form of a metric: its unit, empty where it has none, its format, and whether terminals show it."""
 
     unit: str
     format: str
@@ -65,7 +65,7 @@ METRICS = {
 
 
 class Sink:
-    """Where records go. This one drops them; others override what concerns them."""
+    """Destination of records. This one drops them; others override the methods that concern them."""
 
     def parameters(self, data: Mapping[str, Any]) -> None:
         """The flags of a run, once, before any record."""
@@ -91,7 +91,7 @@ class Logger(Sink):
 
     @property
     def tensorboard_writers(self) -> list[Any]:
-        """The SummaryWriters of its sinks, for what is more than numbers."""
+        """The SummaryWriters of its sinks, for histograms and the like."""
         return [sink.writer for sink in self.sinks if isinstance(sink, TensorBoard)]
 
     def parameters(self, data: Mapping[str, Any]) -> None:
@@ -200,7 +200,7 @@ class Raport(Sink):
 
 
 def _position(step: str | list[int]) -> Step:
-    """Where a record stands in the order of a run: an epoch comes after its iterations, the whole run last."""
+    """Position of a record in the order of a run: an epoch comes after its iterations, the whole run last."""
     if isinstance(step, str):
         return START
     return (*step, math.inf, math.inf)[:2]

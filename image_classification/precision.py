@@ -28,7 +28,7 @@ class Precision:
     batch_norm: torch.dtype = torch.float32
     """Type of the batch norms' parameters and statistics."""
     autocast: torch.dtype | None = None
-    """What autocast computes in; None: everything is computed in the weights' type."""
+    """Type that autocast computes in; None: everything is computed in the weights' type."""
     master_weights: bool = False
     """Half-precision weights are stepped in float32 copies of them."""
     loss_scale: float = 1.0
@@ -92,7 +92,7 @@ class Precision:
 
 
 class LossScale:
-    """What the loss is multiplied by before backward, so that small gradients survive half precision.
+    """Factor of the loss before backward, so that small gradients survive half precision.
 
     A static one never changes. A dynamic one lives on the device and follows torch.amp.GradScaler's rule, by
     its kernel and with its defaults: halved after a step that was not finite, doubled after 2,000 in a row
@@ -202,7 +202,7 @@ class MixedPrecisionOptimizer:
         return found_inf == 0
 
     def _gradients(self) -> list[Tensor]:
-        """Of what the optimizer steps, in the layout of the parameters: fused kernels go by memory order."""
+        """Of the stepped parameters, in their layout: fused kernels go by memory order."""
         gradients = []
         for name, stepped in self._stepped.items():
             gradient = self._parameters[name].grad

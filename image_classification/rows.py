@@ -8,5 +8,5 @@ from typing import Any
 
 
 def loaded(row: Any) -> Any:
-    """A row itself, or what a row "package.module:name" names."""
+    """A row itself, or the object that a row "package.module:name" names."""
     return pkgutil.resolve_name(row) if isinstance(row, str) else row

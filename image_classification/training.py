@@ -36,7 +36,7 @@ SumOverRanks = Callable[[Tensor], Tensor]
 
 
 class GradientExchange(Protocol):
-    """How the gradients of one optimizer step become their averages over the ranks."""
+    """An exchange of one optimizer step's gradients for their averages over the ranks."""
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Around forward and backward of a micro-batch whose gradients only accumulate."""
@@ -77,7 +77,7 @@ class NonFiniteGradientError(ValueError):
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What a training pass did."""
+    """Result of a training pass."""
 
     metrics: Mapping[str, float]
     """train.loss (mean over the images of all ranks), train.compute_ips and train.total_ips (images per second
@@ -86,7 +86,7 @@ class EpochResult:
     steps: int
     """Optimizer steps of this call, skipped ones included."""
     iteration: int
-    """Where to start in order to continue this epoch."""
+    """The batch to start at in order to continue this epoch."""
     finished: bool
     """False where `should_stop` ended the pass before its last step."""
 
@@ -176,7 +176,7 @@ def train_epoch(
 
 
 def last_iteration(batches: int, *, start: int = 0, iterations: int | None = None, accumulation: int = 1) -> int:
-    """Where an epoch of `batches` batches ends that `train_epoch` begins at batch `start`: after its last whole step.
+    """End of an epoch of `batches` batches that `train_epoch` begins at batch `start`: after its last whole step.
 
     Raises ValueError as `train_epoch` does.
     """

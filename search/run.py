@@ -1,4 +1,4 @@
-"""One whole search on one rank: what evolution finds, what the optimum is, and which of them is installed.
+"""One whole search on one rank: evolution, the optimum, and which of their assignments is installed.
 
 It knows tables. Who gathers the gradients before it and who applies the widths after it is its caller's business.
 """
@@ -20,7 +20,7 @@ NAMES = {"de": "differential evolution", "optimum": "optimum", "budget": "least 
 
 @dataclass(frozen=True, eq=False)
 class SearchResult:
-    """What a search found, and all that is needed to check it from outside.
+    """Result of a search, with all that is needed to check it from outside.
 
     uniform    bit width to the objective with all layers at it
     budget     the assignment of least error within a budget, where one was asked for

@@ -1,4 +1,4 @@
-"""What the search sees of the world: per layer and width an error and a number of bytes.
+"""Tables that a search looks up: per layer and width an error and a number of bytes.
 
 Tensors, codecs and ranks end here. `measure` looks at the gradients once; whatever chooses bit widths
 afterwards only looks numbers up.

@@ -28,6 +28,8 @@ def pytest_configure() -> None:
     # After multiprocessing, which is imported later, has removed what is its own.
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     tempfile.tempdir = os.environ["TMPDIR"] = folder
+    # torch makes this folder as soon as torchvision is imported, whether or not anything is compiled.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(folder, "compiled")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

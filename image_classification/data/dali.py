@@ -58,7 +58,7 @@ class _Encoded(NamedTuple):
 
 
 _Content = _Encoded | np.ndarray
-"""What becomes of a file: DALI's input, or Pillow's pixels."""
+"""Content of a file: DALI's input, or Pillow's pixels."""
 
 
 class DaliReader:

@@ -1,4 +1,4 @@
-"""Folders: what a data set on disk holds, found and checked by listing alone."""
+"""Folders: the contents of a data set on disk, found and checked by listing alone."""
 
 import os
 from dataclasses import dataclass

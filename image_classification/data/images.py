@@ -20,7 +20,7 @@ class BadImage(ValueError):
 
 @contextmanager
 def _bad_image() -> Iterator[None]:
-    """Whatever Pillow raises about bytes that are already in memory says that they are not an image."""
+    """Any error of Pillow about bytes that are already in memory becomes BadImage."""
     try:
         yield
     except MemoryError:

@@ -1,4 +1,4 @@
-"""What every data backend is told, and what every data backend gives back."""
+"""Options that every data backend takes, and the loader that every one gives back."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

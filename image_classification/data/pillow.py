@@ -37,7 +37,7 @@ class _Requests(Sampler[_Request]):
 
 
 class _Batches(Dataset[Pixels | Exception]):
-    """What a worker runs: a request in, a batch out.
+    """A worker's work: a request in, a batch out.
 
     An error comes back as a value. Raised in a worker, it would reach the user with that worker's traceback in
     its message.
@@ -56,7 +56,7 @@ class _Batches(Dataset[Pixels | Exception]):
 
 
 class Flag:
-    """What a DataLoader uses of a multiprocessing.Event, in a byte that forked processes share.
+    """A multiprocessing.Event as far as a DataLoader uses it, in a byte that forked processes share.
 
     An Event asks a lock that all of them share, which a worker that is killed as it holds it takes along: its
     loader would wait for ever in place of saying that it died.
@@ -73,7 +73,7 @@ class Flag:
 
 
 class _Forking(ForkContext):
-    """What a DataLoader makes its workers of."""
+    """The multiprocessing context that a DataLoader makes its workers of."""
 
     def Event(self) -> Any:
         return Flag()

@@ -20,7 +20,7 @@ _ORDER, _VIEW = 1, 2
 
 @dataclass(frozen=True)
 class Sample(Generic[T]):
-    """What `load` made of a file, its label, and how many undecodable files it passed over on the way."""
+    """Content that `load` made of a file, its label, and the number of undecodable files passed over on the way."""
 
     content: T
     label: int
@@ -47,7 +47,7 @@ class Samples:
         return np.random.default_rng((_ORDER, self.options.seed, epoch)).permutation(len(self.split))
 
     def view(self, epoch: int, index: int, width: int, height: int) -> View:
-        """What sample `index` shows of an image of this size in this epoch."""
+        """View of sample `index` on an image of this size in this epoch."""
         if not self.train:
             return val_view(width, height, self.options.image_size)
         seed = (_VIEW, self.options.seed, epoch, index)

@@ -346,7 +346,7 @@ def test_weights_that_do_not_fit_name_the_differing_keys_and_change_nothing():
         checkpoints.load_into(model, state, "W.pth")
     assert str(error.value) == (
         "weights W.pth do not fit the model: 1 missing (3.bias); 5 unknown (extra0, extra1, extra2, ...); "
-        "1 of another shape (3.weight [5, 4] for [3, 4]); choose their arch and num-classes"
+        "1 of another shape (3.weight [5, 4] for [3, 4]); choose their `arch` and `num_classes`"
     )
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])

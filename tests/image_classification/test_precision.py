@@ -345,11 +345,11 @@ def test_flags_of_the_resumed_run_count_not_those_of_the_saved_one() -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"fp16": True}, r"another masters than this run \(0.weight is in one of them only\); resume with .* --fp16"),
-        ({"dynamic_loss_scale": True}, r"another loss scale .*; resume with --dynamic-loss-scale if and only if"),
+        ({"fp16": True}, r"another masters than this run \(0.weight is in one of them only\); resume with .* `fp16`"),
+        ({"dynamic_loss_scale": True}, r"another loss scale .*; resume with `dynamic_loss_scale` if and only if"),
     ],
 )
-def test_a_state_of_another_precision_is_an_error_that_names_the_flags(flags: dict[str, Any], words: str) -> None:
+def test_a_state_of_another_precision_is_an_error_that_names_the_options(flags: dict[str, Any], words: str) -> None:
     saved = optimizer_of(small_net(), Precision(CPU)).state_dict()
     precision = Precision.choose(CPU, **flags)
     resumed = optimizer_of(precision.convert(small_net()), precision)
@@ -357,7 +357,7 @@ def test_a_state_of_another_precision_is_an_error_that_names_the_flags(flags: di
         resumed.load_state_dict(saved)
 
 
-def test_a_state_with_other_momentum_is_an_error_that_names_the_flags() -> None:
+def test_a_state_with_other_momentum_is_an_error_that_names_the_options() -> None:
     saved = optimizer_of(small_net(), Precision(CPU), momentum=0.0).state_dict()
-    with pytest.raises(ValueError, match=r"another momentum than this run .*resume with the same --arch, --momentum"):
+    with pytest.raises(ValueError, match=r"another momentum than this run .*resume with the same `arch`, `momentum`"):
         optimizer_of(small_net(), Precision(CPU)).load_state_dict(saved)

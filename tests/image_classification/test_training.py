@@ -402,7 +402,7 @@ def test_without_a_scale_that_moves_a_bad_gradient_ends_the_run_in_time_and_name
 
 
 def test_a_bad_step_just_before_a_stop_is_an_error_too() -> None:
-    with pytest.raises(NonFiniteGradientError, match="the step was not applied; use a lower --lr, or --dynamic-loss"):
+    with pytest.raises(NonFiniteGradientError, match="the step was not applied; use a lower `lr`, or `dynamic_loss"):
         Run().train(Batches([4] * 5, bad=(1,)), print_freq=100, should_stop=iter([False, True]).__next__)
 
 
@@ -425,7 +425,7 @@ def test_with_a_scale_that_moves_the_run_goes_on_at_half_of_it() -> None:
 
 def test_a_scale_that_moves_ends_the_run_too_once_it_cannot_help() -> None:
     run = Run(dynamic_loss_scale=True)
-    with pytest.raises(NonFiniteGradientError, match=r"with a loss scale of 1\.52588e-05; .*; use a lower --lr$"):
+    with pytest.raises(NonFiniteGradientError, match=r"with a loss scale of 1\.52588e-05; .*; use a lower `lr`$"):
         run.train(Batches([4] * 40, bad=tuple(range(40))), print_freq=1)
     assert len(run.exchange.settled) == 32
 

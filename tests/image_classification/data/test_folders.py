@@ -107,7 +107,7 @@ def test_more_classes_than_the_model_has_are_counted(tmp_path):
     write_folder(tmp_path, classes=3)
     assert len(list_splits(tmp_path, 4)[0].classes) == 3
     with pytest.raises(
-        ValueError, match=r"/train holds 3 classes, more than the 2 of the model; use --num-classes 3$"
+        ValueError, match=r"/train holds 3 classes, more than the 2 of the model; use `num_classes` 3$"
     ):
         list_splits(tmp_path, 2)
 

@@ -104,7 +104,7 @@ def test_every_kind_of_image_is_converted_alike_by_both_backends(tmp_path, name)
 @pytest.mark.parametrize("name", BAD)
 def test_an_undecodable_file_is_an_error_that_names_it(tmp_path, backend, name, workers):
     path = with_file(write_folder(tmp_path, train=8), name, BAD[name])
-    words = r"^[^\n]* is not a readable image \([^\n]+\); replace or remove it, or pass --skip-bad-images$"
+    words = r"^[^\n]* is not a readable image \([^\n]+\); replace or remove it, or pass `skip_bad_images`$"
     with pytest.raises(data.BadImage, match=words) as caught:
         read(tmp_path, backend, batch_size=5, workers=workers)
     assert str(caught.value).startswith(str(path))

@@ -270,7 +270,7 @@ def test_a_killed_worker_is_an_error_that_says_what_to_do(root):
     assert signal.getsignal(signal.SIGCHLD) is handler
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     with pytest.raises(
-        ChildProcessError, match=r"^a data loader process died \(.*\), most often for want of memory .* --workers"
+        ChildProcessError, match=r"^a data loader process died \(.*\), most often for want of memory .* `workers`"
     ):
         list(batches)
     train.close()
