@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PIECES, PIECE_MIB, STEPS = 3, 30, 3
 COUNT_PAGE_FAULTS = f"""
 import ctypes, resource, sys
-from image_classification.memory import keep_freed_memory
+from image_classification.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 c = ctypes.CDLL(None)
