@@ -12,7 +12,7 @@ CIFAR10 ?= ../shared/data/cifar10.tar.xz
 RUNS ?= runs/accuracy.jsonl
 BIN := .venv/bin
 INSTALLED := .venv/installed
-# Prints which Python made an environment, as "3.11.7 /usr/bin/python3.11", where it can make one and the pins have wheels.
+# Prints what an environment is made of, as "3.11.7 /usr/bin/python3.11", by a Python that has venv and the pins' wheels.
 MADE_OF := import ensurepip, os, platform, sys; (3, 11) <= sys.version_info[:2] <= (3, 14) and \
   print(platform.python_version(), os.path.realpath(sys._base_executable))
 REQUIREMENTS := requirements.txt tests/requirements.txt tests/requirements-triton.txt
@@ -23,7 +23,7 @@ help:
 install: $(INSTALLED)  ## .venv with everything that is pinned; does nothing where it is up to date
 
 $(INSTALLED): .venv/pyvenv.cfg $(REQUIREMENTS)
-	@echo "Installing into .venv: about 2.5 GB, one to three minutes; 8 GB where torch is a CUDA build."
+	@echo "Installing into .venv: about 2.5 GB, or 6 where torch is a CUDA build, one to three minutes."
 	$(BIN)/python -m pip --quiet --disable-pip-version-check install -r requirements.txt -r tests/requirements.txt
 	if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \
 	  $(BIN)/python -m pip --quiet --disable-pip-version-check install --no-deps -r tests/requirements-triton.txt; fi
@@ -31,7 +31,8 @@ $(INSTALLED): .venv/pyvenv.cfg $(REQUIREMENTS)
 
 # Changes only where another Python is asked for, or where .venv's own is gone.
 .venv/pyvenv.cfg: FORCE
-	@for python in $(PYTHON); do made_of=$$($$python -c '$(MADE_OF)' 2>/dev/null) || true; [ -z "$$made_of" ] || break; done; \
+	@for python in $(PYTHON); do \
+	  made_of=$$($$python -c '$(MADE_OF)' 2>/dev/null) || true; [ -z "$$made_of" ] || break; done; \
 	if [ -z "$$made_of" ]; then echo "make: no Python 3.11 to 3.14 with its venv module: tried $(PYTHON);" \
 	  "install one, or name yours: make PYTHON=/path/to/python" >&2; exit 1; fi; \
 	if [ "$$made_of" != "$$($(BIN)/python -c '$(MADE_OF)' 2>/dev/null)" ]; then \

@@ -238,12 +238,13 @@ for epoch in range(1, 100000):
 """
 
 
-def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path):
+@pytest.mark.parametrize("kills", [20, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path, kills):
     done = 0
     process = subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
-    for _ in range(20):
+    for _ in range(kills):
         process.send_signal(signal.SIGSTOP)  # what is on disk now is what a kill now would leave
         snapshot = tmp_path / "snapshot"
         shutil.copytree(tmp_path, snapshot, ignore=shutil.ignore_patterns("snapshot"))

@@ -292,7 +292,7 @@ def _compile_into(folder: str) -> None:
 
 KERNELS = [("buckets.encode", family) for family in ENCODED] + [("buckets.decode", family) for family in WIDTHS]
 KERNELS.append(("quantiles.codes", "quantile"))
-OTHERS = [(f"quantiles.{name}", "quantile") for name in ("extremes", "histogram", "heads")]
+OTHERS = [(f"quantiles.{name}", "quantile") for name in ("extremes", "histogram", "level_tables")]
 BUFFERS = dict.fromkeys(("values", "residual", "pending", "out", "tables"), "*fp32") | {"wire": "*u8"}
 NUMBERS = {"table": "*i64", "factor": "fp32", "stride": "i64"}
 NUMBERS |= dict.fromkeys(("keys", "ends", "shifts", "counts"), "*i32")
