@@ -110,6 +110,34 @@ def plan(
     )
 
 
+def plan_of_messages(
+    rows: int, count: int, bits: int, bucket_size: int | None, record_bytes: Callable[[int, int], int]
+) -> Plan:
+    """The plan of `rows` messages of `count` values each, one after the other; each has a stream of its own.
+
+    A message is cut into buckets of `bucket_size` values, or is one bucket where that is None.
+    """
+    length = max(count, 1) if bucket_size is None else bucket_length(count, bucket_size)
+    element = np.tile(np.arange(0, count, length, dtype=np.int64), rows)
+    counts = np.minimum(length, count - element)
+    row = np.repeat(np.arange(rows, dtype=np.int64), len(counts) // max(rows, 1))
+    sizes = {int(n): record_bytes(int(n), bits) for n in np.unique(counts)}
+    nbytes = np.array([sizes[int(n)] for n in counts], np.int64)
+    position = row * count + element
+    return Plan(
+        position,
+        counts,
+        np.full(len(counts), bits, np.int64),
+        wire_at=np.cumsum(nbytes) - nbytes,
+        slot=row,
+        element=element,
+        memory_at=position,
+        layers=np.arange(rows, dtype=np.int64),
+        message_bytes=(int(nbytes.sum()),),
+        values=rows * count,
+    )
+
+
 def split_into_chunks(whole: Plan, count: int) -> list[Plan]:
     """A plan cut into at most `count` plans, each with about as many bytes of every message, cut between records.
 

@@ -65,6 +65,49 @@ def test_packages_import_only_those_below_them(path: Path) -> None:
     assert {name.split(".")[0] for name in others} <= allowed, sorted(others)
 
 
+def test_averagers_speak_to_codecs_and_not_to_kernels() -> None:
+    averagers = sorted((ROOT / "compression" / "averagers").glob("*.py"))
+    names = {name for path in averagers for name, _ in imported(path)}
+    assert not [name for name in names if "kernels" in name.split(".")]
+    assert {"compression.codecs.quantizer.Quantizer", "compression.codecs.sparsifiers.TopK"} <= names
+
+
+def test_no_codec_makes_layers_to_reach_a_kernel() -> None:
+    """Nor does it plan layers: their names, owners and shards are averagers' business."""
+    codecs = sorted((ROOT / "compression" / "codecs").glob("*.py"))
+    names = {name for path in codecs for name, _ in imported(path)}
+    forbidden = ("layers.Layer", "layers.shard", "layers.layers_of", "plans.Segment", "plans.plan")
+    assert not names & {f"compression.{name}" for name in forbidden}
+    assert "compression.plans.plan_of_messages" in names
+
+
+def test_the_broken_barrier_reads_no_private_attribute_of_another_class() -> None:
+    tree = ast.parse((ROOT / "compression" / "exchange" / "broken_barrier.py").read_text())
+    own: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            own.add(node.attr)
+    private = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr.startswith("_")}
+    assert private
+    assert private <= own
+    inherited = ast.parse((ROOT / "compression" / "exchange" / "attached.py").read_text())
+    theirs = {node.attr for node in ast.walk(inherited) if isinstance(node, ast.Attribute)}
+    assert not private & theirs
+
+
+@every_module
+def test_packages_import_themselves_by_relative_names(path: Path) -> None:
+    """So that they can be installed under another name."""
+    package = path.relative_to(ROOT).parts[0]
+    if package in ("compression", "search"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
+        names |= {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+        assert not [name for name in names if is_within(name, package)]
+
+
 @every_module
 def test_what_many_machines_do_not_have_is_imported_where_it_is_used(path: Path) -> None:
     early = [name for name, at_once in imported(path) for lazy in LAZY if at_once and is_within(name, lazy)]

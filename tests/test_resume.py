@@ -8,9 +8,19 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from compression import Solo, build
+from compression.layers import layers_of
 from image_classification.checkpoints import load_weights
 from image_classification.logs import records
-from tests.support.program import SMALL, every_compressor, run, run_well, signal_in_step, signal_in_validation
+from tests.support.program import (
+    SMALL,
+    every_compressor,
+    run,
+    run_well,
+    signal_in_step,
+    signal_in_validation,
+    tiny,
+)
 
 SETTINGS = {
     **every_compressor(),
@@ -259,3 +269,35 @@ def test_what_several_ranks_validated_is_what_one_rank_loads_and_what_is_exporte
         if record["type"] == "LOG" and "val.loss" in record["data"]
     ]
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
+
+
+BEFORE = {
+    "maxmin": ("maxmin", {"error_feedback": True}, "--compression-type maxmin --error-feedback"),
+    "powersgd": ("powersgd", {"rank": 2}, "--powersgd-rank 2"),
+    "dgc": ("dgc", {"ratio": 0.1, "warmup_steps": 4}, "--dgc --topk-ratio 0.1 --compressor-warmup-steps 4"),
+}
+"""Checkpoints in tests/checkpoints, of 2 ranks after the first of two epochs: names, options, flags.
+
+They were written by the code before averagers, exchanges and checkpoints were arranged as they are now.
+"""
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_a_checkpoint_of_earlier_code_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """To the bits where this machine computes as the one that wrote it did, which the first epoch tells."""
+    written = Path(__file__).parent / "checkpoints" / f"{name}.pth.tar"
+    compressor, options, words = BEFORE[name]
+    small = [*SMALL, "--data-backend", "syntetic", "--prof", 3, "--epochs", 2, *words.split()]
+    straight = run_well(tmp_path, *small, "--workspace", tmp_path / "straight", "--gather-checkpoints", ranks=2)
+    resumed = run_well(tmp_path, *small, "--workspace", tmp_path / "resumed", "--resume", written, ranks=2)
+    before, after = checkpoint(written), checkpoint(tmp_path / "straight" / "checkpoint-1.pth.tar")
+    if not differences(before["state_dict"], after["state_dict"]):
+        assert differences(before["ranks"], after["ranks"]) == []
+        assert differences(dict(straight[0].weights), dict(resumed[0].weights)) == []
+    parameters = dict(tiny(3).named_parameters())
+    assert all(torch.equal(*(rank.weights[name] for rank in resumed)) for name in parameters)
+    layers = layers_of(((name, parameter.shape) for name, parameter in parameters.items()), 512)
+    for rank, own in enumerate(before["ranks"]):
+        averager = build(compressor, **options).averager(layers, Solo(rank, world_size=2), 1)
+        averager.load_state_dict(own["exchange"]["averager"])
+        assert differences(averager.state_dict(), own["exchange"]["averager"]) == []

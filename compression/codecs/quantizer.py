@@ -29,9 +29,9 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.reference import arithmetic
-from ..layers import Layer, bucket_length
+from ..layers import bucket_length
 from ..limits import TINY
-from ..plans import Plan, Segment, plan
+from ..plans import Plan, plan_of_messages
 from ..randomness import stream_keys
 
 
@@ -196,11 +196,7 @@ class Quantizer(ABC):
         return kernels.for_device(wire.device, self.family)
 
     def _messages(self, rows: int, count: int) -> Plan:
-        """The plan of `rows` messages of one layer each."""
-        layers = [Layer(row, str(row), (count,), True) for row in range(rows)]
-        segments = [Segment(layer, row * count, row * count) for row, layer in enumerate(layers)]
-        shards = {layer.name: [(0, count)] for layer in layers}
-        return plan(segments, [0], shards, dict.fromkeys(shards, self.bits), self.shard_bucket_size, self.record_bytes)
+        return plan_of_messages(rows, count, self.bits, self.shard_bucket_size, self.record_bytes)
 
 
 @dataclass(frozen=True)

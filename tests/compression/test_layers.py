@@ -1,12 +1,10 @@
-"""Cuts and plans: every value has one owner, every byte one record."""
+"""Layers: which are compressed, and how they are cut into shards."""
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from compression.layers import DENSE, Layer, compressible, layers_of, shard
-from compression.plans import Segment, mask_owner, plan, split_into_chunks
+from compression.layers import compressible, layers_of, shard
 
 sizes = st.integers(1, 5000)
 bucket_sizes = st.sampled_from([-1, 1, 3, 64, 512, 10_000])
@@ -14,7 +12,7 @@ worlds = st.integers(1, 9)
 
 
 @given(sizes, bucket_sizes, worlds, st.integers(0, 20))
-def test_shares_partition_a_layer_at_bucket_boundaries(numel, bucket_size, world_size, first):
+def test_shards_partition_a_layer_at_bucket_boundaries(numel, bucket_size, world_size, first):
     shards = shard(numel, bucket_size, world_size, first)
     covered = sorted((start, stop) for start, stop in shards if start < stop)
     assert [start for start, _ in covered] == [0, *(stop for _, stop in covered[:-1])]
@@ -24,79 +22,15 @@ def test_shares_partition_a_layer_at_bucket_boundaries(numel, bucket_size, world
 
 
 @given(sizes, worlds, st.integers(0, 20))
-def test_shares_differ_by_one_bucket_at_most(numel, world_size, first):
+def test_shards_differ_by_one_bucket_at_most(numel, world_size, first):
     buckets = [-(-(stop - start) // 64) for start, stop in shard(numel, 64, world_size, first)]
     assert max(buckets) - min(buckets) <= 1
 
 
 @given(worlds, st.integers(0, 20))
-def test_the_largest_share_begins_at_the_layers_index_mod_world(world_size, first):
+def test_the_largest_shard_begins_at_the_layers_index_mod_world(world_size, first):
     shards = shard(64, 64, world_size, first)
     assert shards[first % world_size] == (0, 64)
-
-
-shapes = st.lists(st.tuples(sizes, st.sampled_from([1, 3, 4, 8, DENSE])), min_size=1, max_size=5)
-
-
-def record_bytes(count: int, width: int) -> int:
-    return 8 + (count * width + 7) // 8
-
-
-def planned(shape, bucket_size, world_size, owners):
-    """A plan of layers side by side, (values, width) each."""
-    layers = [Layer(i, f"layer{i}", (numel,), True) for i, (numel, _) in enumerate(shape)]
-    starts = np.cumsum([0, *(layer.numel for layer in layers)])
-    segments = [Segment(layer, int(at), int(at)) for layer, at in zip(layers, starts, strict=False)]
-    shards = {layer.name: shard(layer.numel, bucket_size, world_size, layer.index) for layer in layers}
-    bits = {layer.name: width for layer, (_, width) in zip(layers, shape, strict=True)}
-    return plan(segments, owners, shards, bits, bucket_size, record_bytes)
-
-
-@settings(max_examples=50)
-@given(shapes, bucket_sizes, worlds)
-def test_a_plan_covers_every_value_and_every_byte_once(shape, bucket_size, world_size):
-    whole = planned(shape, bucket_size, world_size, range(world_size))
-    total = sum(numel for numel, _ in shape)
-    values = np.zeros(total, int)
-    wire = np.zeros(whole.wire_bytes, int)
-    for at, count, width, record in zip(whole.position, whole.count, whole.bits, whole.wire_at, strict=True):
-        values[at : at + count] += 1
-        wire[record : record + (4 * count if width == DENSE else record_bytes(int(count), int(width)))] += 1
-    assert (values == 1).all()
-    assert (wire == 1).all()
-    assert whole.values == total
-
-
-@settings(max_examples=50)
-@given(shapes, bucket_sizes, worlds, st.integers(1, 9))
-def test_chunks_hold_every_record_of_a_plan_once_in_order(shape, bucket_size, world_size, count):
-    whole = planned(shape, bucket_size, world_size, range(world_size))
-    parts = split_into_chunks(whole, count)
-    assert len(parts) == count
-    assert [sum(sent) for sent in zip(*(part.message_bytes for part in parts), strict=True)] == [*whole.message_bytes]
-    found = []
-    for part in parts:
-        records = zip(part.count.tolist(), part.bits.tolist(), strict=True)
-        nbytes = [4 * count if width == DENSE else record_bytes(count, width) for count, width in records]
-        assert part.wire_at.tolist() == [sum(nbytes[:k]) for k in range(len(nbytes))]
-        assert part.wire_bytes == sum(nbytes)
-        assert part.values == part.count.sum()
-        found += zip(part.position, part.count, part.bits, part.slot, part.element, part.memory_at, strict=True)
-    columns = (whole.position, whole.count, whole.bits, whole.slot, whole.element, whole.memory_at)
-    assert sorted(found) == sorted(zip(*columns, strict=True))
-
-
-@settings(max_examples=50)
-@given(shapes, bucket_sizes, worlds, st.integers(1, 9), st.data())
-def test_the_plan_of_one_owner_is_cut_at_the_same_records(shape, bucket_size, world_size, count, data):
-    owner = data.draw(st.integers(0, world_size - 1))
-    of_all = split_into_chunks(planned(shape, bucket_size, world_size, range(world_size)), count)
-    of_one = split_into_chunks(planned(shape, bucket_size, world_size, [owner]), count)
-    assert [part.message_bytes[owner] for part in of_all] == [part.wire_bytes for part in of_one]
-    for everyone, own in zip(of_all, of_one, strict=True):
-        first = sum(everyone.message_bytes[:owner])
-        mine = (everyone.wire_at >= first) & (everyone.wire_at < first + everyone.message_bytes[owner])
-        assert everyone.position[mine].tolist() == own.position.tolist()
 
 
 @pytest.mark.parametrize(
@@ -110,18 +44,3 @@ def test_compressed_is_what_has_two_dimensions_and_a_whole_bucket(shape, bucket_
 def test_layers_keep_the_models_order():
     layers = layers_of([("b", (4, 4)), ("a", (3,))], 4)
     assert [(layer.index, layer.name, layer.numel) for layer in layers] == [(0, "b", 16), (1, "a", 3)]
-
-
-@settings(max_examples=50)
-@given(shapes, bucket_sizes, worlds, st.data())
-def test_apart_from_one_owner_is_what_the_others_own_in_place(shape, bucket_size, world_size, data):
-    owner = data.draw(st.integers(0, world_size - 1))
-    whole = planned(shape, bucket_size, world_size, range(world_size))
-    others = mask_owner(whole, owner)
-    columns = ("position", "count", "bits", "slot", "element", "memory_at", "wire_at")
-    start = sum(whole.message_bytes[:owner])
-    inside = (start <= whole.wire_at) & (whole.wire_at < start + whole.message_bytes[owner])
-    for column in columns:
-        assert getattr(others, column).tolist() == getattr(whole, column)[~inside].tolist()
-    assert others.message_bytes == whole.message_bytes
-    assert others.values == others.count.sum()

@@ -1,13 +1,15 @@
 """One table runs every compressor of the registry: what all of them promise, whatever they do."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 
-from compression import COMPRESSORS, Metered, Solo, build
+from compression import COMPRESSORS, Metered, Solo, build, codec
 from compression.averagers import Averager
+from compression.exchange.flat_gradient import FlatGradient
 from compression.gradients import Gradients
 from compression.layers import layers_of
 from tests.support.threads import ThreadCollectives, run_ranks
@@ -207,6 +209,37 @@ def test_counted_bytes_are_the_messages_bytes(name: str, options: dict[str, Any]
     for sent, counted in run_ranks(world_size, work):
         assert counted == pytest.approx(sent)
         assert (sent == 0) == (name == "sanity")
+
+
+TOP_K_FATES = [("topk", {"bucket_size": 64, "efx_bits": 3}), ("topk", {"bucket_size": 64, "efx_randk": 0.1})]
+
+
+@pytest.mark.parametrize(("name", "options"), [*VARIANTS, *TOP_K_FATES, ("topk", {"big_grad": True})], ids=str)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_it_sends_the_bytes_that_it_promises(name: str, options: dict[str, Any], world_size: int) -> None:
+    """The promise is the mean over the ranks, and made by a rank of another world, too."""
+
+    def work(ranks: ThreadCollectives) -> float:
+        metered = Metered(ranks)
+        bound = averager(name, options, metered)
+        step = options.get("warmup_steps", 0)
+        gradients = FlatGradient(LAYERS).join([Gradients(gradient(ranks.rank, step), NAMES, OFFSETS)])
+        bound.average_(gradients, step)
+        return metered.traffic.bytes_sent
+
+    promised = averager(name, options, Solo()).bytes_sent(LAYERS, world_size)
+    assert sum(run_ranks(world_size, work)) / world_size == pytest.approx(promised)
+    assert (promised == 0) == (name == "sanity" or world_size == 1)
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_a_row_names_what_there_is(name: str) -> None:
+    row = COMPRESSORS[name]
+    assert row.takes == tuple(field.name for field in dataclasses.fields(row.options()))
+    assert (row.min_bits > 0) == row.has_bits == ("bits" in row.takes)
+    if row.quantizer is not None or row.codec is not None:
+        options = {"svd": {"rows": 8, "cols": 8, "rank": 2}}.get(name, {})
+        assert codec(name, **options).wire_bytes(64) > 0
 
 
 @every_compressor

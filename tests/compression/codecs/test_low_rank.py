@@ -204,5 +204,5 @@ def test_with_error_feedback_what_is_applied_follows_the_gradients() -> None:
 
 def test_residuals_for_a_run_without_error_feedback_are_refused() -> None:
     bound = compression.build("svd").averager(LAYERS, Solo(), seed=0)
-    with pytest.raises(ValueError, match="the checkpoint holds residuals, and `error_feedback` is off"):
+    with pytest.raises(ValueError, match="the checkpoint holds a residual, which this compression does not remember"):
         bound.load_state_dict({"residual": {"fc": torch.zeros(240)}})

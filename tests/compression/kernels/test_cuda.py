@@ -343,3 +343,23 @@ def test_products_are_not_fused_into_sums_by_the_assembler(compiler: Executor) -
     code = compiler.submit(assembly, "buckets.decode", "maxmin", "sass").result()
     assert "FMUL" in code
     assert "FFMA" not in code  # max-min decodes without dividing, which would be made of them
+
+
+def test_a_quantizer_that_no_kernel_knows_trains(gpu: Executor) -> None:
+    first, last, agree, ratio, served_by = gpu.submit(train_beside_triton).result()
+    assert last < first / 2
+    assert agree
+    assert ratio < 0.3  # biases travel in float32
+    assert served_by == "compression.kernels.reference"
+
+
+def train_beside_triton() -> tuple[float, float, bool, float, str]:
+    """On a GPU, or with the GPU's kernels in the interpreter in place of the CPU's."""
+    from compression.kernels import cuda
+    from tests.support.quantizers import train
+
+    if torch.cuda.is_available():
+        return train("cuda")
+    with patch.object(kernels, "cpu", cuda):
+        assert kernels.for_device(torch.device("cpu"), "maxmin") is cuda
+        return train("cpu")

@@ -1,0 +1,51 @@
+"""A quantizer is its torch definition: kernels make it faster, and are no condition."""
+
+import pytest
+import torch
+
+from compression import codec
+from compression.codecs.quantizers import MaxMin
+from tests.support.quantizers import MidRise, train
+
+CPU = torch.device("cpu")
+
+
+def test_a_quantizer_that_no_kernel_knows_trains() -> None:
+    first, last, agree, ratio, served_by = train("cpu")
+    assert last < first / 2
+    assert agree
+    assert ratio < 0.3  # biases travel in float32
+    assert served_by == "compression.kernels.reference"
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+def test_its_codes_are_unbiased_and_its_error_is_the_expected_one(bits: int) -> None:
+    quantizer, values = MidRise(bits, bucket_size=64), torch.linspace(-1, 2, 200)
+    decoded = torch.stack([quantizer.decode(quantizer.encode(values[None], seed), 200)[0] for seed in range(2000)])
+    expected = quantizer.expected_squared_error(values)
+    assert (decoded - values).square().sum(1).mean().item() == pytest.approx(expected, rel=0.05)
+    deviation = (decoded.mean(0) - values).square().sum().sqrt()
+    assert deviation < 4 * (expected / 2000) ** 0.5
+
+
+def test_a_subclass_that_may_change_the_arithmetic_is_not_taken_for_its_base() -> None:
+    class Doubled(MaxMin):
+        def levels(self, scales_MS: torch.Tensor, codes_MK: torch.Tensor) -> torch.Tensor:
+            return 2 * super().levels(scales_MS, codes_MK)
+
+    values = torch.linspace(-1, 1, 600)[None]
+    assert MaxMin(8).backend(CPU) == "cpu"
+    assert Doubled(8).backend(CPU) == "reference"
+    plain, doubled = MaxMin(8), Doubled(8)
+    assert torch.equal(doubled.decode(doubled.encode(values, 3), 600), 2 * plain.decode(plain.encode(values, 3), 600))
+
+
+@pytest.mark.parametrize("name", ["maxmin", "quantile", "1bit", "terngrad", "topk"])
+def test_what_is_encoded_or_decoded_goes_where_it_is_asked_to(name: str) -> None:
+    coder, values = codec(name), torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    wire = torch.full((3, coder.wire_bytes(1000)), 255, dtype=torch.uint8)
+    assert coder.encode(values, 5, out=wire).data_ptr() == wire.data_ptr()
+    assert torch.equal(wire, coder.encode(values, 5))
+    out = torch.full((3, 1000), 7.0)
+    assert coder.decode(wire, 1000, out=out).data_ptr() == out.data_ptr()
+    assert torch.equal(out, coder.decode(wire, 1000))
