@@ -45,7 +45,8 @@ CASES = {
     ),
     "of another compressor": Bad(
         "--resume {work}/checkpoint.pth.tar --compression-type none",
-        "this compression remembers nothing, but the checkpoint holds ['residual', 'share_residual']",
+        "the checkpoint holds a residual, which this compression does not remember; resume with the compression that "
+        "wrote it, and its --error-feedback",
     ),
     "of another precision": Bad(
         "--resume {work}/checkpoint.pth.tar --amp --opt-level O2",
