@@ -53,6 +53,11 @@ class Attached(ABC):
         )
         self.meter = Meter(self.collectives, self.pipeline, sum(layer.numel for layer in self.layers))
         self.step = 0
+        self.open = False
+        """Whether a step is under way."""
+        self.travelling = False
+        """Whether some of its gradients have been submitted."""
+        self.loss_scale: float | Tensor = 1.0
         self._suspect: tuple[tuple[str, ...], Tensor] | None = None
         self._hooks = hook(model, self.parameters, self.begin_backward, self.submit)
 
@@ -82,9 +87,10 @@ class Attached(ABC):
         where nothing is left.
         """
 
-    @abstractmethod
     def begin_backward(self) -> None:
-        """Called before the first gradients of a backward are submitted."""
+        """Begin a step where the loop did not; called before the first gradients of a backward are submitted."""
+        if not self.open or self.travelling:
+            self.begin_step()
 
     @abstractmethod
     def submit(self, gradients: Gradients) -> "torch.futures.Future[Tensor]":
@@ -160,9 +166,9 @@ class Attached(ABC):
                 self.recorder.record(Gradients(flattened(parameter.grad, parameter), (name,), (0,)))
         self.recorder.state.settle(True)
 
-    @abstractmethod
     def report(self) -> Report:
-        """What was sent since the last report."""
+        """Bytes sent and seconds spent since the last report."""
+        return self.meter.report(self.step + self.open)
 
     def close(self) -> None:
         """Leave the model alone and end the communication thread.

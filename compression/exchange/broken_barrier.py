@@ -41,7 +41,6 @@ from ..registry import COMPRESSORS, Compressor, with_stale_updates
 from ..streams import device_future, record_stream
 from .attached import Attached
 from .hooks import shaped
-from .report import Report
 
 _CHUNK = 2**16  # values that are squared at a time, so that their float64 copy stays in the cache
 
@@ -111,9 +110,6 @@ class BrokenBarrier(Attached):
                 f"use {', '.join(with_stale_updates())}, without big_grad"
             )
         self.fraction, self.late_steps = fraction, late_steps
-        self._loss_scale: float | Tensor = 1.0
-        self._open = False  # a step is under way
-        self._travelling = False  # and some of its gradients have been submitted
         self._outstanding: list[_Part] = []  # of this step and earlier ones, in their order
         self._held: list[_Part] = []  # late ones of this step, until its prefix has been queued
         super().__init__(model, compressor, collectives, seed, record, self._choose_urgent)
@@ -125,14 +121,13 @@ class BrokenBarrier(Attached):
     # The step
 
     def begin_step(self, loss_scale: float | Tensor = 1.0) -> None:
-        if self._open:
+        if self.open:
             raise ValueError(
                 "the averages of a broken barrier come with finish(), and the last step ended without; call finish() "
                 "before the optimizer's step and settle() after it"
             )
-        self._open, self._travelling = True, False
-        self.pipeline.clear()
-        self._loss_scale = loss_scale
+        self.open, self.travelling = True, False
+        self.loss_scale = loss_scale
         length = prefix_length(list(self._squares.values()), self.fraction)
         self.prefix = frozenset(list(self._squares)[:length])
 
@@ -145,24 +140,20 @@ class BrokenBarrier(Attached):
 
     def settle(self, applied: Tensor) -> None:
         """End the step. Every part has settled what it computed already."""
-        if self._open:
-            self._open = False
+        if self.open:
+            self.open = False
             self.step += 1
 
     def flush(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:
-        self._loss_scale = loss_scale
+        self.loss_scale = loss_scale
         return self._apply(min(part.due for part in self._outstanding)) if self._outstanding else None
-
-    def begin_backward(self) -> None:
-        if not self._open or self._travelling:
-            self.begin_step()
 
     def submit(self, gradients: Gradients) -> "torch.futures.Future[Tensor]":
         """Copy what is in the prefix and queue it, copy the rest and hold it back; the buffer is done with at once.
 
         The rest would only be in the prefix's way: it has the next steps' compute to travel behind.
         """
-        self._travelling = True
+        self.travelling = True
         self.meter.submitted()
         values = dict(gradients.layers(self._sizes))
         urgent = {name: view for name, view in values.items() if name in self.prefix}
@@ -177,7 +168,7 @@ class BrokenBarrier(Attached):
         done.set_result(gradients.flat)
         return done
 
-    # What is remembered and counted
+    # What is remembered
 
     def state_dict(self) -> dict[str, Any]:
         """As `Exchange.state_dict`; what is outstanding is waited for, and not applied."""
@@ -197,9 +188,6 @@ class BrokenBarrier(Attached):
         self._squares.update(state.get("squares", {}))
         self._outstanding = [self._restored(**late) for late in state.get("late", [])]
 
-    def report(self) -> Report:
-        return self.meter.report(self.step + self._open)
-
     # The work itself
 
     def _choose_urgent(self, urgent: bool) -> bool:
@@ -210,7 +198,7 @@ class BrokenBarrier(Attached):
 
     def _part(self, values: Mapping[str, Tensor], due: int) -> _Part:
         """A copy of some layers of this step."""
-        part = _Part(self.step, due, Gradients.packed(values, self._loss_scale))
+        part = _Part(self.step, due, Gradients.packed(values, self.loss_scale))
         self._outstanding.append(part)
         return part
 
@@ -218,7 +206,7 @@ class BrokenBarrier(Attached):
         """What is to be done on the communication thread when a part's averages are there."""
 
         def arrive(averages: Gradients) -> None:
-            part.averages = self._inspected(averages)
+            part.averages = self._inspected(averages, [self.pipeline.nonfinite[name] for name in averages.names])
             for average in part.averages:
                 self.averager.settle(~average.nonfinite, [average.name])
                 if self.recorder is not None:
@@ -226,9 +214,8 @@ class BrokenBarrier(Attached):
 
         return arrive
 
-    def _inspected(self, averages: Gradients) -> list[_Average]:
+    def _inspected(self, averages: Gradients, nonfinite: Sequence[Tensor]) -> list[_Average]:
         names, views = zip(*averages.layers(self._sizes), strict=True)
-        nonfinite = not_finite(averages.flat, list(views))
         squares = torch.stack([_squared_norm(view) for view in views]).tolist()
         return [_Average(*each) for each in zip(names, views, nonfinite, squares, strict=True)]
 
@@ -237,7 +224,8 @@ class BrokenBarrier(Attached):
         gradients = Gradients.packed({name: values.to(self.device) for name, values in averages.items()})
         future: Any = device_future(self.device)
         future.set_result(gradients.flat)
-        return _Part(step, due, gradients, self._inspected(gradients), future)
+        nonfinite = not_finite(gradients.flat, [values for _, values in gradients.layers(self._sizes)])
+        return _Part(step, due, gradients, self._inspected(gradients, nonfinite), future)
 
     def _wait_for(self, parts: Sequence[_Part]) -> None:
         for part in parts:
@@ -264,7 +252,7 @@ class BrokenBarrier(Attached):
         for name, parameter in self.parameters.items():
             parameter.grad = None
             if name in sums:
-                total = sums[name] if is_unit_scale(self._loss_scale) else sums[name] * self._loss_scale
+                total = sums[name] if is_unit_scale(self.loss_scale) else sums[name] * self.loss_scale
                 parameter.grad = shaped(total.to(parameter.dtype), parameter)
         self.meter.arrived()
         return self.all_finite(nonfinite)

@@ -8,13 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..gradients import Gradients
-from ..network.collectives import Collectives
-from ..registry import Compressor
 from .attached import Attached
-from .report import Report
 
 
 class Exchange(Attached):
@@ -24,19 +21,11 @@ class Exchange(Attached):
     next step begins.
     """
 
-    def __init__(
-        self, model: nn.Module, compressor: Compressor, collectives: Collectives, seed: int, record: bool = False
-    ) -> None:
-        self._loss_scale: float | Tensor = 1.0
-        self._open = False  # a step is under way
-        self._travelling = False  # and some of its gradients have been submitted
-        super().__init__(model, compressor, collectives, seed, record)
-
     def begin_step(self, loss_scale: float | Tensor = 1.0) -> None:
         self._end_step()
-        self._open, self._travelling = True, False
+        self.open, self.travelling = True, False
         self.pipeline.clear()
-        self._loss_scale = loss_scale
+        self.loss_scale = loss_scale
 
     def finish(self) -> Tensor:
         self.pipeline.check()
@@ -44,8 +33,8 @@ class Exchange(Attached):
         return self.all_finite(self.pipeline.nonfinite)
 
     def settle(self, applied: Tensor) -> None:
-        if self._open:
-            self._open = False
+        if self.open:
+            self.open = False
             self.averager.settle(applied)
             if self.recorder is not None:
                 self.recorder.state.settle(applied)
@@ -54,14 +43,10 @@ class Exchange(Attached):
     def flush(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:
         return None
 
-    def begin_backward(self) -> None:
-        if not self._open or self._travelling:
-            self.begin_step()
-
     def submit(self, gradients: Gradients) -> "torch.futures.Future[Tensor]":
-        self._travelling = True
+        self.travelling = True
         self.meter.submitted()
-        return self.pipeline.submit(replace(gradients, loss_scale=self._loss_scale), self.step)
+        return self.pipeline.submit(replace(gradients, loss_scale=self.loss_scale), self.step)
 
     def state_dict(self) -> dict[str, Any]:
         self._end_step()
@@ -75,13 +60,10 @@ class Exchange(Attached):
             )
         self.remember(state, ranks_alike)
 
-    def report(self) -> Report:
-        return self.meter.report(self.step + self._open)
-
     def _end_step(self) -> None:
         """End a step whose loop did not."""
         self.pipeline.wait()  # where a backward raised, nobody has: its jobs still work on buffers and residuals
-        if self._open:
+        if self.open:
             finite = self.finish()
             whole = len(self.pipeline.nonfinite) == len(self.layers)  # else nobody can have applied it
             self.settle(finite if whole else torch.zeros_like(finite))
