@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import compression
 import tests.compression.test_registry as promises
-from tests.support.threads import ThreadCollectives, run_ranks
+from tests.support.small_training import train
 
 DOCUMENT = Path(__file__).parents[2] / "ADDING_A_COMPRESSOR.md"
 NAME = "scaled_sign"
@@ -60,28 +59,7 @@ def test_its_messages_are_as_long_as_promised_and_a_contraction(example: dict[st
 
 
 def test_it_trains() -> None:
-    def train(ranks: ThreadCollectives) -> tuple[float, float, Tensor, float]:
-        model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 10))
-        for index, parameter in enumerate(model.parameters()):  # threads share torch's generator
-            generator = torch.Generator().manual_seed(index)
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-        compressor = compression.build(NAME, error_feedback=True)
-        exchange = compression.attach(model, compressor, ranks)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
-        losses = []
-        for step in range(150):
-            images = torch.randn(32, 20, generator=torch.Generator().manual_seed(2 * step + ranks.rank))
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(images), images[:, :10].argmax(1))
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        ratio = exchange.report().ratio
-        exchange.close()
-        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-        return sum(losses[:10]) / 10, sum(losses[-10:]) / 10, weights, ratio
-
-    (first, last, weights, ratio), (_, _, others, _) = run_ranks(2, train)
-    assert last < first / 2
-    assert torch.equal(weights, others)
-    assert ratio < 0.1
+    trained = train(NAME, 150, error_feedback=True)
+    assert trained.last_loss < trained.first_loss / 2
+    assert trained.ranks_agree
+    assert trained.ratio < 0.1

@@ -1,13 +1,13 @@
 """A quantizer that no kernel knows: its torch definition is all that there is of it."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import compression
 from compression import kernels
 from compression.codecs.quantizer import VariableWidth
 from compression.registry import QuantizerOptions, Row
-from tests.support.threads import ThreadCollectives, run_ranks
+from tests.support.small_training import Trained, train
 
 
 class MidRise(VariableWidth):
@@ -32,33 +32,11 @@ NAME = "mid_rise"
 ROW = Row("uniform levels of both signs, without zero", QuantizerOptions, quantizer=MidRise)
 
 
-def train(device: str) -> tuple[float, float, bool, float, str]:
-    """2 ranks train: (first losses, last losses, whether the ranks end with the same bits, ratio, kernels)."""
-
-    def rank_main(ranks: ThreadCollectives) -> tuple[float, float, Tensor, float]:
-        model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 10)).to(device)
-        for index, parameter in enumerate(model.parameters()):  # threads share torch's generator
-            generator = torch.Generator().manual_seed(index)
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator).to(device)
-        exchange = compression.attach(model, compression.build(NAME, bits=4, error_feedback=True), ranks)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
-        losses = []
-        for step in range(100):
-            images = torch.randn(32, 20, generator=torch.Generator().manual_seed(2 * step + ranks.rank)).to(device)
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(images), images[:, :10].argmax(1))
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        ratio = exchange.report().ratio
-        exchange.close()
-        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-        return sum(losses[:10]) / 10, sum(losses[-10:]) / 10, weights, ratio
-
+def train_mid_rise(device: str) -> tuple[Trained, str]:
+    """A training with it, and the name of the kernels that served."""
     compression.COMPRESSORS[NAME] = ROW
     try:
-        (first, last, weights, ratio), (_, _, others, _) = run_ranks(2, rank_main)
+        trained = train(NAME, 100, device, bits=4, error_feedback=True)
     finally:
         del compression.COMPRESSORS[NAME]
-    served_by = kernels.for_device(torch.device(device), MidRise.family)
-    return first, last, torch.equal(weights, others), ratio, getattr(served_by, "__name__", "")
+    return trained, getattr(kernels.for_device(torch.device(device), MidRise.family), "__name__", "")

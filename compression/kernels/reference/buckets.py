@@ -28,12 +28,7 @@ def encode(
     residual: Tensor | None = None,
     pending: Tensor | None = None,
 ) -> None:
-    """Write the records of all buckets of `plan` into `wire`.
-
-    `values` float32 [plan.values], `keys` uint32 [slots, 2], `wire` uint8 [plan.wire_bytes]. With `residual` (what
-    earlier encodings lost) and `pending` (float32 as well, addressed by `plan.memory_at`), values + residual is
-    encoded as a contraction and what is lost now goes to `pending`.
-    """
+    """As `Kernels.encode`."""
     for group in _groups(plan):
         at = _spans(plan.wire_at[group], _record_bytes(quantizer, plan, group), wire.device)
         vectors = values[_spans(plan.position[group], int(plan.count[group[0]]), values.device)]
@@ -62,7 +57,7 @@ def encode(
 def decode(
     quantizer: Definition, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False
 ) -> None:
-    """Set `out` to factor x decoded for all buckets of `plan`, or add that to it."""
+    """As `Kernels.decode`."""
     scale = torch.tensor(factor, dtype=torch.float32)
     for group in _groups(plan):
         count, bits = int(plan.count[group[0]]), int(plan.bits[group[0]])
@@ -89,12 +84,7 @@ def recode(
     residual: Tensor | None = None,
     pending: Tensor | None = None,
 ) -> None:
-    """Add up what all ranks have of one share, in rank order, times `factor`, and encode the sum.
-
-    Of this rank, which is number `rank`, that is `values`; of the others it is their messages, decoded: `received` is
-    uint8 [ranks - 1, plan.wire_bytes]. Where `rank` is None there are only messages. Afterwards the share in `values`
-    holds what was encoded, decoded again. The others as in `encode`.
-    """
+    """As `Kernels.recode`."""
     own = values * torch.tensor(factor, dtype=torch.float32)
     total = torch.empty_like(values)
     messages = [*received]
@@ -108,7 +98,7 @@ def recode(
 
 
 def expected_squared_error(quantizer: Definition, plan: Plan, values: Tensor) -> float:
-    """E |v - decoded|^2 over the rounding, summed over all buckets. `values`: float32 [plan.values].
+    """As `Kernels.expected_squared_error`.
 
     Rounding up a gap g with probability f has variance g^2 f (1 - f).
     """

@@ -20,11 +20,7 @@ MAGNITUDE = 0x7FFFFFFF  # the bits of a float but its sign: integers in the orde
 
 
 def select(plan: SparsePlan, scores: Tensor, at: Ints) -> Tensor:
-    """Indices of the k largest magnitudes of every layer, ascending: int64 [K], each counted within its layer.
-
-    `scores` is float32; layer l begins at `at[l]`. Of equal magnitudes the lower index goes first. NaN is larger than
-    infinity, so that what is not finite is kept.
-    """
+    """As `SparseKernels.select`."""
     chosen = []
     for layer, (n, k) in enumerate(zip(plan.count, plan.kept, strict=True)):
         keys = scores[int(at[layer]) : int(at[layer] + n)].view(torch.int32) & MAGNITUDE
@@ -36,7 +32,7 @@ def select(plan: SparsePlan, scores: Tensor, at: Ints) -> Tensor:
 
 
 def encode(plan: SparsePlan, values: Tensor, at: Ints, indices: Tensor, wire: Tensor) -> None:
-    """Write the records of all layers into `wire`, uint8 [plan.wire_bytes]. `indices` as `select` returns them."""
+    """As `SparseKernels.encode`."""
     for layer, (values_at, low_at, blocks_at, end) in enumerate(_parts(plan)):
         first, k, width = int(plan.first[layer]), int(plan.kept[layer]), int(plan.low_bits[layer])
         mine = indices[first : first + k]
@@ -49,11 +45,7 @@ def encode(plan: SparsePlan, values: Tensor, at: Ints, indices: Tensor, wire: Te
 
 
 def decode(plan: SparsePlan, wire: Tensor, out: Tensor, at: Ints, factor: float = 1.0) -> None:
-    """Add factor x value to `out` where the records of all layers say; layer l begins at `at[l]`.
-
-    Raises ValueError where a record does not hold k indices below n. Elsewhere than on a CPU, where that would be to
-    wait, it adds NaN instead, and the average is not finite.
-    """
+    """As `SparseKernels.decode`: a record is damaged that does not hold k indices below n."""
     scale = torch.tensor(factor, dtype=torch.float32)
     for layer, (values_at, low_at, blocks_at, end) in enumerate(_parts(plan)):
         n, k, width = int(plan.count[layer]), int(plan.kept[layer]), int(plan.low_bits[layer])

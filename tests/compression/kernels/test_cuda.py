@@ -28,6 +28,8 @@ from compression.kernels import reference
 from compression.layers import DENSE, Layer, shard
 from compression.plans import Plan, Segment, plan
 from compression.randomness import stream_keys
+from tests.support.quantizers import train_mid_rise
+from tests.support.small_training import Trained
 
 TRITON = importlib.util.find_spec("triton")
 pytestmark = pytest.mark.skipif(TRITON is None, reason="Triton is not installed")
@@ -346,20 +348,19 @@ def test_products_are_not_fused_into_sums_by_the_assembler(compiler: Executor) -
 
 
 def test_a_quantizer_that_no_kernel_knows_trains(gpu: Executor) -> None:
-    first, last, agree, ratio, served_by = gpu.submit(train_beside_triton).result()
-    assert last < first / 2
-    assert agree
-    assert ratio < 0.3  # biases travel in float32
+    trained, served_by = gpu.submit(train_beside_triton).result()
+    assert trained.last_loss < trained.first_loss / 2
+    assert trained.ranks_agree
+    assert trained.ratio < 0.3  # biases travel in float32
     assert served_by == "compression.kernels.reference"
 
 
-def train_beside_triton() -> tuple[float, float, bool, float, str]:
+def train_beside_triton() -> tuple[Trained, str]:
     """On a GPU, or with the GPU's kernels in the interpreter in place of the CPU's."""
     from compression.kernels import cuda
-    from tests.support.quantizers import train
 
     if torch.cuda.is_available():
-        return train("cuda")
+        return train_mid_rise("cuda")
     with patch.object(kernels, "cpu", cuda):
         assert kernels.for_device(torch.device("cpu"), "maxmin") is cuda
-        return train("cpu")
+        return train_mid_rise("cpu")
