@@ -370,8 +370,7 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
     A flag that could have no effect is an error that names the flags it needs: nothing that a user set is
     silently ignored. A default spelled out is never refused, nor are training flags with --evaluate.
 
-    Raises:
-        ValueError: one line that names the flags and the way out.
+    Raises ValueError, one line that names the flags and the way out.
     """
     def goes_with(names: str, useful: Any, what: str) -> None:
         for name in names.split():
@@ -458,8 +457,7 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
 def check_files(flags: argparse.Namespace) -> None:
     """See that no two files are one, nor one that is read and one that is written anew.
 
-    Raises:
-        ValueError: one line that names both, and the way out.
+    Raises ValueError, one line that names both, and the way out.
     """
     for name in ("checkpoint_filename", "raport_file"):
         refuse(classification.copies.is_name_of_copy(Path(getattr(flags, name)).name),
@@ -484,8 +482,7 @@ def check_files(flags: argparse.Namespace) -> None:
 def check_world(flags: argparse.Namespace, world_size: int) -> None:
     """Hold the flags against the number of ranks.
 
-    Raises:
-        ValueError: `--optimizer-batch-size` is no multiple of ranks x batch.
+    Raises ValueError where `--optimizer-batch-size` is no multiple of ranks x batch.
     """
     batch, total = world_size * flags.batch_size, flags.optimizer_batch_size
     refuse(total != -1 and total % batch,
@@ -1021,8 +1018,7 @@ class Snapshot:
     def restore(self, run: Run, saved: Mapping[str, Any]) -> None:
         """Let a run go on where a checkpoint ends. What each rank had of its own is restored on as many ranks.
 
-        Raises:
-            ValueError: the checkpoint does not fit the model, the optimizer or the compressor.
+        Raises ValueError where the checkpoint does not fit the model, the optimizer or the compressor.
         """
         flags, ranks = self.flags, self.ranks
         classification.checkpoints.load_into(run.module, saved["state_dict"], "of the checkpoint")
@@ -1058,11 +1054,8 @@ class Snapshot:
     def align_position(self, run: Run, images_per_iteration: int | None) -> None:
         """Move a run to the last step that begins at or before its position.
 
-        Args:
-            images_per_iteration: of the checkpoint's iterations on all ranks; None where there is no checkpoint.
-
-        Raises:
-            ValueError: no step fits into an epoch, or none begins there.
+        `images_per_iteration` is that of the checkpoint, over all ranks; None where there is no checkpoint. Raises
+        ValueError where no step fits into an epoch, or none begins there.
         """
         last_iteration = functools.partial(
             classification.training.last_iteration,

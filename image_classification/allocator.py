@@ -14,8 +14,7 @@ def keep_freed_memory() -> bool:
     the kernel, which then hands it out again page by page, zeroed: up to a third of a small network's backward. The
     most that the process ever holds does not grow by this.
 
-    Returns:
-        Whether the C library took the advice. Others than glibc do as they always do.
+    Returns whether the C library took the advice. Others than glibc do as they always do.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

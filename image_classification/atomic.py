@@ -23,8 +23,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     One writer per file.
 
-    Raises:
-        OSError: the folder is missing or read-only, the disk is full, or `path` is a device or a folder.
+    Raises OSError where the folder is missing or read-only, the disk is full, or `path` is a device or a folder.
     """
     path = path.resolve()
     if path.exists() and not path.is_file():
@@ -48,8 +47,7 @@ def appearing(folder: Path) -> Iterator[Path]:
 
     Whoever sees `folder` sees all of it. Of several writers at once one wins, and the others' work is dropped.
 
-    Raises:
-        OSError: the folder around it is missing or read-only, or the disk is full.
+    Raises OSError where the folder around it is missing or read-only, or the disk is full.
     """
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

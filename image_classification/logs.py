@@ -147,8 +147,7 @@ class Raport(Sink):
         In between, the run goes on from a checkpoint: records of later steps, and those of the whole run, are
         dropped first, because they are about to be written again. The file is replaced in one piece.
 
-        Raises:
-            OSError: the file cannot be written.
+        Raises OSError where the file cannot be written.
         """
         self.path = path
         with self._writing():
@@ -213,7 +212,7 @@ class TensorBoard(Sink):
     """Event files. The horizontal axis counts iterations over all epochs."""
 
     def __init__(self, folder: Path, iterations: int, start: Step = START) -> None:
-        """`iterations` per epoch; what an earlier run logged after `start` is hidden, as in `Raport`."""
+        """`iterations` per epoch; records of an earlier run after `start` are hidden, as in `Raport`."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.iterations = iterations

@@ -28,8 +28,7 @@ def parameter_groups(
     batch norms in any place and of any name are found. `without_momentum` names parameters as
     `model.named_parameters()` does; their group has momentum 0, whatever the optimizer's is.
 
-    Raises:
-        ValueError: `without_momentum` names something that is no trainable parameter.
+    Raises ValueError where `without_momentum` names something that is no trainable parameter.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if unknown := set(without_momentum) - set(trainable):

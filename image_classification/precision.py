@@ -52,8 +52,7 @@ class Precision:
         half precision. Half precision is float16 on a GPU and bfloat16 on a CPU. A dynamic scale starts at
         2^16, like torch.amp's, and overrides a static one.
 
-        Raises:
-            ValueError: an unknown level, or a loss scale that is not above 0.
+        Raises ValueError for an unknown level, or a loss scale that is not above 0.
         """
         half = torch.float16 if device.type == "cuda" else torch.bfloat16
         levels: dict[str, dict[str, Any]] = {
@@ -183,9 +182,8 @@ class MixedPrecisionOptimizer:
         scalar `finite` says so, and no half-precision gradient has overflowed. Parameters without gradient
         are left as they are.
 
-        Returns:
-            A bool scalar on the device: the step was applied. The host waits for it only where the optimizer
-            cannot be told on the device (apex, and half-precision weights on a CPU).
+        Returns a bool scalar on the device: the step was applied. The host waits for it only where the optimizer
+        cannot be told on the device (apex, and half-precision weights on a CPU).
         """
         gradients = self._gradients()
         found_inf = finite.logical_not().float()
@@ -237,8 +235,7 @@ class MixedPrecisionOptimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()` of an optimizer of the same parameters and precision.
 
-        Raises:
-            ValueError: they differ.
+        Raises ValueError where they differ.
         """
         own = self.state_dict()
         for part, remedy in (

@@ -31,7 +31,7 @@ class Budgeted:
 
     @property
     def gap(self) -> float:
-        """How much above the lower bound the error is at most, as a share of the bound; 0 is the optimum."""
+        """How much above the lower bound the error is at most, as a fraction of the bound; 0 is the optimum."""
         return gap(self.error, self.lower_bound)
 
 
@@ -59,7 +59,7 @@ def within_budget(tables: Tables, bits_a_value: float, frontier: int = 100_000) 
 
     best_L, best_error = edges.start_L, math.inf
     lower_bound = math.inf
-    choices_SL = np.zeros((1, len(order)), dtype=np.int8)
+    columns_SL = np.zeros((1, len(order)), dtype=np.int8)
     nbytes_S, error_S = np.zeros(1, dtype=np.int64), np.zeros(1)
     for decided, layer in enumerate(order, start=1):
         nbytes_S = (nbytes_S[:, None] + tables.nbytes[layer]).ravel()
@@ -73,7 +73,7 @@ def within_budget(tables: Tables, bits_a_value: float, frontier: int = 100_000) 
         if complete_S.min() < best_error:
             best = int(complete_S.argmin())
             best_error = complete_S[best]
-            best_L = rest.complete(choices_SL[best // widths], corner_S[best])
+            best_L = rest.complete(columns_SL[best // widths], corner_S[best])
             best_L[layer] = best % widths
 
         # A bound must not be too high, not even by what the interpolation rounds.
@@ -86,8 +86,8 @@ def within_budget(tables: Tables, bits_a_value: float, frontier: int = 100_000) 
             going = going[np.argsort(bound_S[going], kind="stable")]
             lower_bound = min(lower_bound, bound_S[going[frontier]])
             going = going[:frontier]
-        choices_SL = choices_SL[going // widths]
-        choices_SL[:, layer] = going % widths
+        columns_SL = columns_SL[going // widths]
+        columns_SL[:, layer] = going % widths
         nbytes_S, error_S = nbytes_S[going], error_S[going]
         if not len(going):
             break
@@ -124,7 +124,7 @@ class _Rest:
 
 def _budget_nbytes(tables: Tables, bits_a_value: float) -> int:
     """The most bytes that are at most so many bits a value."""
-    _hold(bits_a_value, tables.bits_a_value(tables.bits(tables.nbytes.argmin(axis=1))))
+    _check_bits(bits_a_value, tables.bits_a_value(tables.bits(tables.nbytes.argmin(axis=1))))
     values = sum(tables.numel)
     nbytes = math.floor(bits_a_value * values / 8) + 1
     while 8 * nbytes / values > bits_a_value:
@@ -137,10 +137,10 @@ def check_budget(
 ) -> None:
     """Raise ValueError where layers of so many values cannot keep within a budget, known before any gradient is."""
     cheapest = sum(min(codec_at(width).wire_bytes(count) for width in widths) for count in numel)
-    _hold(bits_a_value, 8 * cheapest / sum(numel))
+    _check_bits(bits_a_value, 8 * cheapest / sum(numel))
 
 
-def _hold(bits_a_value: float, cheapest: float) -> None:
+def _check_bits(bits_a_value: float, cheapest: float) -> None:
     if not 0 < bits_a_value < math.inf:
         raise ValueError(f"a budget must be a finite number of bits a value above 0, got {bits_a_value}")
     if bits_a_value < cheapest:

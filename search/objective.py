@@ -21,7 +21,7 @@ class Assignment:
 
 
 def gap(found: float, best: float) -> float:
-    """How far `found` is above `best`, as a share of it: 0 where they are equal, infinite above a best of 0."""
+    """How far `found` is above `best`, as a fraction of it: 0 where they are equal, infinite above a best of 0."""
     if found == best:
         return 0.0
     return found / best - 1 if best else math.inf

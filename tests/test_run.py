@@ -198,8 +198,8 @@ def objective(found: Mapping[str, Any], bits: Sequence[int]) -> float:
     columns = [found["widths"].index(width) for width in bits]
     error = math.fsum(row[column] for row, column in zip(found["error"], columns, strict=True))
     nbytes = sum(row[column] for row, column in zip(found["nbytes"], columns, strict=True))
-    share = (nbytes + found["dense_bytes"]) / (4 * found["values"])
-    return error ** found["alpha"] * share ** found["beta"]
+    ratio = (nbytes + found["dense_bytes"]) / (4 * found["values"])
+    return error ** found["alpha"] * ratio ** found["beta"]
 
 
 def assignments(found: Mapping[str, Any]) -> Iterator[tuple[int, ...]]:

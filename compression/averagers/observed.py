@@ -34,13 +34,8 @@ class StatisticsAverager(Dense):
 def observe(averager: object, path: Path, first_step: int = 0, writers: Sequence[Any] = ()) -> bool:
     """Let an averager that measures gradients write their statistics; any other is left alone.
 
-    They go to a file, from `first_step` on as `JsonLines` has it, and to TensorBoard's `writers`.
-
-    Returns:
-        Whether it measures any.
-
-    Raises:
-        OSError: the file cannot be written.
+    They go to a file, from `first_step` on as `JsonLines` has it, and to TensorBoard's `writers`. Returns whether it
+    measures any. Raises OSError where the file cannot be written.
     """
     if not isinstance(averager, StatisticsAverager):
         return False

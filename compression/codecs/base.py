@@ -1,4 +1,4 @@
-"""What averagers ask of a codec, and the codec that changes nothing."""
+"""The protocol of codecs, and the codec that changes nothing."""
 
 from dataclasses import dataclass
 from typing import Protocol

@@ -15,7 +15,7 @@ differs from run to run. Here all that results depend on is fixed before anythin
 * A layer that is not due in a step is skipped: no momentum, no weight decay. Two averages that are due are added.
 
 Only the order on the wire is up to timing. A prefix overtakes all late averages that still wait, but for those of its
-own layers, since what a codec remembers of a layer goes from step to step. Before every job rank 0 chooses for all.
+own layers, since the residuals of a layer go from step to step. Before every job rank 0 chooses for all.
 
 When not to use it. Every byte still travels: a step can come down to max(compute, communication) and no further, so
 where the network is several times too slow, send less instead; where it is fast, there is nothing to hide. On a steady
@@ -49,7 +49,7 @@ _CHUNK = 2**16  # values that are squared at a time, so that their float64 copy 
 def prefix_length(squares: Sequence[float], fraction: float) -> int:
     """How many layers, from the first on, hold a fraction of the sum of their squared norms.
 
-    All of them where there is nothing to share: the sum is zero, or not finite.
+    All of them where there is nothing to divide: the sum is zero, or not finite.
     """
     total = sum(squares)
     held = 0.0
@@ -83,11 +83,11 @@ class _Part:
 class BrokenBarrier(Attached):
     """An exchange whose steps wait for a fraction of the gradient; see above for what it promises and what it costs.
 
-    It needs the whole of a step: `begin_step`, backward, `finish`, the optimizer's step, `settle`. Before weights are
+    It needs every part of a step: `begin_step`, backward, `finish`, the optimizer's step, `settle`. Before weights are
     looked at the late averages must be applied too: see `flush`.
 
-    What averagers and recorder remember of a layer is settled with the layer's own average, if that is finite. Where
-    a step is not applied, because another layer's was not, a finite average of it is lost.
+    The state that averager and recorder keep of a layer is settled with the layer's own average, if that is finite.
+    Where a step is not applied, because another layer's was not, a finite average of it is lost.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class BrokenBarrier(Attached):
         self.fraction, self.late_steps = fraction, late_steps
         self._loss_scale: float | Tensor = 1.0
         self._open = False  # a step is under way
-        self._travelling = False  # and some of its gradients have been submitted
+        self._traveling = False  # and some of its gradients have been submitted
         self._outstanding: list[_Part] = []  # of this step and earlier ones, in their order
         self._held: list[_Part] = []  # late ones of this step, until its prefix has been queued
         super().__init__(model, compressor, collectives, seed, record, self._choose_urgent)
@@ -130,7 +130,7 @@ class BrokenBarrier(Attached):
                 "the averages of a broken barrier come with finish(), and the last step ended without; call finish() "
                 "before the optimizer's step and settle() after it"
             )
-        self._open, self._travelling = True, False
+        self._open, self._traveling = True, False
         self.pipeline.clear()
         self._loss_scale = loss_scale
         length = prefix_length(list(self._squares.values()), self.fraction)
@@ -154,15 +154,15 @@ class BrokenBarrier(Attached):
         return self._apply(min(part.due for part in self._outstanding)) if self._outstanding else None
 
     def begin_backward(self) -> None:
-        if not self._open or self._travelling:
+        if not self._open or self._traveling:
             self.begin_step()
 
     def submit(self, gradients: Gradients) -> "torch.futures.Future[Tensor]":
-        """Copy what is in the prefix and queue it, copy the rest and hold it back; the buffer is done with at once.
+        """Copy the prefix and queue it, copy the rest and hold it back; the buffer is done with at once.
 
         The rest would only be in the prefix's way: it has the next steps' compute to travel behind.
         """
-        self._travelling = True
+        self._traveling = True
         self.meter.submitted()
         values = dict(gradients.layers(self._sizes))
         urgent = {name: view for name, view in values.items() if name in self.prefix}
@@ -177,10 +177,10 @@ class BrokenBarrier(Attached):
         done.set_result(gradients.flat)
         return done
 
-    # What is remembered and counted
+    # State and counts
 
     def state_dict(self) -> dict[str, Any]:
-        """As `Exchange.state_dict`; what is outstanding is waited for, and not applied."""
+        """As `Exchange.state_dict`; outstanding averages are waited for, and not applied."""
         self._wait_for(self._outstanding)
         late = [
             {
@@ -190,10 +190,10 @@ class BrokenBarrier(Attached):
             }
             for part in self._outstanding
         ]
-        return self.remembered() | {"late": late, "squares": dict(self._squares)}
+        return self._common_state() | {"late": late, "squares": dict(self._squares)}
 
     def load_state_dict(self, state: Mapping[str, Any], ranks_alike: bool = True) -> None:
-        self.remember(state, ranks_alike)
+        self._load_common_state(state, ranks_alike)
         self._squares.update(state.get("squares", {}))
         self._outstanding = [self._restored(**late) for late in state.get("late", [])]
 
@@ -204,9 +204,9 @@ class BrokenBarrier(Attached):
 
     def _choose_urgent(self, urgent: bool) -> bool:
         """Rank 0's choice: 4 bytes, and the rank's wait for the others."""
-        word = torch.tensor([float(urgent and self.collectives.rank == 0)], device=self.device)
-        self.collectives.sum_(word)
-        return bool(word)
+        vote = torch.tensor([float(urgent and self.collectives.rank == 0)], device=self.device)
+        self.collectives.sum_(vote)
+        return bool(vote)
 
     def _part(self, values: Mapping[str, Tensor], due: int) -> _Part:
         """A copy of some layers of this step."""
@@ -215,7 +215,7 @@ class BrokenBarrier(Attached):
         return part
 
     def _arrival(self, part: _Part) -> Any:
-        """What is to be done on the communication thread when a part's averages are there."""
+        """The work of the communication thread once a part's averages have arrived."""
 
         def arrive(averages: Gradients) -> None:
             part.averages = self._inspected(averages)
@@ -233,7 +233,7 @@ class BrokenBarrier(Attached):
         return [_Average(*each) for each in zip(names, views, nonfinite, squares, strict=True)]
 
     def _restored(self, step: int, due: int, averages: Mapping[str, Tensor]) -> _Part:
-        """What `state_dict` made of a part."""
+        """A part, from its entry in a `state_dict`."""
         gradients = Gradients.packed({name: values.to(self.device) for name, values in averages.items()})
         future: Any = device_future(self.device)
         future.set_result(gradients.flat)

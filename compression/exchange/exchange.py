@@ -29,12 +29,12 @@ class Exchange(Attached):
     ) -> None:
         self._loss_scale: float | Tensor = 1.0
         self._open = False  # a step is under way
-        self._travelling = False  # and some of its gradients have been submitted
+        self._traveling = False  # and some of its gradients have been submitted
         super().__init__(model, compressor, collectives, seed, record)
 
     def begin_step(self, loss_scale: float | Tensor = 1.0) -> None:
         self._end_step()
-        self._open, self._travelling = True, False
+        self._open, self._traveling = True, False
         self.pipeline.clear()
         self._loss_scale = loss_scale
 
@@ -55,17 +55,17 @@ class Exchange(Attached):
         return None
 
     def begin_backward(self) -> None:
-        if not self._open or self._travelling:
+        if not self._open or self._traveling:
             self.begin_step()
 
     def submit(self, gradients: Gradients) -> "torch.futures.Future[Tensor]":
-        self._travelling = True
+        self._traveling = True
         self.meter.submitted()
         return self.pipeline.submit(replace(gradients, loss_scale=self._loss_scale), self.step)
 
     def state_dict(self) -> dict[str, Any]:
         self._end_step()
-        return self.remembered()
+        return self._common_state()
 
     def load_state_dict(self, state: Mapping[str, Any], ranks_alike: bool = True) -> None:
         if state.get("late"):
@@ -73,7 +73,7 @@ class Exchange(Attached):
                 "the checkpoint holds averages that a broken barrier is still to apply; resume with the "
                 "`barrier_fraction` of the run that was interrupted"
             )
-        self.remember(state, ranks_alike)
+        self._load_common_state(state, ranks_alike)
 
     def report(self) -> Report:
         return self.meter.report(self.step + self._open)
@@ -83,5 +83,5 @@ class Exchange(Attached):
         self.pipeline.wait()  # where a backward raised, nobody has: its jobs still work on buffers and residuals
         if self._open:
             finite = self.finish()
-            whole = len(self.pipeline.nonfinite) == len(self.layers)  # else nobody can have applied it
-            self.settle(finite if whole else torch.zeros_like(finite))
+            complete = len(self.pipeline.nonfinite) == len(self.layers)  # else nobody can have applied it
+            self.settle(finite if complete else torch.zeros_like(finite))

@@ -25,7 +25,7 @@ Future = torch.futures.Future
 
 
 class Pipeline:
-    """Averages what is submitted, in that order, which is the same on every rank.
+    """Averages the buffers that are submitted, in that order, which is the same on every rank.
 
     `recorder` takes in the gradients before anything encodes them. With `needs_full_gradient` the buffers wait until
     all `layers` have been submitted, and are averaged as one. An averager's state is pending until the caller settles
@@ -51,7 +51,7 @@ class Pipeline:
         self.seconds = 0.0
         """Seconds of the communication thread in jobs."""
         self.failure: BaseException | None = None
-        """What went wrong on another thread than the caller's."""
+        """An exception of another thread than the caller's."""
         self.submitted = 0
         """Buffers, or full gradients, that have been submitted and are not urgent."""
         self._sizes = {layer.name: layer.numel for layer in layers}
@@ -71,7 +71,7 @@ class Pipeline:
         """Queue the averaging of one flat buffer. The future's value is the buffer of the averages.
 
         It is completed whether that succeeds or not, which `check` tells. `then` is called with the averages, on the
-        communication thread. RuntimeError once closed.
+        communication thread. Raises RuntimeError once closed.
         """
         future: Future[Tensor] = device_future(gradients.flat.device)
         self._waiting.append((gradients, future))
@@ -95,7 +95,7 @@ class Pipeline:
         return future
 
     def check(self) -> None:
-        """Raise what went wrong on the communication thread."""
+        """Raise the exception of the communication thread, if there is one."""
         if failure := self.failure or self._engine.failure:
             raise failure
 
@@ -173,7 +173,7 @@ class Pipeline:
         return [part.flat for part in parts] if self._flat_gradient is not None else [averages.flat]
 
     def _prepared(self, gradients: Gradients) -> Gradients:
-        """What the averager gets, and averages in place: the same, or float32 and without loss scale elsewhere."""
+        """The gradients to average in place: the same, or float32 and without loss scale elsewhere."""
         record_stream(gradients.flat, gradients.loss_scale)
         if not self.averager.lossless:
             gradients = gradients.unscaled()
@@ -182,7 +182,7 @@ class Pipeline:
         return gradients
 
     def _finished(self, gradients: Gradients, prepared: Gradients) -> Gradients:
-        """The averages where they belong, and whether they are finite noted."""
+        """The averages in their own buffer; notes whether they are finite."""
         scale = gradients.loss_scale
         if not self._in_order:
             gradients = prepared.unscaled()

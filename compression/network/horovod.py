@@ -28,7 +28,7 @@ def join(device: str, local_rank: int, backend: str) -> Iterator[World]:
     """
     hvd = _initialized()
     try:
-        place = choose_device(device, hvd.local_rank())
+        own_device = choose_device(device, hvd.local_rank())
         control = Horovod(hvd, "control")
         with socket.socket() as probe:
             probe.bind(("", 0))
@@ -37,7 +37,7 @@ def join(device: str, local_rank: int, backend: str) -> Iterator[World]:
         store = dist.TCPStore(  # type: ignore[attr-defined]
             host, port, is_master=control.rank == 0, wait_for_workers=False
         )
-        yield World(hvd.local_rank(), hvd.local_size(), place, control, Horovod(hvd, "gradients"), store)
+        yield World(hvd.local_rank(), hvd.local_size(), own_device, control, Horovod(hvd, "gradients"), store)
     finally:
         hvd.shutdown()
 

@@ -30,9 +30,9 @@ def encode(
 ) -> None:
     """Write the records of all buckets of `plan` into `wire`.
 
-    `values` float32 [plan.values], `keys` uint32 [slots, 2], `wire` uint8 [plan.wire_bytes]. With `residual` (what
-    earlier encodings lost) and `pending` (float32 as well, addressed by `plan.memory_at`), values + residual is
-    encoded as a contraction and what is lost now goes to `pending`.
+    `values` float32 [plan.values], `keys` uint32 [slots, 2], `wire` uint8 [plan.wire_bytes]. With `residual` (errors
+    of earlier encodings) and `pending` (float32 as well, addressed by `plan.state_at`), values + residual is
+    encoded as a contraction, and the error of this encoding goes to `pending`.
     """
     for group in _groups(plan):
         at = _spans(plan.wire_at[group], _record_bytes(quantizer, plan, group), wire.device)
@@ -42,8 +42,8 @@ def encode(
             wire[at] = vectors.contiguous().view(torch.uint8).reshape(len(group), -1)
             continue
         if residual is not None:
-            memory = _spans(plan.memory_at[group], vectors.shape[1], values.device)
-            vectors = vectors + residual[memory]
+            state = _spans(plan.state_at[group], vectors.shape[1], values.device)
+            vectors = vectors + residual[state]
         element = _spans(plan.element[group], vectors.shape[1], values.device)
         halves = on_device(keys[plan.slot[group]].astype(np.int64), values.device)
         kind = quantizer.with_bits(bits)
@@ -56,7 +56,7 @@ def encode(
             scales = project(kind, vectors, scales, codes)
         wire[at] = torch.cat([scales.contiguous().view(torch.uint8), kind.pack(codes)], dim=1)
         if pending is not None:
-            pending[memory] = vectors - kind.levels(scales, codes)
+            pending[state] = vectors - kind.levels(scales, codes)
 
 
 def decode(
@@ -89,11 +89,11 @@ def recode(
     residual: Tensor | None = None,
     pending: Tensor | None = None,
 ) -> None:
-    """Add up what all ranks have of one share, in rank order, times `factor`, and encode the sum.
+    """Add up all ranks' values of one shard, in rank order, times `factor`, and encode the sum.
 
     Of this rank, which is number `rank`, that is `values`; of the others it is their messages, decoded: `received` is
-    uint8 [ranks - 1, plan.wire_bytes]. Where `rank` is None there are only messages. Afterwards the share in `values`
-    holds what was encoded, decoded again. The others as in `encode`.
+    uint8 [ranks - 1, plan.wire_bytes]. Where `rank` is None there are only messages. Afterwards the shard in `values`
+    holds the encoded sum, decoded again. The others as in `encode`.
     """
     own = values * torch.tensor(factor, dtype=torch.float32)
     total = torch.empty_like(values)

@@ -184,7 +184,7 @@ def test_the_registry_builds_it_and_the_ramp_takes_the_place_of_the_warm_up() ->
     [
         ({"momentum": 1.0}, "momentum is a number from 0 to below 1, got 1.0"),
         ({"clip": 0.0}, "clip bounds a norm and is a number above 0, got 0.0; None is off"),
-        ({"ratio": 2}, "TopK keeps a share of the values above 0 and at most 1, got ratio=2"),
+        ({"ratio": 2}, "TopK keeps a fraction of the values above 0 and at most 1, got ratio=2"),
         ({"error_feedback": True}, "compressor dgc takes no option 'error_feedback'"),
     ],
 )

@@ -133,8 +133,8 @@ def test_codes_are_unbiased(name: str, options: dict[str, Any], values: Tensor) 
     error = (found.mean(0) - clipped(name, values)).abs()
     spread = found.std(0)
     span = found.amax(0) - found.amin(0)
-    share = (found.mean(0) - found.amin(0)) / span  # of draws that were rounded up
-    counts = (span > 0) & (torch.minimum(share, 1 - share) * DRAWS >= 10)
+    fraction = (found.mean(0) - found.amin(0)) / span  # of draws that were rounded up
+    counts = (span > 0) & (torch.minimum(fraction, 1 - fraction) * DRAWS >= 10)
     assert int(counts.sum()) > 0 or bool((error < 1e-6).all())
     if int(counts.sum()) > 0:
         z = error[counts] / (spread[counts] / DRAWS**0.5)

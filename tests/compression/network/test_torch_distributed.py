@@ -20,7 +20,7 @@ from compression.network.collectives import part_of
 
 RANKS = 3
 SIZES = ([4, 4, 4], [5, 0, 2], [0, 0, 3], [0, 0, 0], [300_000, 1, 200_000])
-"""Bytes of each rank's share: alike, uneven, none at all, more than a connection holds."""
+"""Bytes of each rank's message: alike, uneven, none at all, more than a connection holds."""
 
 
 def message(rank: int, nbytes: int) -> Tensor:
