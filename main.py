@@ -664,7 +664,7 @@ class Run:
         """First step: the loaders and the converted network, seeded by rank from then on.
 
         The ranks agree once all that a host's files, memory or packages can spoil is built: images, weights, the
-        sizes of a batch. What follows takes the network's collectives, in which a rank that failed would be missing.
+        sizes of a batch. The next step takes the network's collectives, in which a rank that failed would be missing.
         """
         flags = self.flags
         if flags.deterministic:
@@ -1016,7 +1016,7 @@ class Snapshot:
                 )
 
     def restore(self, run: Run, saved: Mapping[str, Any]) -> None:
-        """Let a run go on where a checkpoint ends. What each rank had of its own is restored on as many ranks.
+        """Let a run go on where a checkpoint ends. Each rank's own state is restored on as many ranks.
 
         Raises ValueError where the checkpoint does not fit the model, the optimizer or the compressor.
         """
@@ -1029,12 +1029,12 @@ class Snapshot:
             run.exchange.set_widths(saved["widths"])
         alike = saved["world_size"] == ranks.size
         own = saved["ranks"][ranks.rank if alike else 0]
-        exchange, layout = own["exchange"], saved.get("memory_format", flags.memory_format)
+        exchange, order = own["exchange"], saved.get("memory_format", flags.memory_format)
         remembers = any(exchange["averager"].values()) or exchange["recorded"] or exchange.get("late")
         refuse(
-            remembers and layout != flags.memory_format and not flags.evaluate,
-            f"the checkpoint holds values in {layout} order that compression or search remember, and --memory-format "
-            f"is {flags.memory_format}; resume with --memory-format {layout}",
+            remembers and order != flags.memory_format and not flags.evaluate,
+            f"the checkpoint holds values in {order} order that compression or search remember, and --memory-format "
+            f"is {flags.memory_format}; resume with --memory-format {order}",
         )
         run.exchange.load_state_dict(own["exchange"], ranks_alike=alike)
         for name, buffer in run.module.named_buffers():
@@ -1075,7 +1075,7 @@ class Snapshot:
             last_iteration(start=run.iteration)
 
     def way_on(self) -> str:
-        """How to go on from the last checkpoint, in words."""
+        """A sentence that says how to go on from the last checkpoint."""
         if self.flags.no_checkpoints:
             return "--no-checkpoints: nothing was saved"
         return f"go on with --resume {self.path}"

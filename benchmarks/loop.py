@@ -80,7 +80,7 @@ class Idle:
 def bare_epoch(
     model: nn.Module, loader: Held, loss: nn.Module, optimizer: torch.optim.Optimizer, half: torch.dtype | None
 ) -> None:
-    """The bare loop to compare with. `half`: the type that autocast computes in, None without."""
+    """The bare loop, to compare with. `half`: the type that autocast computes in, None without it."""
     model.train()
     for images, labels in loader.epoch(0):
         optimizer.zero_grad()

@@ -15,7 +15,7 @@ from .layers import DENSE, Ints, Layer, bucket_length
 
 @dataclass(frozen=True)
 class Plan:
-    """Where M buckets of many layers lie, in a flat buffer of values and on the wire. int64 [M] each.
+    """Positions of M buckets of many layers, in a flat buffer of values and on the wire. int64 [M] each.
 
     One plan drives one kernel call over all its buckets, whatever their layers, lengths and widths.
     """
@@ -24,7 +24,7 @@ class Plan:
     count: Ints  # of values
     bits: Ints  # per value; DENSE is float32 as it is
     wire_at: Ints  # byte offset of the record
-    slot: Ints  # which row of the stream keys is this layer's
+    slot: Ints  # this layer's row of the stream keys
     element: Ints  # index, in the layer, of the first value
     state_at: Ints  # of the first value, in the state kept from step to step (residuals)
     layers: Ints  # [slots]: the layer index of each slot
@@ -141,7 +141,7 @@ def plan_of_messages(
 def split_into_chunks(whole: Plan, count: int) -> list[Plan]:
     """A plan cut into at most `count` plans, each with about as many bytes of every message, cut between records.
 
-    Where the values lie, and what the slots are, stays as it is; a chunk's wire holds its own records only. The plan of
+    Positions of values, and slots, stay as they are; a chunk's wire holds its own records only. The plan of
     all owners and that of one of them are cut at the same records.
     """
     edges = _edges(whole, count)
@@ -169,7 +169,7 @@ def select(whole: Plan, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> Plan:
 
 
 def _edges(whole: Plan, count: int) -> Ints:
-    """Where every message is cut into `count` parts, [owners, count + 1]: a record belongs to where it begins."""
+    """Records at which every message is cut into `count` parts, [owners, count + 1]: a part begins with a record."""
     ends = np.cumsum(whole.message_bytes, dtype=np.int64)
     starts = ends - whole.message_bytes
     targets = starts[:, None] + np.arange(count + 1) * (ends - starts)[:, None] // count

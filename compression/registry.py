@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Options:
-    """The options of a compressor: a frozen dataclass whose fields are what it takes, with their defaults.
+    """The options of a compressor: a frozen dataclass with a field and a default for each.
 
     Options that a compressor does not take have these values.
 
@@ -77,8 +77,8 @@ class QuantizerOptions(Options):
 
 @dataclass(frozen=True)
 class TopKOptions(Options):
-    """`ratio`: fraction of values that are kept. What is dropped is lost, or remembered (`error_feedback`), or sent in
-    `efx_bits` bits, or a random fraction `efx_randk` of it is sent."""
+    """`ratio`: fraction of values that are kept. Dropped values are lost, or added later (`error_feedback`), or sent in
+    `efx_bits` bits, or a random fraction `efx_randk` of them is sent."""
 
     ratio: float = 0.01
     bucket_size: int = 512
@@ -148,13 +148,13 @@ Build = Callable[[Any, Sequence["Layer"], "Collectives", int], "Averager"]
 
 @dataclass(frozen=True)
 class Row:
-    """One compressor: what it is, the class of its options, and how its averager and its codec are built.
+    """One compressor: a summary, the class of its options, and how its averager and its codec are built.
 
     Either a `quantizer`, whose codes are averaged in two hops, or what `average` builds. `quantizer` and `codec` are
     classes, or their names within `compression.codecs`.
     `listed`: among the choices of a compression type; the others are chosen otherwise. `needs_feedback`: error feedback
     is always on. `own_warmup`: its first `warmup_steps` are not in float32, but its own business.
-    `stateless`: its averager remembers nothing.
+    `stateless`: its averager has no state.
     """
 
     summary: str

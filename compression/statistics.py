@@ -134,7 +134,7 @@ class TensorBoard:
     """A sink: a histogram of each layer's gradient, and curves of its moments and quantiles."""
 
     def __init__(self, writer: Any) -> None:
-        """`writer`: a SummaryWriter, or what has its `add_histogram_raw` and `add_scalar`."""
+        """`writer`: a SummaryWriter, or anything with its `add_histogram_raw` and `add_scalar`."""
         self.writer = writer
 
     def __call__(self, step: int, layer: str, statistics: Statistics) -> None:

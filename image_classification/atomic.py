@@ -1,6 +1,6 @@
 """Files and folders that are never half written: they take their names when they are whole and on disk.
 
-The one writer of the program. It knows nothing of what it writes.
+The one writer of the program. It knows nothing of the content.
 """
 
 import errno
@@ -17,7 +17,7 @@ from typing import BinaryIO
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write and read, beside `path`, that replaces `path` where the block ends without an error.
 
-    A kill at any moment leaves `path` as it was or whole. What a killed process leaves behind has a fixed name,
+    A kill at any moment leaves `path` as it was or whole. The remains of a killed process have a fixed name,
     `.NAME.partial`, so the next write of the same file takes it over; an error removes it. A link keeps pointing
     where it points.
 

@@ -1,6 +1,6 @@
 """Stopping in the middle of an epoch or of a validation, the same on every rank, when a signal asks for it.
 
-Knows signals and a key-value store that all ranks share; what is saved and how the program ends is its caller's
+Knows signals and a key-value store that all ranks share; saving, and how the program ends, is its caller's
 business.
 """
 

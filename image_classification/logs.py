@@ -1,6 +1,6 @@
 """Logs: one stream of metrics, and the sinks that it runs into.
 
-A step says what a record is about: `(epoch, iteration)`, `(epoch,)` for a whole epoch, `()` for the whole run. Epochs
+A step is the subject of a record: `(epoch, iteration)`, `(epoch,)` for a whole epoch, `()` for the whole run. Epochs
 count from 0; iteration is the number of batches done in that epoch. A sink knows no ranks: ranks other than 0 have
 a `Logger` without sinks.
 """

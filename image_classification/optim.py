@@ -24,7 +24,7 @@ def parameter_groups(
 ) -> list[ParameterGroup]:
     """The trainable parameters of `model`, grouped by weight decay and momentum; frozen ones are left out.
 
-    What belongs to a batch norm decays only with `bn_weight_decay`. The type of the module decides, so that
+    A batch norm's parameters decay only with `bn_weight_decay`. The type of the module decides, so that
     batch norms in any place and of any name are found. `without_momentum` names parameters as
     `model.named_parameters()` does; their group has momentum 0, whatever the optimizer's is.
 

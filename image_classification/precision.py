@@ -123,7 +123,7 @@ class LossScale:
     def can_back_off(self) -> bool:
         """Whether a smaller scale may still help against overflow. Synchronizes with the device.
 
-        At 2^-16, gradients of 2^31 still fit into float16: what is not finite there is not finite at any scale.
+        At 2^-16, gradients of 2^31 still fit into float16: one that is not finite there is not finite at any scale.
         """
         return self._dynamic and self._scale.item() > 2.0**-16
 
@@ -176,7 +176,7 @@ class MixedPrecisionOptimizer:
 
     @torch.no_grad()
     def step(self, finite: Tensor) -> Tensor:
-        """One step with the parameters' averaged gradients, still scaled; what is in .grad is used up.
+        """One step with the parameters' averaged gradients, still scaled, which are used up.
 
         Skipped entirely, momentum and weight decay included, unless all gradients are finite: where the bool
         scalar `finite` says so, and no half-precision gradient has overflowed. Parameters without gradient

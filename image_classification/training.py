@@ -110,9 +110,9 @@ def train_epoch(
 ) -> EpochResult:
     """Train on the batches of one epoch from number `start` on, or on its first `iterations` batches only.
 
-    An iteration is one batch of each rank, `accumulation` of them are one optimizer step. What is left over
-    at the end of the epoch is dropped, so that every step sees equally many images. At the end of the epoch, and
-    nowhere else, averages that the exchange still holds back are applied, by steps of their own.
+    An iteration is one batch of each rank, `accumulation` of them are one optimizer step. The rest at the end of the
+    epoch is dropped, so that every step sees equally many images. At the end of the epoch, and nowhere else, averages
+    that the exchange still holds back are applied, by steps of their own.
 
     `model` is converted by the optimizer's precision, and called forward: DDP's wrapper where there is one. `log` is
     called after every step in which a multiple of `print_freq` iterations was reached, with the metrics of
@@ -279,8 +279,8 @@ def evaluate(
     Returns val.top1, val.top5 (percent; among fewer than 5 classes, the best of all), val.loss (plain cross-entropy),
     all per image; val.compute_ips, val.total_ips (images per second of all ranks, without and with the wait for data);
     val.data_time (seconds per batch, mean over ranks); val.compute_latency, its mean in seconds per batch of this rank,
-    and _at95, _at99, _at100: what that percentage of this rank's batches did not exceed. Returns None, on all ranks,
-    where `should_stop` stopped any of them before a batch.
+    and _at95, _at99, _at100: the latency that so many percent of this rank's batches did not exceed. Returns None, on
+    all ranks, where `should_stop` stopped any of them before a batch.
 
     Raises ValueError where there is no image on any rank.
     """

@@ -21,7 +21,7 @@ class Budgeted:
 
     error         E of the assignment
     lower_bound   no assignment within the budget has less error; equal to `error` where that is the optimum
-    bits_a_value  what it takes of the budget: encoded bits for each value of the compressed layers
+    bits_a_value  its cost: encoded bits for each value of the compressed layers
     """
 
     error: float
@@ -31,14 +31,14 @@ class Budgeted:
 
     @property
     def gap(self) -> float:
-        """How much above the lower bound the error is at most, as a fraction of the bound; 0 is the optimum."""
+        """Upper bound of the error's excess over the least, as a fraction of the lower bound; 0 is the optimum."""
         return gap(self.error, self.lower_bound)
 
 
 def within_budget(tables: Tables, bits_a_value: float, frontier: int = 100_000) -> Budgeted:
     """The assignment of least error that takes at most `bits_a_value` bits a value on average.
 
-    What counts are the encoded bytes of the compressed layers, scales included, over those layers' values. With
+    Bytes are the encoded bytes of the compressed layers, scales included, over those layers' values. With
     two float32 scales a bucket that is more than the width: 4-bit max-min in buckets of 512 takes 4.125.
 
     Layers are decided one after the other, the largest first. A partial assignment goes on only if
@@ -50,7 +50,7 @@ def within_budget(tables: Tables, bits_a_value: float, frontier: int = 100_000) 
     should more than `frontier` go on, those with the least bounds do, and the least bound of those left behind
     is the certificate: `lower_bound`.
 
-    Raises ValueError where even the cheapest assignment takes more, naming what it takes.
+    Raises ValueError where even the cheapest assignment takes more, naming its bits.
     """
     budget = _budget_nbytes(tables, bits_a_value)
     edges = merge_edges(tables)
@@ -76,7 +76,7 @@ def within_budget(tables: Tables, bits_a_value: float, frontier: int = 100_000) 
             best_L = rest.complete(columns_SL[best // widths], corner_S[best])
             best_L[layer] = best % widths
 
-        # A bound must not be too high, not even by what the interpolation rounds.
+        # A bound must not be too high, not even by the rounding of the interpolation.
         rounding_S = 8 * np.finfo(np.float64).eps * rest.error_P[corner_S]
         bound_S = error_S + np.interp(left_S, rest.nbytes_P, rest.error_P) - rounding_S
         going = np.flatnonzero(fits_S & (bound_S < best_error))
@@ -98,7 +98,7 @@ def within_budget(tables: Tables, bits_a_value: float, frontier: int = 100_000) 
 
 
 class _Rest:
-    """The hull of what the undecided layers can add: P corners, nbytes_P rising and error_P falling."""
+    """The hull of all that the undecided layers can add: P corners, nbytes_P rising and error_P falling."""
 
     def __init__(self, tables: Tables, edges: Edges, layers: Sequence[int] | Ints) -> None:
         undecided_L = np.zeros(len(tables.layers), dtype=bool)

@@ -21,7 +21,7 @@ MOST = 0.5  # an optimum with more than this fraction of layers at one end of th
 def logs(result: SearchResult, when: int | str, uncompressed: Collection[str]) -> dict[str, bytes]:
     """File name -> content of `epochN.json`, `compress_scheme_N.json` and `search_N.json`.
 
-    N is `when`: the epoch, or "calibration". `uncompressed` are the names of what is never compressed. Raises
+    N is `when`: the epoch, or "calibration". `uncompressed` are the names of layers that are never compressed. Raises
     ValueError where a number is not finite, for which JSON has no word.
     """
     scheme = scheme_of(result.bits_by_layer(), uncompressed)
@@ -99,7 +99,7 @@ def _widths(result: SearchResult) -> Iterator[Sequence[str]]:
 
 
 def _tradeoff(result: SearchResult) -> Iterator[str]:
-    """Where most layers of the optimum are at one end: that it is, and what other powers would do."""
+    """The optimum under other powers, where most of its layers are at one end of the range."""
     tables, widths = result.tables, result.tables.widths
     width, count = Counter(result.optimum.bits).most_common(1)[0]
     if width not in (widths[0], widths[-1]) or count <= MOST * len(tables.layers) or len(widths) == 1:

@@ -24,7 +24,7 @@ class SearchResult:
 
     uniform    bit width to the objective with all layers at it
     budget     the assignment of least error within a budget, where one was asked for
-    installed  what the layers get; found by `installed_by`, a key of NAMES: "budget" where there is one, else
+    installed  the layers' assignment; found by `installed_by`, a key of NAMES: "budget" where there is one, else
                the better of "optimum" and "de"
     """
 
@@ -40,7 +40,7 @@ class SearchResult:
 
     @property
     def gap(self) -> float:
-        """How far differential evolution stayed above the optimum, as a fraction of it."""
+        """Excess of differential evolution's objective over the optimum, as a fraction of it."""
         return gap(self.de.objective, self.optimum.objective)
 
     def found(self) -> dict[str, tuple[int, ...]]:

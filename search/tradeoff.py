@@ -1,4 +1,4 @@
-"""Which beta/alpha makes the optimum land on a given number of bits a value.
+"""The beta/alpha that makes the optimum take a given number of bits a value.
 
 E^alpha C^beta is a coarse tradeoff. Along uniform widths log E falls in a straight line with the width while
 log C grows ever more slowly, so that the best of them is an end of the range (bang-bang). Layers that differ soften

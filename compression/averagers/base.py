@@ -19,7 +19,7 @@ Averaging = Callable[[Gradients], Phases]
 class Averager(ABC):
     """Averages gradients over the ranks, in place.
 
-    Averagers are made of one phase, choose no widths, apply no momentum and remember nothing, unless they say
+    Averagers are made of one phase, choose no widths, apply no momentum and have no state, unless they say
     otherwise.
     """
 

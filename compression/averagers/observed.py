@@ -16,7 +16,7 @@ class StatisticsAverager(Dense):
     """All-reduce as `Dense`; every 50 steps `sink` gets the statistics of this rank's own gradient of each layer.
 
     Set `sink` on the ranks that shall measure, one is enough: the others spend nothing. It is called on the thread that
-    averages. The loss scale is taken out of what is measured.
+    averages. Values are measured without the loss scale.
     """
 
     def __init__(self, collectives: Collectives, sizes: dict[str, int], period: int = PERIOD) -> None:

@@ -17,13 +17,13 @@ from ..limits import LIMIT
 from ..network.collectives import Collectives
 from .base import Averager, ring_bytes
 
-# What travels is scaled down by this, so that sums over rows, columns and ranks of the largest floats stay finite.
+# Messages are scaled down by this, so that sums over rows, columns and ranks of the largest floats stay finite.
 HEADROOM = 2.0**-20
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """Where a layer of shape [rows, cols] and its factors, [rows, R] and [R, cols], lie in flat buffers."""
+    """Offsets in flat buffers of a layer of shape [rows, cols] and of its factors, [rows, R] and [R, cols]."""
 
     rows: int
     cols: int
@@ -74,12 +74,12 @@ class PowerSGD(Averager):
 
     A layer is a matrix M whose rows are its first dimension. One step of subspace iteration, from where the last
     one ended: P = the sum over ranks of M Q^T, made orthonormal; Q = the mean over ranks of P^T M; the average is P Q.
-    All layers' P travel in one all-reduce, all Q in another. What does not gain from it, R (rows + cols) >= rows x
-    cols, and what is not compressed, travels in float32 with P.
+    All layers' P travel in one all-reduce, all Q in another. Layers that do not gain from it, R (rows + cols) >= rows x
+    cols, and those that are not compressed, travel in float32 with P.
 
     Error feedback is part of it: each rank keeps what its own part of the average, P P^T M, leaves of M. The paper
     subtracts the average itself. Both add up to the same over the ranks, and only the sum travels, so that the
-    averages are equal. But where ranks see different data, what is a rank's own then piles up in its residual step by
+    averages are equal. But where ranks see different data, the rank's own part then piles up in its residual step by
     step; here it goes whenever P turns to its directions.
 
     The first Q is drawn from `seed`, equal on all ranks. Sums start from the same numbers on all ranks, so that the

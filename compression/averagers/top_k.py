@@ -44,7 +44,7 @@ class Score(Protocol):
 
 
 class NoMemory:
-    """This step's gradients alone; what is not sent is lost."""
+    """This step's gradients alone; values that are not sent are lost."""
 
     states: Mapping[str, LayerState] = {}
 
@@ -210,7 +210,7 @@ class TopKAverager(Averager):
         return codec.plan([sum(counts)] if self.global_top_k and counts else counts)
 
     def _starts(self, gradients: Gradients) -> Ints:
-        """Where the layers, or with `global_top_k` all of them as one, begin in the buffer."""
+        """Offsets in the buffer of the layers, or with `global_top_k` of all of them as one."""
         starts = np.array(gradients.offsets, np.int64)
         if not self.global_top_k:
             return starts

@@ -73,7 +73,7 @@ class TwoHop(Averager):
     With error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847) the error of the first
     encoding is added to the next gradient, and that of the second to the owner's next average (DoubleSqueeze, Tang
     et al. 2019, arXiv:1905.05957). The encoding is then scaled into a projection: see
-    `kernels.reference.buckets.project`.
+    `codecs.quantizer`.
 
     `widths` gives each compressed layer its own bits; missing ones take the codec's. A dense layer is never cut
     differently when widths change, so residuals outlive a change of widths.

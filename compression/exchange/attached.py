@@ -88,7 +88,7 @@ class Attached(ABC):
 
     @abstractmethod
     def submit(self, gradients: Gradients) -> "torch.futures.Future[Tensor]":
-        """Take gradients of some layers. The future's value is their buffer, with what the parameters are to get."""
+        """Take gradients of some layers. The future's value is their buffer, with the parameters' new gradients."""
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Backward inside only accumulates on this rank."""
@@ -121,17 +121,17 @@ class Attached(ABC):
     def load_state_dict(self, state: Mapping[str, Any], ranks_alike: bool = True) -> None:
         """The inverse of `state_dict`. Raises ValueError where the state is not of such an exchange.
 
-        Where the ranks are others than when it was saved, only what all of them shared is taken of any rank's state:
+        Where the ranks are others than when it was saved, only state that all of them shared is taken of any rank's:
         the step counter, and averages that are still to be applied.
         """
 
-    def _common_state(self) -> dict[str, Any]:
+    def common_state(self) -> dict[str, Any]:
         """The state that all exchanges have."""
         recorded = self.recorder.state.state_dict() if self.recorder is not None else {}
         return {"step": self.step, "averager": self.averager.state_dict(), "recorded": recorded}
 
-    def _load_common_state(self, state: Mapping[str, Any], ranks_alike: bool) -> None:
-        """The inverse of `_common_state`."""
+    def load_common_state(self, state: Mapping[str, Any], ranks_alike: bool) -> None:
+        """The inverse of `common_state`."""
         if ranks_alike:
             self.averager.load_state_dict(state["averager"])
             if self.recorder is not None:

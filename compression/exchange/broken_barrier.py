@@ -11,7 +11,7 @@ as soon as enough of the norm has arrived: which layers are late, and for how lo
 differs from run to run. Here all that results depend on is fixed before anything travels:
 
 * The prefix of a step follows from the norms of the averages that were applied last, which all ranks know.
-* What is not in the prefix of step t is applied in step t + S, also where it arrived long before.
+* Layers outside the prefix of step t are applied in step t + S, also where they arrived long before.
 * A layer that is not due in a step is skipped: no momentum, no weight decay. Two averages that are due are added.
 
 Only the order on the wire is up to timing. A prefix overtakes all late averages that still wait, but for those of its
@@ -47,7 +47,7 @@ _CHUNK = 2**16  # values that are squared at a time, so that their float64 copy 
 
 
 def prefix_length(squares: Sequence[float], fraction: float) -> int:
-    """How many layers, from the first on, hold a fraction of the sum of their squared norms.
+    """Number of layers, from the first on, that hold a fraction of the sum of their squared norms.
 
     All of them where there is nothing to divide: the sum is zero, or not finite.
     """
@@ -81,7 +81,7 @@ class _Part:
 
 
 class BrokenBarrier(Attached):
-    """An exchange whose steps wait for a fraction of the gradient; see above for what it promises and what it costs.
+    """An exchange whose steps wait for a fraction of the gradient; see above for its promises and its cost.
 
     It needs every part of a step: `begin_step`, backward, `finish`, the optimizer's step, `settle`. Before weights are
     looked at the late averages must be applied too: see `flush`.
@@ -144,7 +144,7 @@ class BrokenBarrier(Attached):
         return self._apply(self.step)
 
     def settle(self, applied: Tensor) -> None:
-        """End the step. Every part has settled what it computed already."""
+        """End the step. Every part has settled its own state already."""
         if self._open:
             self._open = False
             self.step += 1
@@ -190,10 +190,10 @@ class BrokenBarrier(Attached):
             }
             for part in self._outstanding
         ]
-        return self._common_state() | {"late": late, "squares": dict(self._squares)}
+        return self.common_state() | {"late": late, "squares": dict(self._squares)}
 
     def load_state_dict(self, state: Mapping[str, Any], ranks_alike: bool = True) -> None:
-        self._load_common_state(state, ranks_alike)
+        self.load_common_state(state, ranks_alike)
         self._squares.update(state.get("squares", {}))
         self._outstanding = [self._restored(**late) for late in state.get("late", [])]
 

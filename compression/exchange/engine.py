@@ -7,8 +7,8 @@ jobs in the same order, every collective of every job meets its peers. Meanwhile
 A job may have phases, and says between them what may happen meanwhile (`streams.Meanwhile`), so that the network
 carries the messages of one job while another computes.
 
-On a GPU the thread has a stream of its own, or backward's kernels would queue behind what a collective waits for. A job
-begins behind what the submitter's stream holds when it submits. Whoever takes a job's results waits for them with a
+On a GPU the thread has a stream of its own, or backward's kernels would queue behind a waiting collective. A job begins
+behind the work that the submitter's stream holds when it submits. Whoever takes a job's results waits for them with a
 future that the job completes (`device_future`), which orders the two streams; the host waits for neither.
 
 A job reports what goes wrong in it itself. Where one raises all the same, no other begins, and whoever waits for a
@@ -52,7 +52,7 @@ class Engine:
         self._submitted = self._taken = 0  # of the jobs that are not urgent
         self._idle = False  # nothing is under way
         self._closing = False
-        self.failure: BaseException | None = None  # what a job raised: none begins anymore
+        self.failure: BaseException | None = None  # raised by a job: none begins anymore
         self._thread = threading.Thread(target=self._run, name="communication", daemon=True)
         self._thread.start()
 
@@ -75,14 +75,14 @@ class Engine:
             self._after.append(after)
 
     def wait(self) -> None:
-        """Wait for all jobs to end; on a GPU, only the caller's stream waits for what they launched."""
+        """Wait for all jobs to end; on a GPU, only the caller's stream waits for their kernels."""
         with self._changed:
             self._changed.wait_for(lambda: self._idle and not (self._waiting or self._urgent))
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def close(self) -> None:
-        """Finish what is queued and end the thread. Calling it twice is harmless."""
+        """Finish queued jobs and end the thread. Calling it twice is harmless."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -101,7 +101,7 @@ class Engine:
             self._changed.notify_all()
 
     def _behind_now(self, job: Job) -> Job:
-        """The same job, on a GPU behind what the caller's stream holds now."""
+        """The same job, on a GPU behind the work that the caller's stream holds now."""
         stream = self._stream
         if stream is None:
             return job

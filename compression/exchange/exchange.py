@@ -20,8 +20,8 @@ from .report import Report
 class Exchange(Attached):
     """Averages the gradients of a model in every backward, and waits for all of them before the step.
 
-    A loop that calls only backward and the optimizer works as well: what is open is finished and settled when the
-    next step begins.
+    A loop that calls only backward and the optimizer works as well: an open step is finished and settled when the
+    next one begins.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Exchange(Attached):
 
     def state_dict(self) -> dict[str, Any]:
         self._end_step()
-        return self._common_state()
+        return self.common_state()
 
     def load_state_dict(self, state: Mapping[str, Any], ranks_alike: bool = True) -> None:
         if state.get("late"):
@@ -73,7 +73,7 @@ class Exchange(Attached):
                 "the checkpoint holds averages that a broken barrier is still to apply; resume with the "
                 "`barrier_fraction` of the run that was interrupted"
             )
-        self._load_common_state(state, ranks_alike)
+        self.load_common_state(state, ranks_alike)
 
     def report(self) -> Report:
         return self.meter.report(self.step + self._open)

@@ -24,7 +24,7 @@ OnBackward = Callable[[], None]
 """Called before the first gradients of a backward are submitted."""
 
 Submit = Callable[[Gradients], "torch.futures.Future[Tensor]"]
-"""Takes gradients of some layers. The future's value is their buffer, once it holds what the parameters are to get."""
+"""Takes gradients of some layers. The future's value is their buffer, once it holds the parameters' new gradients."""
 
 
 class Hooks(Protocol):
@@ -156,7 +156,7 @@ class ParameterHooks:
         self._submitted += 1
         for name in tuple(bucket.missing):
             gradient, view = self._parameters[name].grad, bucket.views[name]
-            # What lies in the view already is the last average, which nobody cleared.
+            # A gradient that is the view already is the last average, which nobody cleared.
             if gradient is None or (gradient.data_ptr() == view.data_ptr() and name not in self._accumulated):
                 view.zero_()
             else:

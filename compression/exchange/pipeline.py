@@ -100,11 +100,11 @@ class Pipeline:
             raise failure
 
     def wait(self) -> None:
-        """Wait for all that is submitted; on a GPU, only the caller's stream waits."""
+        """Wait for all submitted work; on a GPU, only the caller's stream waits."""
         self._engine.wait()
 
     def close(self) -> None:
-        """Finish what is submitted and end the thread. Calling it twice is harmless."""
+        """Finish submitted work and end the thread. Calling it twice is harmless."""
         self._engine.close()
 
     def _missing(self) -> bool:

@@ -71,7 +71,7 @@ class Collectives(Protocol):
         """
 
     def matched_by_tag(self, device: torch.device) -> bool:
-        """Whether ranks may send what is posted on `device` in different orders. No send waits then."""
+        """Whether ranks may send messages posted on `device` in different orders. No send waits then."""
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""

@@ -1,6 +1,6 @@
 """The world of ranks: how a process joins the others, whatever launched it, and how all of them fail together.
 
-It knows launchers and networks, and nothing of what the ranks are for.
+It knows launchers and networks, and nothing of the ranks' purpose.
 """
 
 import contextlib

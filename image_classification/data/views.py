@@ -16,8 +16,8 @@ _TRIES = 10
 class View:
     """Cut `box` out of the image, scale `region` of it to a square, then mirror it where `flip` is set.
 
-    Both are (left, top, right, bottom) in pixels: `box` of the image, `region` of the box. What lies outside the
-    box does not exist; what lies outside the region still contributes to the pixels at its edge.
+    Both are (left, top, right, bottom) in pixels: `box` of the image, `region` of the box. Pixels outside the
+    box do not exist; what lies outside the region still contributes to the pixels at its edge.
     """
 
     box: tuple[int, int, int, int]

@@ -98,7 +98,7 @@ def decode(
 ) -> None:
     """Set pieces of buckets of any length to the sum of `factor` x decoded over all ranks, or add that to them.
 
-    Each rank has a message, `stride` bytes after the one before; but rank `own` has what the pieces hold.
+    Each rank has a message, `stride` bytes after the one before; but rank `own` has the values of the pieces.
     """
     row, quad, four = rows(M), quads(Q), tl.arange(0, 4)[None, None, :]
     target = out + column(table, pieces, row, POSITION, ALIGNED) + quad + four

@@ -136,7 +136,7 @@ def scaled_positions(
     """Positions of the values on the axis of codes, from 0 to the top code, in units of 1 / `_CODE`. Not of 1bit.
 
     All values of a bucket lie in one place where they are all the same, or one of them is not finite: the bounds meet
-    there, and what is NaN comes to lie on a bound.
+    there, and a NaN comes to lie on a bound.
     """
     top = top_code(bits_1M1, FAMILY)
     zero = (top // 2).to(tl.float32) * _CODE

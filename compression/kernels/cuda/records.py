@@ -71,7 +71,7 @@ def unpack(
 ) -> tl.tensor:
     """The codes from `first_1M1` on, `count_1M1` of them, of bit streams that begin at `wire_1M1`.
 
-    `first_1M1` is a multiple of 8; `quad_Q11` is where quads of codes begin. What is beyond the last code is anything.
+    `first_1M1` is a multiple of 8; `quad_Q11` are the first codes of quads. Beyond the last code there is anything.
     A quad is read with the one or two words of memory that its codes lie in: no allocation ends within a word.
     """
     offset = quad_Q11 * bits_1M1
@@ -88,7 +88,7 @@ def unpack(
 
 @triton.jit
 def ternary_source(byte_B11: tl.tensor, digit: tl.constexpr, count_1M1: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Which code of its bucket is a digit of a byte of the record, and whether there is one: [B, M, 1] each."""
+    """The code of its bucket that is a digit of a byte of the record, and whether there is one: [B, M, 1] each."""
     tile = byte_B11 // (_TILE // 5)
     fifth = _fifth(count_1M1 - tile * _TILE)
     within = byte_B11 % (_TILE // 5)

@@ -1,4 +1,4 @@
-"""The kernels written out in torch: what the fast ones are held against, bit for bit.
+"""The kernels written out in torch: the fast ones are held against them, bit for bit.
 
 Clear before fast. Works on any device, and the host waits for none. Buckets of equal length and width are stacked and
 worked on together; what differs between quantizers is their own (`protocols.Definition`).

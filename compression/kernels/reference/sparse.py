@@ -1,4 +1,4 @@
-"""The sparse kernels written out in torch: what the fast ones are held against, bit for bit.
+"""The sparse kernels written out in torch: the fast ones are held against them, bit for bit.
 
 Clear before fast. Works on any device, layer by layer, and the host waits for none but the CPU. The format is described
 in `sparse_plans.py`.

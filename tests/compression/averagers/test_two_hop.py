@@ -222,7 +222,7 @@ def test_all_chunks_are_posted_and_one_is_encoded_while_another_travels(monkeypa
 
 
 def test_what_a_rank_keeps_is_not_encoded() -> None:
-    """Where the other rank has zeros, which max-min sends exactly, only the second hop loses something."""
+    """Zeros on the other rank, which max-min sends exactly: only the second hop errs."""
 
     def work(ranks: ThreadCollectives) -> torch.Tensor:
         bound = two_hop(ranks, bits=2, feedback=True)

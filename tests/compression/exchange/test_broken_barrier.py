@@ -51,7 +51,7 @@ def attached(
 
 
 def received(model: Linear) -> list[Tensor]:
-    """What the optimizer would get; zeros where it would skip the layer."""
+    """The gradients that the optimizer would get; zeros where it would skip the layer."""
     taken = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.layers]
     model.zero_grad()
     return taken
@@ -66,7 +66,7 @@ def step(model: Linear, exchange: compression.Exchange, gradients: Sequence[Any]
 
 
 def flushed(model: Linear, exchange: compression.Exchange) -> list[list[Tensor]]:
-    """What the steps after the last one get."""
+    """The gradients that steps after the last one get."""
     steps = []
     while (finite := exchange.flush()) is not None:
         exchange.settle(finite)

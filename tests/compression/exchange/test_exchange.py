@@ -47,7 +47,7 @@ def _rank_main(rank: int, world_size: int, port: int, work: Callable[[int], Any]
 
 
 def on_gloo(world_size: int, work: Callable[[int], Any]) -> list[Any]:
-    """What `work(rank)` returns in real processes joined by gloo."""
+    """Results of `work(rank)` in real processes joined by gloo."""
     with mp.Manager() as manager:
         results = manager.dict()
         mp.spawn(_rank_main, (world_size, free_port(), work, results), nprocs=world_size)

@@ -102,7 +102,7 @@ def planned(family: str, layers: Layers, bucket_size: int, world_size: int) -> P
 def differences(
     family: str, layers: Layers, bucket_size: int, world_size: int, feedback: bool, adding: bool
 ) -> list[str]:
-    """What is not the same after the reference and the GPU's kernels have each done the same work."""
+    """Names of what differs after the reference and the GPU's kernels have each done the same work."""
     from compression.kernels import cuda
 
     plan = planned(family, layers, bucket_size, world_size)
@@ -300,7 +300,7 @@ NUMBERS |= dict.fromkeys(("pieces", "ranks", "own"), "i32")
 
 
 def assembly(kernel: str, family: str, language: str, rows: int = 1, values: int = 1024, warps: int = 32) -> str:
-    """What a kernel becomes on an H100, for which no GPU is needed: few values a thread, so that it is quick."""
+    """A kernel compiled for an H100, for which no GPU is needed: few values a thread, so that it is quick."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

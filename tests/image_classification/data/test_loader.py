@@ -1,4 +1,4 @@
-"""What both folder backends promise about the batches they read from files."""
+"""Promises of both folder backends about the batches that they read from files."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Which rank reads which image when, with a reader that reads nothing."""
+"""The images of each rank and batch, with a reader that reads nothing."""
 
 from pathlib import Path
 
