@@ -44,7 +44,7 @@ def one_message(layers: tuple[Layer, ...], quantizer: Quantizer) -> Plan:
     return plans.plan(segments, [0], shards, widths, quantizer.shard_bucket_size, quantizer.record_bytes)
 
 
-def works(name: str, quantizer: Quantizer, layers: tuple[Layer, ...], values: Tensor) -> dict[str, Callable[[], None]]:
+def works(quantizer: Quantizer, layers: tuple[Layer, ...], values: Tensor) -> dict[str, Callable[[], None]]:
     """The work that is measured, by name."""
     plan = one_message(layers, quantizer)
     keys = stream_keys(0, 0, plan.layers, 1, 0)
@@ -81,7 +81,7 @@ def main() -> None:
             quantizer = codec(name, bucket_size=asked.bucket_size, **({} if bits is None else {"bits": bits}))
             found = {
                 what: relative(work, lambda: target.copy_(values), asked.repeats)
-                for what, work in works(name, quantizer, layers, values).items()
+                for what, work in works(quantizer, layers, values).items()
             }
             if not columns:
                 columns = list(found)

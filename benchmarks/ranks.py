@@ -46,11 +46,6 @@ def over_loopback(ranks: int, command: Sequence[str]) -> list[str]:
         return [output.read() for output in outputs]
 
 
-def is_rank() -> bool:
-    """Whether this process was started as a rank."""
-    return "RANK" in os.environ
-
-
 def kernel_bytes() -> int | None:
     """Bytes that this rank's interface has sent, by the kernel's counter; None over loopback, which all ranks share."""
     interface = os.environ["GLOO_SOCKET_IFNAME"]
