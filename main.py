@@ -455,7 +455,7 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
 
 
 def check_files(flags: argparse.Namespace) -> None:
-    """See that no two files are one, nor one that is read and one that is written anew.
+    """Refuse flags by which two files are one, or one is both read and written anew.
 
     Raises ValueError, one line that names both, and the way out.
     """

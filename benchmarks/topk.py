@@ -47,7 +47,7 @@ def relative(work: Callable[[], object], copy: Callable[[], object], repeats: in
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Of the second of two runs in a row: writing back what lies in the caches is then its own part."""
+    """Time of the second of two runs in a row: writing back what lies in the caches is then its own part."""
     work()
     start = time.perf_counter()
     work()

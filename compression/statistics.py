@@ -100,7 +100,7 @@ class JsonLines:
     """A sink: a file of one JSON object a line, with `step`, `layer` and the fields of `Statistics`; NaN is null."""
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
-        """For a run whose first step is `first_step`: lines of earlier steps are kept, later ones go.
+        """Open the file for a run that begins at `first_step`: lines of earlier steps are kept, later ones go.
 
         Raises OSError where the file cannot be written, as every call does.
         """

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 ParameterGroup = dict[str, Any]
-"""As torch's optimizers take it, with `params` a list of (name, parameter)."""
+"""A group as torch's optimizers take it, with `params` a list of (name, parameter)."""
 
 
 def parameter_groups(

@@ -116,7 +116,7 @@ class LossScale:
         return self._scale.double().reciprocal().float()
 
     def update(self, found_inf: Tensor) -> None:
-        """After a step: `found_inf` is a float32 scalar, 1.0 where the step was skipped, else 0.0."""
+        """Adapt the scale to a step: `found_inf` is a float32 scalar, 1.0 where it was skipped, else 0.0."""
         if self._dynamic:
             torch._amp_update_scale_(self._scale, self._good_steps, found_inf, 2.0, 0.5, 2000)
 
@@ -128,7 +128,7 @@ class LossScale:
         return self._dynamic and self._scale.item() > 2.0**-16
 
     def state_dict(self) -> dict[str, float]:
-        """Of a dynamic scale; a static one has no state."""
+        """The state of a dynamic scale; a static one has none."""
         return {"scale": self._scale.item(), "good_steps": self._good_steps.item()} if self._dynamic else {}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
@@ -200,7 +200,7 @@ class MixedPrecisionOptimizer:
         return found_inf == 0
 
     def _gradients(self) -> list[Tensor]:
-        """Of the stepped parameters, in their layout: fused kernels go by memory order."""
+        """Gradients of the stepped parameters, in their memory format: fused kernels go by memory order."""
         gradients = []
         for name, stepped in self._stepped.items():
             gradient = self._parameters[name].grad

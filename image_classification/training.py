@@ -39,11 +39,11 @@ class GradientExchange(Protocol):
     """An exchange of one optimizer step's gradients for their averages over the ranks."""
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch whose gradients only accumulate."""
+        """A block for forward and backward of a micro-batch whose gradients only accumulate."""
         ...
 
     def begin_step(self, loss_scale: float | Tensor = 1.0) -> None:
-        """Before the backward whose gradients travel; they are `loss_scale` times too large."""
+        """Announce the backward whose gradients travel; they are `loss_scale` times too large."""
         ...
 
     def finish(self) -> Tensor:
@@ -58,7 +58,7 @@ class GradientExchange(Protocol):
         ...
 
     def flush(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:
-        """After the last step: put averages that are still to come into .grad, `loss_scale` times too large.
+        """Put averages that are still to come after the last step into .grad, `loss_scale` times too large.
 
         Returns what `finish` does, and None where nothing is left.
         """
@@ -200,7 +200,7 @@ class _Meter:
 
     def __init__(self, device: torch.device) -> None:
         self.totals = torch.zeros(5, dtype=torch.float64)
-        """Of the whole pass, up to the last reading."""
+        """Sums of the whole pass, up to the last reading."""
         self._device = device
         self.restart()
 
@@ -238,7 +238,7 @@ class _Meter:
 
 
 def _train_metrics(totals: Tensor, world_size: int, lr: float) -> dict[str, float]:
-    """From the totals of a meter. One rank's stand for all, and so do their sums over the ranks: these are ratios."""
+    """Metrics from a meter's totals, of one rank or summed over the ranks: these are ratios."""
     loss, images, batches, data_time, compute_time = totals.tolist()
     return {
         "train.loss": loss / images,

@@ -169,7 +169,7 @@ class TwoHop(Averager):
         )
 
     def _stream_keys(self, step: int) -> NDArray[np.uint32]:
-        """Of both hops and all layers: [2, layers, 2]."""
+        """Stream keys of both hops and all layers: [2, layers, 2]."""
         rank, layers = self.collectives.rank, np.arange(1 + max(layer.index for layer in self.layers.values()))
         return np.stack([stream_keys(self.seed, step, layers, hop, rank) for hop in (1, 2)])
 

@@ -76,7 +76,7 @@ class Attached(ABC):
 
     @abstractmethod
     def flush(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:
-        """After the last step before weights are looked at: put averages that are still to be applied into .grad.
+        """Put averages that are still to be applied into .grad, after the last step before weights are looked at.
 
         They are `loss_scale` times too large; apply and settle them, and ask again. Returns what `finish` does, None
         where nothing is left.
@@ -84,7 +84,7 @@ class Attached(ABC):
 
     @abstractmethod
     def begin_backward(self) -> None:
-        """Called before the first gradients of a backward are submitted."""
+        """Note that the first gradients of a backward are about to be submitted."""
 
     @abstractmethod
     def submit(self, gradients: Gradients) -> "torch.futures.Future[Tensor]":

@@ -180,7 +180,7 @@ class BrokenBarrier(Attached):
     # State and counts
 
     def state_dict(self) -> dict[str, Any]:
-        """As `Exchange.state_dict`; outstanding averages are waited for, and not applied."""
+        """This rank's state, late averages included; those outstanding are waited for, and not applied."""
         self._wait_for(self._outstanding)
         late = [
             {
@@ -271,7 +271,7 @@ class BrokenBarrier(Attached):
 
 
 def _squared_norm(values: Tensor) -> Tensor:
-    """In float64: what machines that add up in another order then differ by moves no prefix. A scalar on the device."""
+    """A scalar on the device, in float64: another order of additions then moves no prefix."""
     total = torch.zeros((), dtype=torch.float64, device=values.device)
     for chunk in values.split(_CHUNK):
         wide = chunk.double()

@@ -179,7 +179,7 @@ class _Running:
         self.meanwhile = next(self._phases, None)
 
     def run_until_others_may_begin(self) -> None:
-        """At least one phase, and to the end where none of them lets others begin."""
+        """Run at least one phase, and all where none of them lets others begin."""
         self.run_phase()
         while self.meanwhile is Meanwhile.NONE_BEGINS:
             self.run_phase()

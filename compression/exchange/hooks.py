@@ -21,10 +21,10 @@ from ..gradients import Gradients
 BUCKET_BYTES = 25 * 2**20  # of gradients that travel together where DDP does not choose
 
 OnBackward = Callable[[], None]
-"""Called before the first gradients of a backward are submitted."""
+"""A function that is called before the first gradients of a backward are submitted."""
 
 Submit = Callable[[Gradients], "torch.futures.Future[Tensor]"]
-"""Takes gradients of some layers. The future's value is their buffer, once it holds the parameters' new gradients."""
+"""A function that takes gradients of some layers. The future's value is their buffer, with the averages in it."""
 
 
 class Hooks(Protocol):
@@ -140,7 +140,7 @@ class ParameterHooks:
             self._launch()
 
     def _start(self) -> None:
-        """Called with the first gradient of a backward, whatever became of the last one."""
+        """Begin a backward with its first gradient, whatever became of the last one."""
         self._begin()
         self._submitted = 0
         for bucket in self._buckets:
@@ -164,7 +164,7 @@ class ParameterHooks:
         bucket.done = self._submit(Gradients(bucket.flat, tuple(bucket.views), bucket.offsets))
 
     def _complete(self) -> None:
-        """Called by autograd when backward is through: layers without a gradient since the last step count as zero."""
+        """End a backward, when autograd says so: layers without a gradient since the last step count as zero."""
         while self._submitted < len(self._buckets):
             self._launch()
         for bucket in self._buckets:

@@ -47,7 +47,7 @@ class Pipeline:
     ) -> None:
         self.averager, self.recorder = averager, recorder
         self.nonfinite: dict[str, Tensor] = {}
-        """Of each layer that was averaged since `clear`: a bool scalar on the device, not waited for."""
+        """Flags of the layers that were averaged since `clear`: bool scalars on the device, not waited for."""
         self.seconds = 0.0
         """Seconds of the communication thread in jobs."""
         self.failure: BaseException | None = None
@@ -193,7 +193,7 @@ class Pipeline:
         return gradients
 
     def _choose_next(self, urgent: bool) -> bool:
-        """On the communication thread: whether an urgent job is next."""
+        """Whether an urgent job is next; called on the communication thread."""
         if self._choose is None or self.failure is not None:
             return urgent
         start = time.perf_counter()

@@ -77,7 +77,7 @@ class World:
 
     @contextlib.contextmanager
     def fail_together(self) -> Iterator[None]:
-        """Around what can fail on one rank alone: where any rank fails, all of them end with the same line."""
+        """A block that can fail on one rank alone: where any rank fails, all of them end with the same line."""
         failure = None
         try:
             yield

@@ -41,7 +41,7 @@ def encode(
     residual: Tensor | None = None,
     pending: Tensor | None = None,
 ) -> None:
-    """As `reference.encode`. All tensors are contiguous and on one device."""
+    """Encode as `reference.encode` does. All tensors are contiguous and on one device."""
     if quantizer.family == "quantile":
         if residual is None and len(plan.count) <= quantiles.MOST:
             _encode_quantiles(plan, values, keys, wire)
@@ -77,7 +77,7 @@ def mixed_keys(keys: np.ndarray, device: torch.device) -> Tensor:
 def decode(
     quantizer: Definition, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False
 ) -> None:
-    """As `reference.decode`. Both tensors are contiguous and on one device."""
+    """Decode as `reference.decode` does. Both tensors are contiguous and on one device."""
     _launch(buckets.decode, to_decode(plan, wire.device), wire, out, factor, 1, -1, 0, quantizer.family, accumulate)
 
 
@@ -93,7 +93,7 @@ def recode(
     residual: Tensor | None = None,
     pending: Tensor | None = None,
 ) -> None:
-    """As `reference.recode`: a launch that adds up, however many ranks there are, those of `encode`, one to decode."""
+    """Recode as `reference.recode` does: one launch to add up any number of ranks, those of `encode`, one to decode."""
     own, ranks = (-1, len(received)) if rank is None else (rank, len(received) + 1)
     pieces = to_decode(plan, wire.device)
     _launch(buckets.decode, pieces, received, values, factor, ranks, own, received.stride(0), quantizer.family, False)

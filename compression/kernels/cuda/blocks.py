@@ -71,14 +71,14 @@ def streams(table: tl.tensor, pieces: tl.tensor, row: tl.tensor, keys: tl.tensor
 
 @triton.jit
 def round_at_random(scaled_positions: tl.tensor, hashed: tl.tensor, mixed: tl.tensor) -> tl.tensor:
-    """As `reference.round_at_random`, of positions in units of 2^-FRACTION_BITS; the others as in `_random_bits`."""
+    """Round as the reference does, positions in units of 2^-FRACTION_BITS; the others as in `_random_bits`."""
     fixed = scaled_positions.to(tl.int32).to(tl.uint32)
     return ((fixed + (_random_bits(hashed, mixed) >> _UNUSED)) >> _FRACTION).to(tl.int32)
 
 
 @triton.jit
 def _random_bits(hashed: tl.tensor, mixed: tl.tensor) -> tl.tensor:
-    """As `randomness.random_bits`, of element + low and of high ^ (high >> 15), which is `mixed`; all uint32.
+    """The bits of `randomness.random_bits`, of element + low and of high ^ (high >> 15), which is `mixed`; all uint32.
 
     Made here, the compiler would take it apart again, for one more operation a value.
     """
