@@ -71,6 +71,6 @@ class Interruption:
     @property
     def exit_status(self) -> int:
         """The exit status of the program that stops: 128 + the signal's number."""
-        self._look(0)  # this rank may have learnt of the stop from others, and not from the store
+        self._look(0)  # this rank may have learned of the stop from others, and not from the store
         assert self._announced is not None
         return EXIT_STATUS[self._announced[1]]

@@ -117,7 +117,7 @@ def test_layers_of_one_dimension_travel_dense_and_keep_the_optimizers_momentum()
 
 
 @pytest.mark.parametrize("ratio", [0.001, 0.1])
-def test_the_share_kept_falls_in_four_equal_stages(ratio: float) -> None:
+def test_the_fraction_kept_falls_in_four_equal_stages(ratio: float) -> None:
     bound = DeepGradientCompression(ratio, LAYERS, Solo(), 0.9, ramp_steps=8)
     stages = [1 / 4, 1 / 4, 1 / 16, 1 / 16, 1 / 64, 1 / 64, 1 / 256, 1 / 256, 0, 0]
     assert [bound.ratio_at(step) for step in range(10)] == [max(ratio, stage) for stage in stages]

@@ -166,7 +166,7 @@ def side_by_side(values: Tensor) -> tuple[Gradients, Tensor]:
 
 @pytest.mark.parametrize("options", [{}, {"error_feedback": True}])
 @pytest.mark.parametrize("name", ["topk", "topk_rmsprop"])
-def test_all_layers_as_one_share_one_top_k(name: str, options: dict[str, Any]) -> None:
+def test_a_global_top_k_is_one_of_all_layers(name: str, options: dict[str, Any]) -> None:
     bound = bind(name, Solo(), ratio=0.01, big_grad=True, **options)
     values = gradient(0)
     values[PLACES["conv"]] *= 100

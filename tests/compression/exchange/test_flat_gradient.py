@@ -96,7 +96,7 @@ def test_one_step_is_one_exchange(name: str) -> None:
 
 
 @pytest.mark.usefixtures("small_buckets")
-def test_top_k_selects_over_the_whole_model() -> None:
+def test_a_global_top_k_selects_over_all_layers() -> None:
     network = model()
     exchange = compression.attach(network, compression.build("topk", ratio=0.01, big_grad=True))
     averaged = backward(network)

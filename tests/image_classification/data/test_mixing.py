@@ -14,7 +14,7 @@ def batch(count: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 9), st.floats(0.05, 10), st.lists(st.integers(0, 2**40), min_size=1, max_size=4))
-def test_one_share_and_one_permutation_blend_images_and_targets_alike(count, alpha, seed):
+def test_one_fraction_and_one_permutation_blend_images_and_targets_alike(count, alpha, seed):
     images, targets = batch(count)
     mixed, mixed_targets = mixup(images, targets, alpha, seed)
     assert torch.allclose(mixed_targets.sum(1), torch.ones(count))
@@ -34,7 +34,7 @@ def test_the_blend_is_a_function_of_the_seed_and_moves_no_global_state():
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
-def test_shares_follow_the_beta_distribution(alpha):
+def test_fractions_follow_the_beta_distribution(alpha):
     # The fraction of an image in its own blend, where the permutation moved it.
     fractions = []
     for seed in range(2000):
