@@ -370,8 +370,7 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
     A flag that could have no effect is an error that names the flags it needs: nothing that a user set is
     silently ignored. A default spelled out is never refused, nor are training flags with --evaluate.
 
-    Raises:
-        ValueError: one line that names the flags and the way out.
+    Raises ValueError, one line that names the flags and the way out.
     """
     def goes_with(names: str, useful: Any, what: str) -> None:
         for name in names.split():
@@ -456,10 +455,9 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
 
 
 def check_files(flags: argparse.Namespace) -> None:
-    """See that no two files are one, nor one that is read and one that is written anew.
+    """Refuse flags by which two files are one, or one is both read and written anew.
 
-    Raises:
-        ValueError: one line that names both, and the way out.
+    Raises ValueError, one line that names both, and the way out.
     """
     for name in ("checkpoint_filename", "raport_file"):
         refuse(classification.copies.is_name_of_copy(Path(getattr(flags, name)).name),
@@ -484,8 +482,7 @@ def check_files(flags: argparse.Namespace) -> None:
 def check_world(flags: argparse.Namespace, world_size: int) -> None:
     """Hold the flags against the number of ranks.
 
-    Raises:
-        ValueError: `--optimizer-batch-size` is no multiple of ranks x batch.
+    Raises ValueError where `--optimizer-batch-size` is no multiple of ranks x batch.
     """
     batch, total = world_size * flags.batch_size, flags.optimizer_batch_size
     refuse(total != -1 and total % batch,
@@ -667,7 +664,7 @@ class Run:
         """First step: the loaders and the converted network, seeded by rank from then on.
 
         The ranks agree once all that a host's files, memory or packages can spoil is built: images, weights, the
-        sizes of a batch. What follows takes the network's collectives, in which a rank that failed would be missing.
+        sizes of a batch. The next step takes the network's collectives, in which a rank that failed would be missing.
         """
         flags = self.flags
         if flags.deterministic:
@@ -1019,10 +1016,9 @@ class Snapshot:
                 )
 
     def restore(self, run: Run, saved: Mapping[str, Any]) -> None:
-        """Let a run go on where a checkpoint ends. What each rank had of its own is restored on as many ranks.
+        """Let a run go on where a checkpoint ends. Each rank's own state is restored on as many ranks.
 
-        Raises:
-            ValueError: the checkpoint does not fit the model, the optimizer or the compressor.
+        Raises ValueError where the checkpoint does not fit the model, the optimizer or the compressor.
         """
         flags, ranks = self.flags, self.ranks
         classification.checkpoints.load_into(run.module, saved["state_dict"], "of the checkpoint")
@@ -1033,12 +1029,12 @@ class Snapshot:
             run.exchange.set_widths(saved["widths"])
         alike = saved["world_size"] == ranks.size
         own = saved["ranks"][ranks.rank if alike else 0]
-        exchange, layout = own["exchange"], saved.get("memory_format", flags.memory_format)
+        exchange, order = own["exchange"], saved.get("memory_format", flags.memory_format)
         remembers = any(exchange["averager"].values()) or exchange["recorded"] or exchange.get("late")
         refuse(
-            remembers and layout != flags.memory_format and not flags.evaluate,
-            f"the checkpoint holds values in {layout} order that compression or search remember, and --memory-format "
-            f"is {flags.memory_format}; resume with --memory-format {layout}",
+            remembers and order != flags.memory_format and not flags.evaluate,
+            f"the checkpoint holds values in {order} order that compression or search remember, and --memory-format "
+            f"is {flags.memory_format}; resume with --memory-format {order}",
         )
         run.exchange.load_state_dict(own["exchange"], ranks_alike=alike)
         for name, buffer in run.module.named_buffers():
@@ -1058,11 +1054,8 @@ class Snapshot:
     def align_position(self, run: Run, images_per_iteration: int | None) -> None:
         """Move a run to the last step that begins at or before its position.
 
-        Args:
-            images_per_iteration: of the checkpoint's iterations on all ranks; None where there is no checkpoint.
-
-        Raises:
-            ValueError: no step fits into an epoch, or none begins there.
+        `images_per_iteration` is that of the checkpoint, over all ranks; None where there is no checkpoint. Raises
+        ValueError where no step fits into an epoch, or none begins there.
         """
         last_iteration = functools.partial(
             classification.training.last_iteration,
@@ -1082,7 +1075,7 @@ class Snapshot:
             last_iteration(start=run.iteration)
 
     def way_on(self) -> str:
-        """How to go on from the last checkpoint, in words."""
+        """A sentence that says how to go on from the last checkpoint."""
         if self.flags.no_checkpoints:
             return "--no-checkpoints: nothing was saved"
         return f"go on with --resume {self.path}"

@@ -1,13 +1,13 @@
-"""What compression does to accuracy: the same training with several compressors and seeds, in one Markdown table.
+"""The effect of compression on accuracy: the same training with several compressors and seeds, in one Markdown table.
 
     python benchmarks/accuracy.py digits --epochs 8 --seeds 3 -- "none" "maxmin --error-feedback"
     python benchmarks/accuracy.py cifar10.tar.xz --epochs 5 --seeds 3 -- "none" "maxmin --error-feedback"
 
 Each setting is a `--compression-type` with its flags, or flags alone; `bfloat16` is one of them, see `bfloat16.py`.
 The training flags are those of RECIPES, and all runs have two ranks under torchrun. A row gives top-1 after the last
-epoch as mean and standard deviation over the seeds, bytes sent as a share of float32's, and seconds. With `--runs FILE`
-every finished run is kept there, one JSON object a line, and is not run again: a table that was cut off goes on, and
-later ones add to it.
+epoch as mean and standard deviation over the seeds, bytes sent as a fraction of float32's, and seconds. With
+`--runs FILE` every finished run is kept there, one JSON object a line, and is not run again: a table that was cut off
+goes on, and later ones add to it.
 """
 
 import argparse
@@ -61,7 +61,7 @@ class Runs:
         self.known = {(run["flags"], run["seed"], run["ranks"]): run["metrics"] for run in map(json.loads, lines)}
 
     def get(self, folder: str, flags: list[str], seed: int, ranks: int = RANKS) -> dict[str, Any]:
-        """What `train` returns, trained now where it was not before."""
+        """The result of `train`, trained now where it was not before."""
         key = (" ".join(flags), seed, ranks)
         if key not in self.known:
             self.known[key] = train(folder, flags, seed, ranks)
@@ -134,7 +134,7 @@ def main() -> None:
             for setting, runs in results.items():
                 runs.append(finished.get(folder, recipe + flags_of(setting), seed))
                 print(f"seed {seed}, {setting}: {runs[-1]['val.top1']:.2f} %", file=sys.stderr, flush=True)
-    print("| setting | top-1, % | deviation | bytes sent, share of float32 | seconds |")
+    print("| setting | top-1, % | deviation | bytes sent, fraction of float32 | seconds |")
     print("| --- | --- | --- | --- | --- |")
     for setting, runs in results.items():
         top1 = [run["val.top1"] for run in runs]

@@ -1,4 +1,4 @@
-"""Does a broken barrier pay? Step time against the share R of the gradient that a step waits for, over slow links.
+"""Does a broken barrier pay? Step time against the fraction R of the gradient that a step waits for, over slow links.
 
     python benchmarks/broken_barrier.py [--rates 1000 100] [--shares 1 0.9 0.5 0.1] [--late-steps 1] [-o PNG]
 
@@ -53,9 +53,9 @@ PATIENCE_SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What every rank measures: seconds of steps per turn, and what a step is."""
+    """The measurement of every rank: seconds of steps per turn, and the settings of a step."""
 
-    shares: Sequence[float]
+    fractions: Sequence[float]
     late_steps: int
     steps: int
     turns: int
@@ -66,12 +66,12 @@ class Plan:
 class Training:
     """A model in training on one batch, whose gradients go through one exchange."""
 
-    def __init__(self, name: str, share: float, plan: Plan) -> None:
+    def __init__(self, name: str, fraction: float, plan: Plan) -> None:
         torch.manual_seed(0)
         self.model = DistributedDataParallel(build(plan.arch, "classic", 10))
         compressor = compression.build(name, **SETTINGS.get(name, {}))
         self.exchange = compression.attach(
-            self.model, compressor, barrier_fraction=share, late_steps=plan.late_steps
+            self.model, compressor, barrier_fraction=fraction, late_steps=plan.late_steps
         )
         self.optimizer = sgd(parameter_groups(self.model.module, weight_decay=1e-4), lr=1e-3)
         self.images = torch.randn(plan.batch_size, 3, 32, 32)
@@ -112,31 +112,31 @@ def seconds_of(work: Callable[[], None], times: int) -> float:
 
 
 def rank_main(plan: Plan) -> None:
-    """On every rank: print the seconds of each turn, by setting and share, and the share of values waited for."""
+    """On every rank: print the seconds of each turn, by setting and fraction, and the fraction of values waited for."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    trainings = {(name, share): Training(name, share, plan) for name in SETTINGS for share in plan.shares}
+    trainings = {(name, fraction): Training(name, fraction, plan) for name in SETTINGS for fraction in plan.fractions}
     trainings[COMPUTE, 1.0] = Training(COMPUTE, 1.0, plan)
     alone = {name: Training(name, 1.0, plan) for name in SETTINGS}
     seconds: dict[str, list[float]] = {}
     for _ in range(plan.turns):
-        for (name, share), training in trainings.items():
+        for (name, fraction), training in trainings.items():
             for _ in range(plan.late_steps + 2):
                 training.step()
-            seconds.setdefault(f"{name} {share}", []).append(seconds_of(training.step, plan.steps))
+            seconds.setdefault(f"{name} {fraction}", []).append(seconds_of(training.step, plan.steps))
             training.flush()
         for name, training in alone.items():
             training.average()  # which compiles, the first time
             seconds.setdefault(f"{name} alone", []).append(seconds_of(training.average, 1))
     for training in (*trainings.values(), *alone.values()):
         training.exchange.close()
-    waited_for = {f"{name} {share}": values_waited_for(training) for (name, share), training in trainings.items()}
+    waited_for = {f"{name} {fraction}": values_waited_for(training) for (name, fraction), training in trainings.items()}
     json.dump({"seconds": seconds, "waited_for": waited_for}, sys.stdout)
     dist.destroy_process_group()
 
 
 def values_waited_for(training: Training) -> float:
-    """The share of the model's values that the last step waited for."""
+    """The fraction of the model's values that the last step waited for."""
     exchange = training.exchange
     if not isinstance(exchange, compression.BrokenBarrier):
         return 1.0
@@ -146,7 +146,7 @@ def values_waited_for(training: Training) -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """At one rate: seconds per step, or of an average alone, and the share of values waited for."""
+    """At one rate: seconds per step, or of an average alone, and the fraction of values waited for."""
 
     seconds: Mapping[str, float]
     waited_for: Mapping[str, float]
@@ -166,23 +166,23 @@ def measure(plan: Plan, ranks: int, rate: float) -> Measured:
     return Measured(seconds, told[0]["waited_for"])
 
 
-def table(measured: Mapping[float, Measured], shares: Sequence[float]) -> Iterator[str]:
+def table(measured: Mapping[float, Measured], fractions: Sequence[float]) -> Iterator[str]:
     """The lines of the table, in Markdown."""
     yield "| Mbit/s | setting | R | values waited for | ms per step | gain | bound, ms | compute | communication |"
     yield f"| --- | --- {'| ---: ' * 7}|"
     for rate, at in measured.items():
         for name in SETTINGS:
-            for share in shares:
-                key = f"{name} {share}"
-                row = [f"{rate:g}", name, f"{share:g}", f"{100 * at.waited_for[key]:.1f} %"]
+            for fraction in fractions:
+                key = f"{name} {fraction}"
+                row = [f"{rate:g}", name, f"{fraction:g}", f"{100 * at.waited_for[key]:.1f} %"]
                 row += [f"{1e3 * at.seconds[key]:.0f}"]
-                row += [f"{at.seconds[f'{name} {shares[0]}'] / at.seconds[key]:.2f} x"]
+                row += [f"{at.seconds[f'{name} {fractions[0]}'] / at.seconds[key]:.2f} x"]
                 bounds = (at.bound(name), at.seconds[f"{COMPUTE} 1.0"], at.seconds[f"{name} alone"])
                 row += [f"{1e3 * each:.0f}" for each in bounds]
                 yield f"| {' | '.join(row)} |"
 
 
-def draw(measured: Mapping[float, Measured], shares: Sequence[float], path: Path) -> None:
+def draw(measured: Mapping[float, Measured], fractions: Sequence[float], path: Path) -> None:
     """Write a PNG: time per step by R, a panel for each rate, bounds dashed. Drawn by Agg: no display needed."""
     from matplotlib.figure import Figure
 
@@ -191,9 +191,10 @@ def draw(measured: Mapping[float, Measured], shares: Sequence[float], path: Path
     for axes, (rate, at) in zip(panels, measured.items(), strict=True):
         for number, name in enumerate(SETTINGS):
             color = f"C{number}"
-            axes.plot(shares, [1e3 * at.seconds[f"{name} {share}"] for share in shares], "o-", color=color, label=name)
+            milliseconds = [1e3 * at.seconds[f"{name} {fraction}"] for fraction in fractions]
+            axes.plot(fractions, milliseconds, "o-", color=color, label=name)
             axes.axhline(1e3 * at.bound(name), linestyle="--", color=color, label=f"{name}, bound")
-        axes.set(title=f"{rate:g} Mbit/s", xlabel="share R of the squared norm that a step waits for")
+        axes.set(title=f"{rate:g} Mbit/s", xlabel="fraction R of the squared norm that a step waits for")
         axes.set(ylabel="ms per step", ylim=(0, None))
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
@@ -224,9 +225,9 @@ def main() -> None:
     print(f"{machine()}, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, torch {torch.__version__}")
     print()
     measured = {rate: measure(plan, flags.ranks, rate) for rate in flags.rates}
-    print("\n".join(table(measured, plan.shares)))
+    print("\n".join(table(measured, plan.fractions)))
     if flags.output:
-        draw(measured, plan.shares, flags.output)
+        draw(measured, plan.fractions, flags.output)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What it costs to know where the time goes: a step's clock readings and counts, as a share of the step.
+"""The cost of knowing where the time goes: a step's clock readings and counts, as a fraction of the step.
 
     python benchmarks/clocks.py [--arch resnet18] [--image-size 32] [--batch-size 16] [--steps 20]
 
-A short step, so that the share is large: one process, 4-bit max-min, a line logged after every tenth step. The share is
-an upper bound: every reading of the clock in a step, times what one takes, and every message counted, times what that
-adds to passing it on, although its two readings are among the former; and a tenth of a report.
+A short step, so that the fraction is large: one process, 4-bit max-min, a line logged after every tenth step. The
+fraction is an upper bound: every reading of the clock in a step, times what one takes, and every message counted, times
+what that adds to passing it on, although its two readings are among the former; and a tenth of a report.
 """
 
 import argparse

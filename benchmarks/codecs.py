@@ -1,9 +1,9 @@
-"""What encoding and decoding cost: every quantizer at several widths, in units of copying the tensor once.
+"""The cost of encoding and decoding: every quantizer at several widths, in units of copying the tensor once.
 
     python benchmarks/codecs.py [--bits 1 2 3 4 8] [--types maxmin terngrad ...] [--bucket-size 512] [--repeats 9]
 
 The tensor has the layers and the 25.6 million values of ResNet-50's gradient, and is encoded as one message, as a rank
-does in the first hop; `add` decodes onto what is there, as the owner of a share does. A ratio is the median, over the
+does in the first hop; `add` decodes onto what is there, as the owner of a shard does. A ratio is the median, over the
 repeats, of a time over that of a copy_ into a touched tensor made just before it, so that a busy machine slows both.
 """
 
@@ -23,10 +23,10 @@ from torch import Tensor
 
 from benchmarks.search import machine
 from benchmarks.topk import relative
-from compression import COMPRESSORS, codec
+from compression import COMPRESSORS, codec, plans
 from compression.codecs.quantizer import Quantizer
 from compression.layers import DENSE, Layer, layers_of
-from compression.plans import Plan, Segment, plan
+from compression.plans import Plan, Segment
 from compression.randomness import stream_keys
 from image_classification.models import build
 
@@ -41,20 +41,20 @@ def one_message(layers: tuple[Layer, ...], quantizer: Quantizer) -> Plan:
         at += layer.numel
     shards = {layer.name: [(0, layer.numel)] for layer in layers}
     widths = {layer.name: quantizer.bits if layer.compressed else DENSE for layer in layers}
-    return plan(segments, [0], shards, widths, quantizer.shard_bucket_size, quantizer.record_bytes)
+    return plans.plan(segments, [0], shards, widths, quantizer.shard_bucket_size, quantizer.record_bytes)
 
 
-def works(name: str, quantizer: Quantizer, layers: tuple[Layer, ...], values: Tensor) -> dict[str, Callable[[], None]]:
-    """What is measured, by name."""
-    where = one_message(layers, quantizer)
-    keys = stream_keys(0, 0, where.layers, 1, 0)
-    wire = torch.empty(where.wire_bytes, dtype=torch.uint8)
+def works(quantizer: Quantizer, layers: tuple[Layer, ...], values: Tensor) -> dict[str, Callable[[], None]]:
+    """The work that is measured, by name."""
+    plan = one_message(layers, quantizer)
+    keys = stream_keys(0, 0, plan.layers, 1, 0)
+    wire = torch.empty(plan.wire_bytes, dtype=torch.uint8)
     out, residual, pending = torch.zeros_like(values), torch.zeros_like(values), torch.zeros_like(values)
     return {
-        "encode": lambda: quantizer.encode_plan(where, values, keys, wire),
-        "decode": lambda: quantizer.decode_plan(where, wire, out),
-        "add": lambda: quantizer.decode_plan(where, wire, out, 0.5, accumulate=True),
-        "encode with feedback": lambda: quantizer.encode_plan(where, values, keys, wire, residual, pending),
+        "encode": lambda: quantizer.encode_plan(plan, values, keys, wire),
+        "decode": lambda: quantizer.decode_plan(plan, wire, out),
+        "add": lambda: quantizer.decode_plan(plan, wire, out, 0.5, accumulate=True),
+        "encode with feedback": lambda: quantizer.encode_plan(plan, values, keys, wire, residual, pending),
     }
 
 
@@ -81,7 +81,7 @@ def main() -> None:
             quantizer = codec(name, bucket_size=asked.bucket_size, **({} if bits is None else {"bits": bits}))
             found = {
                 what: relative(work, lambda: target.copy_(values), asked.repeats)
-                for what, work in works(name, quantizer, layers, values).items()
+                for what, work in works(quantizer, layers, values).items()
             }
             if not columns:
                 columns = list(found)

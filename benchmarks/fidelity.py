@@ -1,4 +1,4 @@
-"""What every compressor keeps of a gradient, and what it sends for it: relative errors and bits per value.
+"""Fidelity and cost of every compressor on a gradient: relative errors and bits per value.
 
     python benchmarks/fidelity.py [-o docs/fidelity.md]
 

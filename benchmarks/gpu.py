@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees it
 import torch
 from torch import Tensor
 
+from compression import plans
 from compression.codecs.quantizer import Quantizer
 from compression.codecs.quantizers import Exponential, MaxMin, NormUniform, OneBit, Quantile, TernGrad
 from compression.layers import Layer
-from compression.plans import Plan, Segment, plan
+from compression.plans import Plan, Segment
 from compression.randomness import stream_keys
 
 Work = Callable[[], object]
@@ -37,25 +38,25 @@ def quantizers() -> list[Quantizer]:
     return [*(family(bits) for family in variable for bits in range(family.min_bits, 9)), OneBit(), TernGrad()]
 
 
-def layout(quantizer: Quantizer, count: int) -> Plan:
+def one_message(quantizer: Quantizer, count: int) -> Plan:
     """One layer of `count` values on one rank."""
     layer = Layer(0, "layer", (count,), True)
-    share, widths = {layer.name: [(0, count)]}, {layer.name: quantizer.bits}
+    shards, widths = {layer.name: [(0, count)]}, {layer.name: quantizer.bits}
     rules = (quantizer.shard_bucket_size, quantizer.record_bytes)
-    return plan([Segment(layer, 0, 0)], [0], share, widths, *rules)
+    return plans.plan([Segment(layer, 0, 0)], [0], shards, widths, *rules)
 
 
 def works(quantizer: Quantizer, values: Tensor) -> dict[str, Work]:
-    """What is measured, by its column."""
-    where = layout(quantizer, len(values))
-    keys = stream_keys(0, 0, where.layers, 0, 0)
-    wire = torch.empty(where.wire_bytes, dtype=torch.uint8, device=values.device)
+    """The work that is measured, by its column."""
+    plan = one_message(quantizer, len(values))
+    keys = stream_keys(0, 0, plan.layers, 0, 0)
+    wire = torch.empty(plan.wire_bytes, dtype=torch.uint8, device=values.device)
     residual, pending, out = (torch.zeros_like(values) for _ in range(3))
     return {
-        "encode": lambda: quantizer.encode_plan(where, values, keys, wire),
-        "feedback": lambda: quantizer.encode_plan(where, values, keys, wire, residual, pending),
-        "decode": lambda: quantizer.decode_plan(where, wire, out),
-        "add": lambda: quantizer.decode_plan(where, wire, out, 0.5, accumulate=True),
+        "encode": lambda: quantizer.encode_plan(plan, values, keys, wire),
+        "feedback": lambda: quantizer.encode_plan(plan, values, keys, wire, residual, pending),
+        "decode": lambda: quantizer.decode_plan(plan, wire, out),
+        "add": lambda: quantizer.decode_plan(plan, wire, out, 0.5, accumulate=True),
     }
 
 
@@ -116,8 +117,8 @@ def main() -> None:
     print(hardware())
     print(f"{len(values):,} values, {MaxMin(4).backend(device)} kernels; one copy_ takes {copy:.3f} ms")
     columns = ("encode", "feedback", "decode", "add")
-    heads = "".join(f"{column + ' ms':>13}{'x copy_':>9}" for column in columns)
-    print(f"{'family':14}{'bits':>5}{heads}   rate  waits")
+    headings = "".join(f"{column + ' ms':>13}{'x copy_':>9}" for column in columns)
+    print(f"{'family':14}{'bits':>5}{headings}   rate  waits")
     for quantizer in quantizers():
         measured = works(quantizer, values)
         row = f"{quantizer.family:14}{quantizer.bits:>5}"
@@ -125,7 +126,7 @@ def main() -> None:
         for column in columns:
             time, ratios[column] = relative(measured[column], lambda: target.copy_(values), arguments.repeats)
             row += f"{time:13.3f}{ratios[column]:9.2f}"
-        moved = 1 + layout(quantizer, len(values)).wire_bytes / values.nbytes  # by both, in copies
+        moved = 1 + one_message(quantizer, len(values)).wire_bytes / values.nbytes  # by both, in copies
         row += f"{moved / (ratios['encode'] + ratios['decode']):7.0%}"
         waiting = [column for column in columns if waits(measured[column])]
         print(f"{row}  {', '.join(waiting) or 'never'}", flush=True)

@@ -1,4 +1,4 @@
-"""What the training loop costs: images per second of `train_epoch` next to a bare torch loop.
+"""The cost of the training loop: images per second of `train_epoch` next to a bare torch loop.
 
     python benchmarks/loop.py [--arch resnet18] [--image-size 64] [--batch-size 16] [--iterations 2] [--rounds 21]
     python benchmarks/loop.py --arch resnet50 --image-size 224 --batch-size 256 --iterations 20 --amp \\
@@ -80,7 +80,7 @@ class Idle:
 def bare_epoch(
     model: nn.Module, loader: Held, loss: nn.Module, optimizer: torch.optim.Optimizer, half: torch.dtype | None
 ) -> None:
-    """What the loop adds to is this. `half`: what autocast computes in, None without."""
+    """The bare loop, to compare with. `half`: the type that autocast computes in, None without it."""
     model.train()
     for images, labels in loader.epoch(0):
         optimizer.zero_grad()

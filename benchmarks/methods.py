@@ -1,4 +1,4 @@
-"""What one rank of a benchmark does: exchanges of one gradient by several methods, timed, counted and weighed.
+"""The work of one rank of a benchmark: exchanges of one gradient by several methods, timed, counted and weighed.
 
 Each method begins with float32 gradients in buckets, as DDP makes them, and ends with their averages there; but
 `bfloat16` is gloo's all-reduce alone, of gradients that are bfloat16 already. `bfloat16-hook` rounds float32 gradients
@@ -118,7 +118,7 @@ def all_reduce(kind: torch.dtype) -> Method:
 
 
 def bfloat16_hook(work: Workload) -> Exchange:
-    """What a user of float32 gradients has of bfloat16: each bucket rounded, summed up, and copied back."""
+    """The bfloat16 that a user of float32 gradients has: each bucket rounded, summed up, and copied back."""
 
     def run() -> float:
         flats, sums = [bucket.flat for bucket in work.buckets], []
@@ -159,7 +159,7 @@ def ours(name: str, **options: Any) -> Method:
 
 @dataclass(frozen=True)
 class Bucket:
-    """What torch's hooks ask of a `dist.GradBucket`, which DDP alone can make."""
+    """The part of a `dist.GradBucket` that torch's hooks need, which DDP alone can make."""
 
     content: Gradients
     shapes: Shapes
@@ -280,7 +280,7 @@ def memory(field: str) -> int:
 
 
 def command(gradients: Sequence[Shapes], methods: Sequence[str], repeat: int) -> list[str]:
-    """What starts a rank; it prints a list with a `Measured` by method for each of the gradients."""
+    """The command that starts a rank; it prints a list with a `Measured` by method for each of the gradients."""
     return [sys.executable, __file__, json.dumps([gradients, methods, repeat])]
 
 
@@ -294,7 +294,7 @@ def main() -> None:
 
 
 def parse(outputs: Sequence[str]) -> list[dict[str, list[Measured]]]:
-    """What all ranks printed: for each of the gradients, by method, what each rank measured."""
+    """The output of all ranks: for each of the gradients, by method, each rank's `Measured`."""
     ranks = [json.loads(output) for output in outputs]
     return [
         {

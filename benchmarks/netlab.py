@@ -33,7 +33,7 @@ class Lab:
     name: str = field(default_factory=lambda: f"netlab-{os.getpid()}-{next(_serial)}")
 
     def namespace(self, host: int) -> str:
-        """What `ip netns` calls the host."""
+        """The host's name for `ip netns`."""
         return f"{self.name}-{host}"
 
     def sent_bytes(self, host: int) -> int:
@@ -176,7 +176,7 @@ def available() -> str | None:
 
 
 def _settings(namespace: str) -> Path:
-    """Where `ip netns exec` looks for the namespace's own files of /etc."""
+    """The folder of the namespace's own files of /etc, for `ip netns exec`."""
     return Path("/etc/netns", namespace)
 
 

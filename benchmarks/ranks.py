@@ -18,7 +18,7 @@ PATIENCE_SECONDS = 3600.0
 
 
 def over_links(ranks: int, mbit: float | None, command: Sequence[str]) -> list[str]:
-    """What each rank writes to its standard output, on hosts whose links carry so many Mbit/s each way."""
+    """The standard output of each rank, on hosts whose links carry so many Mbit/s each way."""
     with lab(ranks, None if mbit is None else f"{mbit:g}mbit") as hosts:
         return hosts.run(command, timeout_s=PATIENCE_SECONDS)
 
@@ -46,13 +46,8 @@ def over_loopback(ranks: int, command: Sequence[str]) -> list[str]:
         return [output.read() for output in outputs]
 
 
-def is_rank() -> bool:
-    """Whether this process was started as a rank."""
-    return "RANK" in os.environ
-
-
 def kernel_bytes() -> int | None:
-    """What this rank's interface has sent, by the kernel's counter; None over loopback, which all ranks share."""
+    """Bytes that this rank's interface has sent, by the kernel's counter; None over loopback, which all ranks share."""
     interface = os.environ["GLOO_SOCKET_IFNAME"]
     if interface == "lo":
         return None

@@ -1,4 +1,4 @@
-"""How the time and memory of one exchange grow with the ranks: measured, modeled, and extrapolated to 1,024.
+"""Growth of the time and memory of one exchange with the ranks: measured, modeled, and extrapolated to 1,024.
 
     python benchmarks/scale.py [--ranks 2 4 8 16] [--values 500000 4000000] [--repeat 25]
 
@@ -8,8 +8,8 @@ All ranks run on this machine and talk over its loopback. The model adds up what
 
 Start: until all ranks are awake and have begun, once for an exchange. Messages: 2 (W - 1) for each bucket of gradients,
 whether a ring passes them on or two hops exchange and gather them. Bytes: those counted, 2 (W - 1) / W x those that
-stand for the gradient. Values, where there is a codec: 3 - 1 / W times through it, to encode the others' shares, to
-decode and add one share from the others, to encode its mean and to decode all. Where W ranks share fewer cores,
+stand for the gradient. Values, where there is a codec: 3 - 1 / W times through it, to encode the others' shards, to
+decode and add one shard from the others, to encode its mean and to decode all. Where W ranks share fewer cores,
 everything but the start takes W / cores times as long.
 
 Start, latency and bandwidth are common to all methods, and each codec has its own speed: fitted by least squares of
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def terms(self) -> list[float]:
-        """What the model's coefficients multiply: 1, messages, bytes, and values through each codec."""
+        """The factors of the model's coefficients: 1, messages, bytes, and values through each codec."""
         messages = 2 * (self.ranks - 1) * self.buckets
         coded = [(3 - 1 / self.ranks) * self.values * (self.method == codec) for codec in CODECS]
         return [1.0, *(self.sharing * term for term in (messages, self.nbytes, *coded))]
@@ -82,7 +82,7 @@ class Model:
         return cls(start, message, byte, tuple(codecs))
 
     def seconds(self, run: Run, link_mbit: float = float("inf")) -> float:
-        """What the model says that a run takes, where no link carries more than `link_mbit`."""
+        """Seconds that the model predicts for a run, where no link carries more than `link_mbit`."""
         byte = max(self.byte, 8e-6 / link_mbit)
         return float(np.dot(run.terms, (self.start, self.message, byte, *self.codecs)))
 

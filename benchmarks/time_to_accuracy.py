@@ -84,7 +84,7 @@ def learn(runs: Runs, folder: str, flags: list[str], method: str, seeds: int, ra
 
 
 def seconds_per_step(hosts: Lab, folder: str, flags: list[str], method: str, learned: Learned, steps: int) -> float:
-    """Of rank 0, over the links of a lab; the ranks wait for one another in every step."""
+    """Seconds of rank 0, over the links of a lab; the ranks wait for one another in every step."""
     words = flags_of(METHODS[method])
     with tempfile.TemporaryDirectory() as workspace:
         if learned.scheme is not None:

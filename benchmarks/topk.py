@@ -30,7 +30,7 @@ RATIOS = (0.001, 0.01, 0.1)
 
 
 def gradients(values: int) -> dict[str, Tensor]:
-    """What is selected from: one scale, as within a layer; many scales, as over a model; no difference at all."""
+    """The values to select from: one scale, as within a layer; many scales, as over a model; no difference at all."""
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(values, generator=generator)
     return {
@@ -47,7 +47,7 @@ def relative(work: Callable[[], object], copy: Callable[[], object], repeats: in
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Of the second of two runs in a row: writing back what lies in the caches is then its own share."""
+    """Time of the second of two runs in a row: writing back what lies in the caches is then its own part."""
     work()
     start = time.perf_counter()
     work()

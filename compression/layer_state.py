@@ -1,4 +1,4 @@
-"""What is remembered of layers from step to step: residuals, momenta, running means."""
+"""State of layers that is kept from step to step: residuals, momenta, running means."""
 
 from collections.abc import Iterable, Mapping
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class LayerState:
-    """Values remembered from step to step for some layers, float32, and their pending successors.
+    """Values of some layers that are kept from step to step, float32, and their pending successors.
 
-    `spans` maps a layer's name to how many values are kept of it. What is remembered of a layer that a step computes
-    nothing of, as it travels dense or not at all, stays as it is.
+    `spans` maps a layer's name to the number of values that are kept of it. Those of a layer that a step computes
+    nothing of, as it travels dense or not at all, stay as they are.
     """
 
     def __init__(self, spans: Mapping[str, int]) -> None:
@@ -22,10 +22,10 @@ class LayerState:
         self.spans = dict(spans)
         self.current: Tensor | None = None
         self.pending: Tensor | None = None
-        self._computed: set[str] = set()  # the layers of which what is pending is of this step
+        self._computed: set[str] = set()  # the layers whose pending values are of this step
 
     def allocate(self, device: torch.device, names: Iterable[str]) -> tuple[Tensor, Tensor]:
-        """(current, pending) on a device, zeros at first use: to compute what is pending of `names`, and only that."""
+        """(current, pending) on a device, zeros at first use. Pending values are computed of `names` alone."""
         self._computed.update(names)
         if self.current is None:
             self.current = torch.zeros(self.values, device=device)
@@ -35,9 +35,9 @@ class LayerState:
         return self.current, self.pending
 
     def settle(self, applied: Tensor | bool, layers: Iterable[str] | None = None) -> None:
-        """Make what was computed since the last time current where `applied`, else forget it.
+        """Make the values computed since the last time current where `applied`, else drop them.
 
-        Of all layers, or of some: what is pending of the others stays so. `applied` is a bool scalar; one on a GPU is
+        Of all layers, or of some: those of the others stay pending. `applied` is a bool scalar; one on a GPU is
         not waited for.
         """
         if layers is not None:
@@ -66,10 +66,7 @@ class LayerState:
     def state_dict(self) -> dict[str, Tensor]:
         if self.current is None:
             return {}
-        return {
-            name: self.current[self.span(name)].clone().cpu()
-            for name in self.offsets
-        }
+        return {name: self.current[self.span(name)].clone().cpu() for name in self.offsets}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         sizes = {name: values.numel() for name, values in state.items()}
@@ -87,5 +84,5 @@ class LayerState:
             self.current = torch.cat([state[name].to(torch.float32).reshape(-1) for name in self.offsets])
 
     def span(self, name: str) -> slice:
-        """Where a layer lies in what is remembered."""
+        """The slice of a layer's values."""
         return slice(self.offsets[name], self.offsets[name] + self.spans[name])

@@ -1,10 +1,8 @@
-"""Layers, how they are cut into shares, and plans: where every quantization bucket lies.
-
-Only arithmetic on sizes happens here; no gradient is ever touched.
+"""Layers, and how they are cut into shards. Arithmetic on sizes; no gradient is ever touched.
 
 Vocabulary: a *layer* is one parameter of the model. A *bucket* is a run of `bucket_size` consecutive values of a
-layer that share one set of scales (the last may be shorter). The *owner* of a bucket is the rank that adds it up
-over all ranks. A *record* is what one bucket becomes on the wire, a *message* all records for one owner.
+layer that share one set of scales (the last may be shorter). A *shard* is the part of a layer that one rank, its
+*owner*, adds up over all ranks. A *record* is one bucket on the wire, a *message* all records for one owner.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,7 +31,7 @@ class Layer:
 
 
 def compressible(shape: Sequence[int], bucket_size: int) -> bool:
-    """The rule of what is compressed: two or more dimensions and at least one whole quantization bucket.
+    """Whether a layer is compressed: it has two or more dimensions and at least one full quantization bucket.
 
     Decided by shape, never by name: biases and batch-norm parameters have one dimension.
     """
@@ -55,11 +53,11 @@ def bucket_length(numel: int, bucket_size: int) -> int:
 
 
 def shard(numel: int, bucket_size: int, world_size: int, first: int) -> list[tuple[int, int]]:
-    """The share of each rank: (start, stop) in values, `world_size` of them, together the whole layer.
+    """The shard of each rank: (start, stop) in values, `world_size` of them, together the whole layer.
 
-    Cuts lie on bucket boundaries, the shares differ by one bucket at most, and the larger ones begin at rank
-    `first` mod `world_size`, so that small layers spread over the ranks. Depends on nothing else, so that what a
-    rank remembers of its share outlives any regrouping of layers.
+    Cuts lie on bucket boundaries, the shards differ by one bucket at most, and the larger ones begin at rank
+    `first` mod `world_size`, so that small layers spread over the ranks. Depends on nothing else, so that a
+    rank's residual of its shard outlives any regrouping of layers.
     """
     length = bucket_length(numel, bucket_size)
     buckets = -(-numel // length)
@@ -71,21 +69,3 @@ def shard(numel: int, bucket_size: int, world_size: int, first: int) -> list[tup
         shards[(first + turn) % world_size] = (min(start, numel), min(stop, numel))
         start = stop
     return shards
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

@@ -1,6 +1,6 @@
 """Plans: where every quantization bucket of many layers lies, in memory and on the wire.
 
-Only arithmetic on sizes happens here; no gradient is ever touched. The vocabulary is that of `layers`.
+Arithmetic on sizes; no gradient is ever touched. The vocabulary is that of `layers`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from .layers import DENSE, Ints, Layer, bucket_length
 
 @dataclass(frozen=True)
 class Plan:
-    """Where M buckets of many layers lie, in a flat buffer of values and on the wire. int64 [M] each.
+    """Positions of M buckets of many layers, in a flat buffer of values and on the wire. int64 [M] each.
 
     One plan drives one kernel call over all its buckets, whatever their layers, lengths and widths.
     """
@@ -24,9 +24,9 @@ class Plan:
     count: Ints  # of values
     bits: Ints  # per value; DENSE is float32 as it is
     wire_at: Ints  # byte offset of the record
-    slot: Ints  # which row of the stream keys is this layer's
+    slot: Ints  # this layer's row of the stream keys
     element: Ints  # index, in the layer, of the first value
-    memory_at: Ints  # of the first value, in what is remembered from step to step (residuals)
+    state_at: Ints  # of the first value, in the state kept from step to step (residuals)
     layers: Ints  # [slots]: the layer index of each slot
     message_bytes: tuple[int, ...]  # length of each owner's message; the wire holds them one after the other
     values: int  # in all buckets
@@ -43,14 +43,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Segment:
-    """A layer's place: where its first value lies in the flat buffer, and in what is remembered.
+    """The offsets of a layer's first value: in the flat buffer, and in the state kept from step to step (residuals).
 
-    Of a buffer that holds only a share, both say where the layer's first value would lie, and may be negative.
+    Of a buffer that holds only a shard, both say where the layer's first value would lie, and may be negative.
     """
 
     layer: Layer
     offset: int
-    memory: int
+    state_offset: int
 
 
 def plan(
@@ -63,8 +63,8 @@ def plan(
 ) -> Plan:
     """The plan of all buckets of `segments` that belong to `owners`, one message per owner.
 
-    `shares[name][rank]` is the layer's cut. A share is cut into buckets of `bucket_size` values, or is one bucket where
-    that is None. Within a message the records follow the order of `segments`.
+    `shards[name][rank]` is (start, stop) in a layer's values. A shard is cut into buckets of `bucket_size` values, or
+    is one bucket where that is None. Within a message the records follow the order of `segments`.
     `record_bytes(count, bits)` is the format's; a DENSE record is 4 bytes a value.
     """
     rows: list[NDArray[np.int64]] = []
@@ -90,12 +90,12 @@ def plan(
             row[3] = at + np.cumsum(nbytes) - nbytes
             row[4] = slot
             row[5] = element
-            row[6] = segment.memory + element
+            row[6] = segment.state_offset + element
             rows.append(row)
             at += int(nbytes.sum())
         message_bytes.append(at - message_start)
     table = np.concatenate(rows, axis=1) if rows else np.empty((7, 0), np.int64)
-    positions, counts, bits_of, wire_at, slots, elements, memory_at = (np.ascontiguousarray(column) for column in table)
+    positions, counts, bits_of, wire_at, slots, elements, state_at = (np.ascontiguousarray(column) for column in table)
     return Plan(
         positions,
         counts,
@@ -103,7 +103,7 @@ def plan(
         wire_at,
         slots,
         elements,
-        memory_at,
+        state_at,
         layers=np.array([segment.layer.index for segment in segments], np.int64),
         message_bytes=tuple(message_bytes),
         values=int(counts.sum()),
@@ -131,7 +131,7 @@ def plan_of_messages(
         wire_at=np.cumsum(nbytes) - nbytes,
         slot=row,
         element=element,
-        memory_at=position,
+        state_at=position,
         layers=np.arange(rows, dtype=np.int64),
         message_bytes=(int(nbytes.sum()),),
         values=rows * count,
@@ -141,7 +141,7 @@ def plan_of_messages(
 def split_into_chunks(whole: Plan, count: int) -> list[Plan]:
     """A plan cut into at most `count` plans, each with about as many bytes of every message, cut between records.
 
-    Where the values lie, and what the slots are, stays as it is; a chunk's wire holds its own records only. The plan of
+    Positions of values, and slots, stay as they are; a chunk's wire holds its own records only. The plan of
     all owners and that of one of them are cut at the same records.
     """
     edges = _edges(whole, count)
@@ -163,13 +163,13 @@ def mask_owner(whole: Plan, owner: int) -> Plan:
 
 def select(whole: Plan, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> Plan:
     """The chosen buckets of a plan, by index or mask [M], where they lie: the wire stays that of all."""
-    columns = ("position", "count", "bits", "wire_at", "slot", "element", "memory_at")
+    columns = ("position", "count", "bits", "wire_at", "slot", "element", "state_at")
     kept = {name: getattr(whole, name)[chosen] for name in columns}
     return replace(whole, **kept, values=int(kept["count"].sum()))
 
 
 def _edges(whole: Plan, count: int) -> Ints:
-    """Where every message is cut into `count` parts, [owners, count + 1]: a record belongs to where it begins."""
+    """Records at which every message is cut into `count` parts, [owners, count + 1]: a part begins with a record."""
     ends = np.cumsum(whole.message_bytes, dtype=np.int64)
     starts = ends - whole.message_bytes
     targets = starts[:, None] + np.arange(count + 1) * (ends - starts)[:, None] // count

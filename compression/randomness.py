@@ -42,7 +42,7 @@ def stream_keys(seed: int, step: int, layers: NDArray[np.int64], hop: int, rank:
 
 
 def random_bits(elements: torch.Tensor, key_low: torch.Tensor, key_high: torch.Tensor) -> torch.Tensor:
-    """Random integers below 2^32, int64: what the stream of the key holds at `elements`.
+    """Random integers below 2^32, int64: the elements of the key's stream at these indices.
 
     All arguments are int64 tensors that broadcast against one another; the keys are halves below 2^32.
     """

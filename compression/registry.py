@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class Options:
-    """The options of a compressor: a frozen dataclass whose fields are what it takes, with their defaults.
+    """The options of a compressor: a frozen dataclass with a field and a default for each.
 
-    What a compressor does not take has the value that it has here.
+    Options that a compressor does not take have these values.
 
     `bucket_size`: values that share scales, -1 for the whole layer; layers with fewer values travel in float32.
     `warmup_steps`: optimizer steps in float32 before compression begins.
@@ -49,14 +49,14 @@ class Options:
 
 @dataclass(frozen=True)
 class DenseOptions(Options):
-    """Of what is not encoded."""
+    """Options of a compressor that encodes nothing."""
 
     big_grad: bool = False
 
 
 @dataclass(frozen=True)
 class FixedWidthOptions(Options):
-    """Of a quantizer that has one width."""
+    """Options of a quantizer that has one width."""
 
     bucket_size: int = 512
     error_feedback: bool = False
@@ -66,7 +66,7 @@ class FixedWidthOptions(Options):
 
 @dataclass(frozen=True)
 class QuantizerOptions(Options):
-    """Of a quantizer with a choice of `bits` per value."""
+    """Options of a quantizer with a choice of `bits` per value."""
 
     bits: int = 4
     bucket_size: int = 512
@@ -77,8 +77,8 @@ class QuantizerOptions(Options):
 
 @dataclass(frozen=True)
 class TopKOptions(Options):
-    """`ratio`: fraction of values that are kept. What is dropped is lost, or remembered (`error_feedback`), or sent in
-    `efx_bits` bits, or a random fraction `efx_randk` of it is sent."""
+    """`ratio`: fraction of values that are kept. Dropped values are lost, or added later (`error_feedback`), or sent in
+    `efx_bits` bits, or a random fraction `efx_randk` of them is sent."""
 
     ratio: float = 0.01
     bucket_size: int = 512
@@ -148,13 +148,13 @@ Build = Callable[[Any, Sequence["Layer"], "Collectives", int], "Averager"]
 
 @dataclass(frozen=True)
 class Row:
-    """One compressor: what it is, the class of its options, and how its averager and its codec are built.
+    """One compressor: a summary, the class of its options, and how its averager and its codec are built.
 
     Either a `quantizer`, whose codes are averaged in two hops, or what `average` builds. `quantizer` and `codec` are
     classes, or their names within `compression.codecs`.
     `listed`: among the choices of a compression type; the others are chosen otherwise. `needs_feedback`: error feedback
-    is always on. `own_warmup`: what it does in its first `warmup_steps` is its own business, and not float32.
-    `stateless`: its averager remembers nothing.
+    is always on. `own_warmup`: its first `warmup_steps` are not in float32, but its own business.
+    `stateless`: its averager has no state.
     """
 
     summary: str
@@ -189,7 +189,7 @@ class Row:
         return least
 
     def quantizer_of(self, options: Any) -> "Quantizer":
-        """The quantizer with those of the options that it is made from. ValueError where one is out of range."""
+        """The quantizer with those of the options that it takes. Raises ValueError where one is out of range."""
         kind = _load(self.quantizer)
         made: Quantizer = kind(**{field.name: getattr(options, field.name) for field in fields(kind) if field.init})
         return made
@@ -272,7 +272,7 @@ def _top_k_by(
 def _dropped(
     options: TopKOptions, layers: Sequence["Layer"], collectives: "Collectives", seed: int
 ) -> "Averager | None":
-    """What averages the values that a top-k drops."""
+    """The averager of the values that a top-k drops, where they are sent."""
     from .averagers import RandomKAverager, TwoHop
 
     if options.efx_bits is not None:

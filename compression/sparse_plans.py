@@ -1,4 +1,4 @@
-"""Sparse records: a few values of a layer, and where in it they lie. Sizes and places only; no value is touched.
+"""Sparse records: a few values of a layer, and their indices. Arithmetic on sizes; no value is touched.
 
 A record of k out of n values is three parts, each padded to a whole byte:
 

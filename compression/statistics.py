@@ -21,12 +21,13 @@ BINS = 64
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the values of one tensor. All but `count` and `nonfinite` are of its finite values, NaN where there are none.
+    """The distribution of one tensor's values.
 
-    `zeros` is a share; `variance` is the mean squared distance from the mean, `skewness` and `kurtosis` are the third
-    and the fourth such moment over its powers 3/2 and 2 (a normal distribution has 0 and 3; NaN where it is 0).
-    `quantiles` belong to `probabilities`. Bin i of the histogram holds `counts[i]` values from `edges[i]` to below
-    `edges[i + 1]`, the last also those equal to the maximum.
+    All but `count` and `nonfinite` are of finite values, NaN where there are none. `zeros` is a fraction; `variance` is
+    the mean squared distance from the mean, `skewness` and `kurtosis` are the third and the fourth such moment over its
+    powers 3/2 and 2 (a normal distribution has 0 and 3; NaN where it is 0). `quantiles` belong to `probabilities`. Bin
+    i of the histogram holds `counts[i]` values from `edges[i]` to below `edges[i + 1]`, the last also those equal to
+    the maximum.
     """
 
     count: int
@@ -89,20 +90,19 @@ def _moments(values: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def _quantile(ordered: np.ndarray, probability: float) -> float:
-    place = probability * (len(ordered) - 1)
-    lower = int(place)
+    position = probability * (len(ordered) - 1)
+    lower = int(position)
     low, high = float(ordered[lower]), float(ordered[min(lower + 1, len(ordered) - 1)])
-    return low + (place - lower) * (high - low)
+    return low + (position - lower) * (high - low)
 
 
 class JsonLines:
     """A sink: a file of one JSON object a line, with `step`, `layer` and the fields of `Statistics`; NaN is null."""
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
-        """For a run whose first step is `first_step`: lines of earlier steps are kept, later ones go.
+        """Open the file for a run that begins at `first_step`: lines of earlier steps are kept, later ones go.
 
-        Raises:
-            OSError: the file cannot be written; as every call.
+        Raises OSError where the file cannot be written, as every call does.
         """
         self.path = path
         with self._writing(), path.open("ab+") as file:
@@ -134,7 +134,7 @@ class TensorBoard:
     """A sink: a histogram of each layer's gradient, and curves of its moments and quantiles."""
 
     def __init__(self, writer: Any) -> None:
-        """`writer`: a SummaryWriter, or what has its `add_histogram_raw` and `add_scalar`."""
+        """`writer`: a SummaryWriter, or anything with its `add_histogram_raw` and `add_scalar`."""
         self.writer = writer
 
     def __call__(self, step: int, layer: str, statistics: Statistics) -> None:

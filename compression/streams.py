@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Meanwhile(Enum):
-    """What the communication thread may do between a phase of a job and the next one, while messages travel."""
+    """Work that the communication thread may do between a phase of a job and the next one, while messages travel."""
 
     OTHERS_BEGIN = "another job may begin"
     NONE_BEGINS = "only jobs that have let others begin go on: this one has collectives whose order counts"
@@ -36,7 +36,7 @@ def device_future(device: torch.device) -> "torch.futures.Future[Any]":
 
 
 def record_stream(*tensors: object) -> None:
-    """Keep the memory of tensors that another stream made, although it may let go of them, until this one is done."""
+    """Keep the memory of tensors that another stream made, even if that one lets go of them, until this one is done."""
     for tensor in tensors:
         if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":
             tensor.record_stream(torch.cuda.current_stream(tensor.device))

@@ -1,6 +1,6 @@
 """Files and folders that are never half written: they take their names when they are whole and on disk.
 
-The one writer of the program. It knows nothing of what it writes.
+The one writer of the program. It knows nothing of the content.
 """
 
 import errno
@@ -17,14 +17,13 @@ from typing import BinaryIO
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write and read, beside `path`, that replaces `path` where the block ends without an error.
 
-    A kill at any moment leaves `path` as it was or whole. What a killed process leaves behind has a fixed name,
+    A kill at any moment leaves `path` as it was or whole. The remains of a killed process have a fixed name,
     `.NAME.partial`, so the next write of the same file takes it over; an error removes it. A link keeps pointing
     where it points.
 
     One writer per file.
 
-    Raises:
-        OSError: the folder is missing or read-only, the disk is full, or `path` is a device or a folder.
+    Raises OSError where the folder is missing or read-only, the disk is full, or `path` is a device or a folder.
     """
     path = path.resolve()
     if path.exists() and not path.is_file():
@@ -48,8 +47,7 @@ def appearing(folder: Path) -> Iterator[Path]:
 
     Whoever sees `folder` sees all of it. Of several writers at once one wins, and the others' work is dropped.
 
-    Raises:
-        OSError: the folder around it is missing or read-only, or the disk is full.
+    Raises OSError where the folder around it is missing or read-only, or the disk is full.
     """
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

@@ -54,8 +54,7 @@ def save(content: Mapping[str, Any], folder: Path, filename: str, *, best: bool,
     is replaced only by one that has been read back, and last of all: a run that is killed between the copies does the
     epoch again, and all of them with it.
 
-    Raises:
-        OSError: nothing could be written; what was there before is intact.
+    Raises OSError where nothing could be written; earlier files are intact.
     """
     copies = names_of_copies(content["epoch"], content["iteration"], best=best, gather=gather)
     try:
@@ -80,10 +79,8 @@ def save(content: Mapping[str, Any], folder: Path, filename: str, *, best: bool,
 def load(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint in a file, on the CPU; `expected` holds the keys whose values this run shares with it.
 
-    Raises:
-        FileNotFoundError: there is none.
-        Damaged: truncated, changed on disk, or no checkpoint of this program.
-        Misfit: a value differs from the expected one.
+    Raises FileNotFoundError where there is none; Damaged where it is truncated, changed on disk, or no checkpoint of
+    this program; Misfit where a value differs from the expected one.
     """
     content = _read(path)
     try:
@@ -106,10 +103,7 @@ def newest_good(
     """The checkpoint that got furthest in a folder, and its content; None where there is none.
 
     Looks at `filename`, `model_best.pth.tar` and the gathered ones. A damaged file is passed over with one line
-    to `warn`.
-
-    Raises:
-        Misfit: the newest one belongs to another run, which going on would overwrite.
+    to `warn`. Raises Misfit where the newest one belongs to another run, which going on would overwrite.
     """
     paths = [folder / filename, folder / BEST, *folder.glob("checkpoint-*.pth.tar")]
     found = []
@@ -169,7 +163,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Go back to what `random_state` gave."""
+    """Go back to states that `random_state` returned."""
     torch.set_rng_state(state["torch"])
     name, keys, *rest = state["numpy"]
     numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
@@ -187,9 +181,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     A checkpoint is one of this program (its `state_dict`) or of torchvision's training script (its `model`). The
     `module.` that DDP puts before every name is dropped.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        Damaged: truncated, or anything but tensors by name.
+    Raises FileNotFoundError where there is no such file, and Damaged where it is truncated, or anything but tensors by
+    name.
     """
     if path.suffix == ".safetensors":
         content: Any = _load_safetensors(path)
@@ -224,8 +217,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], source: Path | str)
 
     Counters of batch norms may be missing: state dicts from before they existed are whole without them.
 
-    Raises:
-        Misfit: names or shapes differ; the model is left as it was.
+    Raises Misfit where names or shapes differ; the model is left as it was.
     """
     own = model.state_dict()
     differing = {

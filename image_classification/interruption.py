@@ -1,6 +1,6 @@
 """Stopping in the middle of an epoch or of a validation, the same on every rank, when a signal asks for it.
 
-Knows signals and a key-value store that all ranks share; what is saved and how the program ends is its caller's
+Knows signals and a key-value store that all ranks share; saving, and how the program ends, is its caller's
 business.
 """
 
@@ -70,7 +70,7 @@ class Interruption:
 
     @property
     def exit_status(self) -> int:
-        """Of the program that stops: 128 + the signal's number."""
-        self._look(0)  # this rank may have learnt of the stop from others, and not from the store
+        """The exit status of the program that stops: 128 + the signal's number."""
+        self._look(0)  # this rank may have learned of the stop from others, and not from the store
         assert self._announced is not None
         return EXIT_STATUS[self._announced[1]]

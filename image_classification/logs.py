@@ -1,6 +1,6 @@
 """Logs: one stream of metrics, and the sinks that it runs into.
 
-A step says what a record is about: `(epoch, iteration)`, `(epoch,)` for a whole epoch, `()` for the whole run. Epochs
+A step is the subject of a record: `(epoch, iteration)`, `(epoch,)` for a whole epoch, `()` for the whole run. Epochs
 count from 0; iteration is the number of batches done in that epoch. A sink knows no ranks: ranks other than 0 have
 a `Logger` without sinks.
 """
@@ -147,8 +147,7 @@ class Raport(Sink):
         In between, the run goes on from a checkpoint: records of later steps, and those of the whole run, are
         dropped first, because they are about to be written again. The file is replaced in one piece.
 
-        Raises:
-            OSError: the file cannot be written.
+        Raises OSError where the file cannot be written.
         """
         self.path = path
         with self._writing():
@@ -213,7 +212,7 @@ class TensorBoard(Sink):
     """Event files. The horizontal axis counts iterations over all epochs."""
 
     def __init__(self, folder: Path, iterations: int, start: Step = START) -> None:
-        """`iterations` per epoch; what an earlier run logged after `start` is hidden, as in `Raport`."""
+        """`iterations` per epoch; records of an earlier run after `start` are hidden, as in `Raport`."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.iterations = iterations

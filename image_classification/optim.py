@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 ParameterGroup = dict[str, Any]
-"""As torch's optimizers take it, with `params` a list of (name, parameter)."""
+"""A group as torch's optimizers take it, with `params` a list of (name, parameter)."""
 
 
 def parameter_groups(
@@ -24,12 +24,11 @@ def parameter_groups(
 ) -> list[ParameterGroup]:
     """The trainable parameters of `model`, grouped by weight decay and momentum; frozen ones are left out.
 
-    What belongs to a batch norm decays only with `bn_weight_decay`. The type of the module decides, so that
+    A batch norm's parameters decay only with `bn_weight_decay`. The type of the module decides, so that
     batch norms in any place and of any name are found. `without_momentum` names parameters as
     `model.named_parameters()` does; their group has momentum 0, whatever the optimizer's is.
 
-    Raises:
-        ValueError: `without_momentum` names something that is no trainable parameter.
+    Raises ValueError where `without_momentum` names something that is no trainable parameter.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if unknown := set(without_momentum) - set(trainable):

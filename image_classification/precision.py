@@ -52,8 +52,7 @@ class Precision:
         half precision. Half precision is float16 on a GPU and bfloat16 on a CPU. A dynamic scale starts at
         2^16, like torch.amp's, and overrides a static one.
 
-        Raises:
-            ValueError: an unknown level, or a loss scale that is not above 0.
+        Raises ValueError for an unknown level, or a loss scale that is not above 0.
         """
         half = torch.float16 if device.type == "cuda" else torch.bfloat16
         levels: dict[str, dict[str, Any]] = {
@@ -117,19 +116,19 @@ class LossScale:
         return self._scale.double().reciprocal().float()
 
     def update(self, found_inf: Tensor) -> None:
-        """After a step: `found_inf` is a float32 scalar, 1.0 where the step was skipped, else 0.0."""
+        """Adapt the scale to a step: `found_inf` is a float32 scalar, 1.0 where it was skipped, else 0.0."""
         if self._dynamic:
             torch._amp_update_scale_(self._scale, self._good_steps, found_inf, 2.0, 0.5, 2000)
 
     def can_back_off(self) -> bool:
         """Whether a smaller scale may still help against overflow. Synchronizes with the device.
 
-        At 2^-16, gradients of 2^31 still fit into float16: what is not finite there is not finite at any scale.
+        At 2^-16, gradients of 2^31 still fit into float16: one that is not finite there is not finite at any scale.
         """
         return self._dynamic and self._scale.item() > 2.0**-16
 
     def state_dict(self) -> dict[str, float]:
-        """Of a dynamic scale; a static one has no state."""
+        """The state of a dynamic scale; a static one has none."""
         return {"scale": self._scale.item(), "good_steps": self._good_steps.item()} if self._dynamic else {}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
@@ -177,15 +176,14 @@ class MixedPrecisionOptimizer:
 
     @torch.no_grad()
     def step(self, finite: Tensor) -> Tensor:
-        """One step with the parameters' averaged gradients, still scaled; what is in .grad is used up.
+        """One step with the parameters' averaged gradients, still scaled, which are used up.
 
         Skipped entirely, momentum and weight decay included, unless all gradients are finite: where the bool
         scalar `finite` says so, and no half-precision gradient has overflowed. Parameters without gradient
         are left as they are.
 
-        Returns:
-            A bool scalar on the device: the step was applied. The host waits for it only where the optimizer
-            cannot be told on the device (apex, and half-precision weights on a CPU).
+        Returns a bool scalar on the device: the step was applied. The host waits for it only where the optimizer
+        cannot be told on the device (apex, and half-precision weights on a CPU).
         """
         gradients = self._gradients()
         found_inf = finite.logical_not().float()
@@ -202,7 +200,7 @@ class MixedPrecisionOptimizer:
         return found_inf == 0
 
     def _gradients(self) -> list[Tensor]:
-        """Of the stepped parameters, in their layout: fused kernels go by memory order."""
+        """Gradients of the stepped parameters, in their memory format: fused kernels go by memory order."""
         gradients = []
         for name, stepped in self._stepped.items():
             gradient = self._parameters[name].grad
@@ -237,8 +235,7 @@ class MixedPrecisionOptimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()` of an optimizer of the same parameters and precision.
 
-        Raises:
-            ValueError: they differ.
+        Raises ValueError where they differ.
         """
         own = self.state_dict()
         for part, remedy in (

@@ -23,18 +23,17 @@ def _cosine(e: int, w: int, E: int) -> float:
 
 
 SCHEDULES: dict[str, Callable[[int, int, int], float]] = {"step": _step, "linear": _linear, "cosine": _cosine}
-"""Name -> (e, w, E) -> the share of the full learning rate, for w <= e < E."""
+"""Name -> (e, w, E) -> the fraction of the full learning rate, for w <= e < E."""
 
 
 def schedule(name: str, *, lr: float, epochs: int, warmup: int = 0) -> Schedule:
-    """The schedule of that name: lr (e + 1)/w while e < w, then lr times what `SCHEDULES` says.
+    """The schedule of that name: lr (e + 1)/w while e < w, then lr times the fraction in `SCHEDULES`.
 
-    Raises:
-        ValueError: an unknown name, or a warm-up that leaves no epoch after it.
+    Raises ValueError for an unknown name, or a warm-up that leaves no epoch after it.
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown learning-rate schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
     if not 0 <= warmup < epochs:
         raise ValueError(f"the warm-up must be shorter than the {epochs} epochs of training, got {warmup}")
-    share = SCHEDULES[name]
-    return lambda epoch: lr * ((epoch + 1) / warmup if epoch < warmup else share(epoch, warmup, epochs))
+    fraction = SCHEDULES[name]
+    return lambda epoch: lr * ((epoch + 1) / warmup if epoch < warmup else fraction(epoch, warmup, epochs))

@@ -39,30 +39,28 @@ class GradientExchange(Protocol):
     """An exchange of one optimizer step's gradients for their averages over the ranks."""
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch whose gradients only accumulate."""
+        """A block for forward and backward of a micro-batch whose gradients only accumulate."""
         ...
 
     def begin_step(self, loss_scale: float | Tensor = 1.0) -> None:
-        """Before the backward whose gradients travel; they are `loss_scale` times too large."""
+        """Announce the backward whose gradients travel; they are `loss_scale` times too large."""
         ...
 
     def finish(self) -> Tensor:
         """Wait until every .grad holds the average, still scaled, or is None where no average is due.
 
-        Returns:
-            A bool scalar on the device, equal on all ranks: all averages are finite.
+        Returns a bool scalar on the device, equal on all ranks: all averages are finite.
         """
         ...
 
     def settle(self, applied: Tensor) -> None:
-        """Commit residuals and buffers where the bool scalar `applied` is true, drop them where it is not."""
+        """Make pending residuals current where the bool scalar `applied` is true, drop them where it is not."""
         ...
 
     def flush(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:
-        """After the last step: put averages that are still to come into .grad, `loss_scale` times too large.
+        """Put averages that are still to come after the last step into .grad, `loss_scale` times too large.
 
-        Returns:
-            As `finish`, and None where nothing is left.
+        Returns what `finish` does, and None where nothing is left.
         """
         ...
 
@@ -112,20 +110,18 @@ def train_epoch(
 ) -> EpochResult:
     """Train on the batches of one epoch from number `start` on, or on its first `iterations` batches only.
 
-    An iteration is one batch of each rank, `accumulation` of them are one optimizer step. What is left over
-    at the end of the epoch is dropped, so that every step sees equally many images. At the end of the epoch, and
-    nowhere else, averages that the exchange still holds back are applied, by steps of their own.
+    An iteration is one batch of each rank, `accumulation` of them are one optimizer step. The rest at the end of the
+    epoch is dropped, so that every step sees equally many images. At the end of the epoch, and nowhere else, averages
+    that the exchange still holds back are applied, by steps of their own.
 
-    Args:
-        model: converted by the optimizer's precision; what is called forward, so DDP's wrapper where there is one.
-        log: called after every step in which a multiple of `print_freq` iterations was reached, with the
-            metrics of `EpochResult` for the iterations since the last call; the loss is this rank's.
-        should_stop: asked once per step, after it. All ranks must get the same answer at the same step.
+    `model` is converted by the optimizer's precision, and called forward: DDP's wrapper where there is one. `log` is
+    called after every step in which a multiple of `print_freq` iterations was reached, with the metrics of
+    `EpochResult` for the iterations since the last call; the loss is this rank's. `should_stop` is asked once per step,
+    after it. All ranks must get the same answer at the same step.
 
-    Raises:
-        NonFiniteGradientError: some step since the last line, or since the start, had a NaN or infinite
-            gradient. That step was skipped on every rank alike, and so the weights are good.
-        ValueError: no step fits into the epoch, or `start` is not the first batch of one.
+    Raises NonFiniteGradientError where some step since the last line, or since the start, had a NaN or infinite
+    gradient; that step was skipped on every rank alike, and so the weights are good. Raises ValueError where no step
+    fits into the epoch, or `start` is not the first batch of one.
     """
     end = last_iteration(len(loader), start=start, iterations=iterations, accumulation=accumulation)
     model.train()
@@ -204,7 +200,7 @@ class _Meter:
 
     def __init__(self, device: torch.device) -> None:
         self.totals = torch.zeros(5, dtype=torch.float64)
-        """Of the whole pass, up to the last reading."""
+        """Sums of the whole pass, up to the last reading."""
         self._device = device
         self.restart()
 
@@ -242,7 +238,7 @@ class _Meter:
 
 
 def _train_metrics(totals: Tensor, world_size: int, lr: float) -> dict[str, float]:
-    """From the totals of a meter. One rank's stand for all, and so do their sums over the ranks: these are ratios."""
+    """Metrics from a meter's totals, of one rank or summed over the ranks: these are ratios."""
     loss, images, batches, data_time, compute_time = totals.tolist()
     return {
         "train.loss": loss / images,
@@ -280,15 +276,13 @@ def evaluate(
     Ranks may differ in their number of batches: nothing travels before the end. The model is the converted
     one, without DDP around it.
 
-    Returns:
-        val.top1, val.top5 (percent; among fewer than 5 classes, the best of all), val.loss (plain
-        cross-entropy), all per image; val.compute_ips, val.total_ips (images per second of all ranks, without
-        and with the wait for data); val.data_time (seconds per batch, mean over ranks); val.compute_latency,
-        its mean in seconds per batch of this rank, and _at95, _at99, _at100: what that percentage of this
-        rank's batches did not exceed. None, on all ranks, where `should_stop` stopped any of them before a batch.
+    Returns val.top1, val.top5 (percent; among fewer than 5 classes, the best of all), val.loss (plain cross-entropy),
+    all per image; val.compute_ips, val.total_ips (images per second of all ranks, without and with the wait for data);
+    val.data_time (seconds per batch, mean over ranks); val.compute_latency, its mean in seconds per batch of this rank,
+    and _at95, _at99, _at100: the latency that so many percent of this rank's batches did not exceed. Returns None, on
+    all ranks, where `should_stop` stopped any of them before a batch.
 
-    Raises:
-        ValueError: there is no image on any rank.
+    Raises ValueError where there is no image on any rank.
     """
     model.eval()
     hits_and_loss = torch.zeros(3, dtype=torch.float64, device=precision.device)

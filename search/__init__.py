@@ -1,6 +1,6 @@
 """Bit widths for the layers of a model: an error table, differential evolution, and the true optimum beside it.
 
-It knows codecs by what they lose and what they send. It knows no model and no ranks.
+It knows codecs by their errors and their bytes. It knows no model and no ranks.
 
 Names are loaded when they are used: importing this package loads nothing that is heavy.
 """

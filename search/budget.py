@@ -21,7 +21,7 @@ class Budgeted:
 
     error         E of the assignment
     lower_bound   no assignment within the budget has less error; equal to `error` where that is the optimum
-    bits_a_value  what it takes of the budget: encoded bits for each value of the compressed layers
+    bits_a_value  its cost: encoded bits for each value of the compressed layers
     """
 
     error: float
@@ -31,14 +31,14 @@ class Budgeted:
 
     @property
     def gap(self) -> float:
-        """How much above the lower bound the error is at most, as a share of the bound; 0 is the optimum."""
+        """Upper bound of the error's excess over the least, as a fraction of the lower bound; 0 is the optimum."""
         return gap(self.error, self.lower_bound)
 
 
 def within_budget(tables: Tables, bits_a_value: float, frontier: int = 100_000) -> Budgeted:
     """The assignment of least error that takes at most `bits_a_value` bits a value on average.
 
-    What counts are the encoded bytes of the compressed layers, scales included, over those layers' values. With
+    Bytes are the encoded bytes of the compressed layers, scales included, over those layers' values. With
     two float32 scales a bucket that is more than the width: 4-bit max-min in buckets of 512 takes 4.125.
 
     Layers are decided one after the other, the largest first. A partial assignment goes on only if
@@ -50,7 +50,7 @@ def within_budget(tables: Tables, bits_a_value: float, frontier: int = 100_000) 
     should more than `frontier` go on, those with the least bounds do, and the least bound of those left behind
     is the certificate: `lower_bound`.
 
-    Raises ValueError where even the cheapest assignment takes more, naming what it takes.
+    Raises ValueError where even the cheapest assignment takes more, naming its bits.
     """
     budget = _budget_nbytes(tables, bits_a_value)
     edges = merge_edges(tables)
@@ -59,7 +59,7 @@ def within_budget(tables: Tables, bits_a_value: float, frontier: int = 100_000) 
 
     best_L, best_error = edges.start_L, math.inf
     lower_bound = math.inf
-    choices_SL = np.zeros((1, len(order)), dtype=np.int8)
+    columns_SL = np.zeros((1, len(order)), dtype=np.int8)
     nbytes_S, error_S = np.zeros(1, dtype=np.int64), np.zeros(1)
     for decided, layer in enumerate(order, start=1):
         nbytes_S = (nbytes_S[:, None] + tables.nbytes[layer]).ravel()
@@ -73,10 +73,10 @@ def within_budget(tables: Tables, bits_a_value: float, frontier: int = 100_000) 
         if complete_S.min() < best_error:
             best = int(complete_S.argmin())
             best_error = complete_S[best]
-            best_L = rest.complete(choices_SL[best // widths], corner_S[best])
+            best_L = rest.complete(columns_SL[best // widths], corner_S[best])
             best_L[layer] = best % widths
 
-        # A bound must not be too high, not even by what the interpolation rounds.
+        # A bound must not be too high, not even by the rounding of the interpolation.
         rounding_S = 8 * np.finfo(np.float64).eps * rest.error_P[corner_S]
         bound_S = error_S + np.interp(left_S, rest.nbytes_P, rest.error_P) - rounding_S
         going = np.flatnonzero(fits_S & (bound_S < best_error))
@@ -86,8 +86,8 @@ def within_budget(tables: Tables, bits_a_value: float, frontier: int = 100_000) 
             going = going[np.argsort(bound_S[going], kind="stable")]
             lower_bound = min(lower_bound, bound_S[going[frontier]])
             going = going[:frontier]
-        choices_SL = choices_SL[going // widths]
-        choices_SL[:, layer] = going % widths
+        columns_SL = columns_SL[going // widths]
+        columns_SL[:, layer] = going % widths
         nbytes_S, error_S = nbytes_S[going], error_S[going]
         if not len(going):
             break
@@ -98,7 +98,7 @@ def within_budget(tables: Tables, bits_a_value: float, frontier: int = 100_000) 
 
 
 class _Rest:
-    """The hull of what the undecided layers can add: P corners, nbytes_P rising and error_P falling."""
+    """The hull of all that the undecided layers can add: P corners, nbytes_P rising and error_P falling."""
 
     def __init__(self, tables: Tables, edges: Edges, layers: Sequence[int] | Ints) -> None:
         undecided_L = np.zeros(len(tables.layers), dtype=bool)
@@ -124,7 +124,7 @@ class _Rest:
 
 def _budget_nbytes(tables: Tables, bits_a_value: float) -> int:
     """The most bytes that are at most so many bits a value."""
-    _hold(bits_a_value, tables.bits_a_value(tables.bits(tables.nbytes.argmin(axis=1))))
+    _check_bits(bits_a_value, tables.bits_a_value(tables.bits(tables.nbytes.argmin(axis=1))))
     values = sum(tables.numel)
     nbytes = math.floor(bits_a_value * values / 8) + 1
     while 8 * nbytes / values > bits_a_value:
@@ -137,10 +137,10 @@ def check_budget(
 ) -> None:
     """Raise ValueError where layers of so many values cannot keep within a budget, known before any gradient is."""
     cheapest = sum(min(codec_at(width).wire_bytes(count) for width in widths) for count in numel)
-    _hold(bits_a_value, 8 * cheapest / sum(numel))
+    _check_bits(bits_a_value, 8 * cheapest / sum(numel))
 
 
-def _hold(bits_a_value: float, cheapest: float) -> None:
+def _check_bits(bits_a_value: float, cheapest: float) -> None:
     if not 0 < bits_a_value < math.inf:
         raise ValueError(f"a budget must be a finite number of bits a value above 0, got {bits_a_value}")
     if bits_a_value < cheapest:

@@ -1,4 +1,4 @@
-"""Bit widths by differential evolution: what the published search does, on look-up tables.
+"""Bit widths by differential evolution: the published search, on look-up tables.
 
 It knows tables and an objective. It never sees the optimum, so that the gap between the two is a finding.
 """

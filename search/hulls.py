@@ -78,7 +78,7 @@ def merge_edges(tables: Tables) -> Edges:
 
 
 def hull_walk(tables: Tables) -> Ints:
-    """Every corner of the lower left hull of all assignments' (bytes, E), as choices [P, L].
+    """Every corner of the lower left hull of all assignments' (bytes, E), as columns [P, L].
 
     From the fewest bytes to the least error; P is at most L (K - 1) + 1.
     """

@@ -14,14 +14,14 @@ from .tables import Floats, Ints, Tables
 
 @dataclass(frozen=True)
 class Assignment:
-    """One assignment and what it is worth: the L layers' bit widths, and E^alpha C^beta."""
+    """One assignment and its worth: the L layers' bit widths, and E^alpha C^beta."""
 
     objective: float
     bits: tuple[int, ...]
 
 
 def gap(found: float, best: float) -> float:
-    """How far `found` is above `best`, as a share of it: 0 where they are equal, infinite above a best of 0."""
+    """Excess of `found` over `best`, as a fraction of it: 0 where they are equal, infinite above a best of 0."""
     if found == best:
         return 0.0
     return found / best - 1 if best else math.inf

@@ -15,13 +15,13 @@ from .run import NAMES, SearchResult
 from .scheme import scheme_of
 from .tradeoff import ratio_for_bits
 
-MOST = 0.5  # an optimum with more than this share of layers at one end of the range is called bang-bang
+MOST = 0.5  # an optimum with more than this fraction of layers at one end of the range is called bang-bang
 
 
 def logs(result: SearchResult, when: int | str, uncompressed: Collection[str]) -> dict[str, bytes]:
     """File name -> content of `epochN.json`, `compress_scheme_N.json` and `search_N.json`.
 
-    N is `when`: the epoch, or "calibration". `uncompressed` are the names of what is never compressed. Raises
+    N is `when`: the epoch, or "calibration". `uncompressed` are the names of layers that are never compressed. Raises
     ValueError where a number is not finite, for which JSON has no word.
     """
     scheme = scheme_of(result.bits_by_layer(), uncompressed)
@@ -49,7 +49,7 @@ def as_text(result: SearchResult, when: int | str) -> str:
         *_budget(result),
         f"Installed: {NAMES[result.installed_by]}.",
         *_columns(list(_widths(result))),
-        *_steering(result),
+        *_tradeoff(result),
     ]
     return "\n".join(lines)
 
@@ -98,8 +98,8 @@ def _widths(result: SearchResult) -> Iterator[Sequence[str]]:
         yield str(width), str(len(rows)), _percent(values), _percent(error), names + more
 
 
-def _steering(result: SearchResult) -> Iterator[str]:
-    """Where most layers of the optimum are at one end: that it is, and what other powers would do."""
+def _tradeoff(result: SearchResult) -> Iterator[str]:
+    """The optimum under other powers, where most of its layers are at one end of the range."""
     tables, widths = result.tables, result.tables.widths
     width, count = Counter(result.optimum.bits).most_common(1)[0]
     if width not in (widths[0], widths[-1]) or count <= MOST * len(tables.layers) or len(widths) == 1:
@@ -110,9 +110,9 @@ def _steering(result: SearchResult) -> Iterator[str]:
     rows = [("for at most", "beta/alpha above", "gives")]
     for target in widths[:-1]:
         at_most = tables.bits_a_value((target,) * len(tables.layers))
-        landing = ratio_for_bits(tables, at_most)
-        reached = math.isfinite(landing.power)
-        power, gives = (f"{landing.power:.4g}", f"{landing.bits_a_value:.3f}") if reached else ("none", "")
+        point = ratio_for_bits(tables, at_most)
+        reached = math.isfinite(point.power)
+        power, gives = (f"{point.power:.4g}", f"{point.bits_a_value:.3f}") if reached else ("none", "")
         rows.append((f"{at_most:.3f} bits/value", power, gives))
     yield from _columns(rows)
 
@@ -130,5 +130,5 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.4g} %"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.4g} %"

@@ -1,6 +1,6 @@
 """One whole search on one rank: evolution, the optimum, and which of their assignments is installed.
 
-It knows tables. Who gathers the gradients before it and who applies the widths after it is its caller's business.
+It knows tables. Gathering the gradients before it and applying the widths after it is its caller's business.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class SearchResult:
 
     uniform    bit width to the objective with all layers at it
     budget     the assignment of least error within a budget, where one was asked for
-    installed  what the layers get; found by `installed_by`, a key of NAMES: "budget" where there is one, else
+    installed  the layers' assignment; found by `installed_by`, a key of NAMES: "budget" where there is one, else
                the better of "optimum" and "de"
     """
 
@@ -40,7 +40,7 @@ class SearchResult:
 
     @property
     def gap(self) -> float:
-        """How far differential evolution stayed above the optimum, as a share of it."""
+        """Excess of differential evolution's objective over the optimum, as a fraction of it."""
         return gap(self.de.objective, self.optimum.objective)
 
     def found(self) -> dict[str, tuple[int, ...]]:
@@ -101,10 +101,10 @@ def search(
     evolved = evolve(tables, alpha, beta, popsize, iterations, seed)
     best = optimum(tables, alpha, beta)
     installed, by = best, "optimum"
-    rank_of_optimum, rank_of_evolved = objective.sort_key(
+    key_of_optimum, key_of_evolved = objective.sort_key(
         np.stack([tables.columns(best.bits), tables.columns(evolved.bits)])
     )
-    if rank_of_evolved < rank_of_optimum:
+    if key_of_evolved < key_of_optimum:
         installed, by = Assignment(evolved.objective, evolved.bits), "de"
     if budget is not None:
         installed, by = Assignment(objective(budget.bits), budget.bits), "budget"

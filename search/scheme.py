@@ -1,6 +1,6 @@
 """Schemes: files that say which layers travel at which bit width, written by a search and read back.
 
-A scheme is a JSON object of widths to lists of layer names, with "32" for what is not compressed:
+A scheme is a JSON object of widths to lists of layer names, with "32" for layers that are not compressed:
 {"4": ["layer1.0.conv1.weight", "fc.weight"], "32": ["bn1.weight"]}.
 """
 

@@ -36,9 +36,9 @@ class Tables:
     widths       K bit widths, ascending
     error        float64 [L, K], the root of the expected squared L2 error
     nbytes       int64 [L, K], encoded bytes, scales included
-    dense_bytes  bytes of what is never compressed
+    dense_bytes  bytes of layers that are never compressed
     values       number of values of the whole model, compressed or not
-    numel        L numbers of values; what only weighs errors against bytes does without
+    numel        L numbers of values; not needed to weigh errors against bytes
 
     Nothing asks that more bits mean less error or more bytes: codecs are free to disappoint.
     Raises ValueError where a shape or a value makes no sense, and names it.
@@ -143,7 +143,7 @@ def measure(
     m            layer name to the gradients' running sum m = 0.8 m + g, any shape
     codec_at     bit width to codec
     widths       ascending bit widths
-    dense_bytes  bytes of what is never compressed
+    dense_bytes  bytes of layers that are never compressed
     values       number of values of the whole model
 
     The error of layer l at b bits is sqrt(E|m - Q_b(m)|^2). Raises ValueError where m is not finite, naming

@@ -1,6 +1,6 @@
-"""Which beta/alpha makes the optimum land on a given number of bits a value.
+"""The beta/alpha that makes the optimum take a given number of bits a value.
 
-E^alpha C^beta is a poor steering wheel. Along uniform widths log E falls in a straight line with the width while
+E^alpha C^beta is a coarse tradeoff. Along uniform widths log E falls in a straight line with the width while
 log C grows ever more slowly, so that the best of them is an end of the range (bang-bang). Layers that differ soften
 that: turning beta/alpha moves the optimum in jumps, small or large. This module says where, and over what.
 """
@@ -40,12 +40,12 @@ def ratio_for_bits(tables: Tables, bits_a_value: float) -> Breakpoint:
         log_error_P = np.log(error_P).tolist()
     log_ratio_P = np.log((nbytes_P + tables.dense_bytes) / (4 * tables.values)).tolist()
     corners = lower_hull(log_ratio_P, log_error_P)
-    bits_C = [tables.bits_a_value(tables.bits(columns_PL[corner])) for corner in corners]
+    bits_C = [tables.bits_a_value(tables.bits(columns_PL[row])) for row in corners]
     if bits_a_value < bits_C[0]:
         raise ValueError(
             f"no beta/alpha takes fewer than the cheapest {bits_C[0]:g} bits a value, got {bits_a_value:g}"
         )
-    landing = max(c for c, bits in enumerate(bits_C) if bits <= bits_a_value)
-    if landing == len(corners) - 1:
-        return Breakpoint(0.0, bits_C[landing])
-    return Breakpoint(-slope(log_ratio_P, log_error_P, *corners[landing : landing + 2]), bits_C[landing])
+    corner = max(c for c, bits in enumerate(bits_C) if bits <= bits_a_value)
+    if corner == len(corners) - 1:
+        return Breakpoint(0.0, bits_C[corner])
+    return Breakpoint(-slope(log_ratio_P, log_error_P, *corners[corner : corner + 2]), bits_C[corner])

@@ -1,4 +1,4 @@
-"""What tests of several folders share."""
+"""Fixtures and settings that tests of several folders use."""
 
 import atexit
 import os
@@ -17,7 +17,7 @@ settings.register_profile("unhurried", settings.get_profile(profile), deadline=N
 settings.register_profile("slow", deadline=None, derandomize=False, print_blob=True)
 settings.load_profile("unhurried")
 TIMES_SLOW = 10
-"""How many times as many examples a property is tried on under the profile `slow`."""
+"""Factor of the number of examples that a property is tried on, under the profile `slow`."""
 
 
 def pytest_configure() -> None:

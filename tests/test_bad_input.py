@@ -140,7 +140,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def places(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+def paths(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """The words in braces of a case, and what they stand for."""
     work, bad = (tmp_path_factory.mktemp(name) for name in ("work", "bad"))
     run_well(
@@ -162,10 +162,10 @@ def places(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[
     return {"data": pictures, "work": work, "bad": bad}
 
 
-def flags_of(case: Bad, places: Mapping[str, Path]) -> list[str]:
+def flags_of(case: Bad, paths: Mapping[str, Path]) -> list[str]:
     compressor = () if "--compression-type" in case.flags else ("--compression-type", "maxmin", "--error-feedback")
     flags = [case.data, *SMALL, "--workspace", "{work}", "--epochs", "2", "--prof", "2", *compressor]
-    return [word.format(**places) for word in [*flags, *case.flags.split()]]
+    return [word.format(**paths) for word in [*flags, *case.flags.split()]]
 
 
 def contents(*folders: Path) -> dict[Path, bytes]:
@@ -180,13 +180,13 @@ def error_of(rank: Rank) -> str:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_bad_input_ends_every_rank_with_one_line_and_changes_no_file(case: Bad, places: Mapping[str, Path]) -> None:
-    before = contents(places["work"], places["bad"])
-    first, *others = ranks = run(*flags_of(case, places), ranks=2)
+def test_bad_input_ends_every_rank_with_one_line_and_changes_no_file(case: Bad, paths: Mapping[str, Path]) -> None:
+    before = contents(paths["work"], paths["bad"])
+    first, *others = ranks = run(*flags_of(case, paths), ranks=2)
     assert [rank.status for rank in ranks] == [2, 2], first.err
-    assert case.words.format(**places) in error_of(first)
+    assert case.words.format(**paths) in error_of(first)
     assert {rank.err for rank in others} <= {"", first.err}  # where ranks have met, one speaks for all
-    assert contents(places["work"], places["bad"]) == before
+    assert contents(paths["work"], paths["bad"]) == before
 
 
 @pytest.mark.parametrize(
@@ -261,8 +261,8 @@ def parameters(rank: Rank) -> list[str]:
     return [name for name in rank.weights if name.rpartition(".")[2] in ("weight", "bias")]
 
 
-def test_weights_that_are_not_finite_are_named(pictures: Path, places: Mapping[str, Path], tmp_path: Path) -> None:
-    weights = torch.load(places["work"] / "checkpoint.pth.tar")["state_dict"]
+def test_weights_that_are_not_finite_are_named(pictures: Path, paths: Mapping[str, Path], tmp_path: Path) -> None:
+    weights = torch.load(paths["work"] / "checkpoint.pth.tar")["state_dict"]
     weights["5.weight"][0, 0, 0, 0] = float("inf")
     torch.save(weights, tmp_path / "infinite")
     argv = ("--pretrained-weights", tmp_path / "infinite", "--workspace", tmp_path / "work", "--training-only")

@@ -30,7 +30,7 @@ def same(first: Rank, second: Rank) -> bool:
 
 
 def late_in(saved: dict[str, Any]) -> list[int]:
-    """How many steps' averages are outstanding on each rank of a checkpoint."""
+    """Number of steps whose averages are outstanding, on each rank of a checkpoint."""
     return [len(rank["exchange"]["late"]) for rank in saved["ranks"]]
 
 

@@ -29,7 +29,7 @@ ARCHITECTURES = (
 
 
 class Option(NamedTuple):
-    """What the list says of one option; a switch has neither metavar nor choices."""
+    """One option of the list; a switch has neither metavar nor choices."""
 
     spellings: str
     default: object = False

@@ -85,7 +85,7 @@ def test_gradients_that_are_never_sent_teach_nothing(pictures: Path, tmp_path: P
 
 
 def launch_one_rank() -> None:
-    """As a launcher does for a world of one."""
+    """Set the variables that a launcher sets for a world of one."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 

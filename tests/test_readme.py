@@ -24,11 +24,11 @@ ON_A_CLUSTER = re.findall(r"^```console\n(.*?)^```", README, re.DOTALL | re.MULT
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the commands run: what they write goes here, what they read is the checkout's."""
-    here = tmp_path_factory.mktemp("readme")
+    """A folder for the commands to run in: their output goes here, their input is the checkout's."""
+    folder = tmp_path_factory.mktemp("readme")
     for name in ("main.py", "benchmarks"):
-        (here / name).symlink_to(ROOT / name)
-    return here
+        (folder / name).symlink_to(ROOT / name)
+    return folder
 
 
 def test_the_readme_shows_every_way_in() -> None:

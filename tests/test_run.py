@@ -92,7 +92,7 @@ def adaptive(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
 
 def encoded_bytes(name: str, bits: int, bucket_size: int = 512) -> int:
-    """Of one layer: a minimum and a step in float32 for every bucket, and codes in whole bytes."""
+    """Bytes of one layer: a minimum and a step in float32 for every bucket, and codes in whole bytes."""
     full, rest = divmod(COMPRESSED[name], bucket_size)
     return sum(8 + math.ceil(count * bits / 8) for count in [bucket_size] * full + [rest] * (rest > 0))
 
@@ -198,8 +198,8 @@ def objective(found: Mapping[str, Any], bits: Sequence[int]) -> float:
     columns = [found["widths"].index(width) for width in bits]
     error = math.fsum(row[column] for row, column in zip(found["error"], columns, strict=True))
     nbytes = sum(row[column] for row, column in zip(found["nbytes"], columns, strict=True))
-    share = (nbytes + found["dense_bytes"]) / (4 * found["values"])
-    return error ** found["alpha"] * share ** found["beta"]
+    ratio = (nbytes + found["dense_bytes"]) / (4 * found["values"])
+    return error ** found["alpha"] * ratio ** found["beta"]
 
 
 def assignments(found: Mapping[str, Any]) -> Iterator[tuple[int, ...]]:

@@ -77,7 +77,7 @@ def rank_main() -> None:
 
 @pytest.fixture(scope="module")
 def sent() -> list[dict[str, dict[str, float]]]:
-    """By rank and compressor."""
+    """Bytes by rank and compressor."""
     if WHY_NOT is not None:
         pytest.skip(f"no network namespaces here: {WHY_NOT}")
     root = Path(__file__).parents[1]

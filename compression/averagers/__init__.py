@@ -3,8 +3,8 @@
 An averager knows layers, a codec and collectives; it knows neither kernels nor models nor the hooks that call it.
 Whatever it does, every rank ends with the same bits.
 
-What an averager remembers (residuals) belongs to one rank, is kept by layer, and changes only when a step is
-settled: what a step computed is pending until it is known to be finite on every rank.
+An averager's state (residuals) belongs to one rank, is kept by layer, and changes only when a step is settled: the
+state that a step computed is pending until it is known to be finite on every rank.
 
 One file per way of agreeing:
 

@@ -1,4 +1,4 @@
-"""What averagers have in common: one operation, its stages, its promise of bytes, and the state that it settles."""
+"""The base of all averagers: one operation, its stages, its promise of bytes, and the state that it settles."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ Averaging = Callable[[Gradients], Phases]
 class Averager(ABC):
     """Averages gradients over the ranks, in place.
 
-    Averagers are made of one phase, choose no widths, apply no momentum and remember nothing, unless they say
+    Averagers are made of one phase, choose no widths, apply no momentum and have no state, unless they say
     otherwise.
     """
 
@@ -33,7 +33,7 @@ class Averager(ABC):
     """Layers whose momentum it applies itself: the optimizer's must be off for them."""
 
     states: Mapping[str, LayerState] = MappingProxyType({})
-    """What this rank remembers of layers, by the names that checkpoints hold."""
+    """State that this rank keeps of layers, by the names that checkpoints hold."""
 
     _encoded_bytes: int = 0
 
@@ -64,11 +64,11 @@ class Averager(ABC):
         return averaging
 
     def set_widths(self, widths: Mapping[str, int]) -> None:
-        """Bits per layer from now on; unnamed layers keep theirs. ValueError where they do not fit."""
+        """Bits per layer from now on; unnamed layers keep theirs. Raises ValueError where they misfit."""
         raise ValueError("this compressor has no bit widths to set")
 
     def settle(self, applied: Tensor | bool, layers: Iterable[str] | None = None) -> None:
-        """Keep what was computed to remember, of all layers or of some, or forget it where `applied` is false.
+        """Make the pending state of all layers, or of some, current; drop it where `applied` is false.
 
         A tensor is a bool scalar, and is not waited for where it lies on a GPU.
         """
@@ -76,11 +76,11 @@ class Averager(ABC):
             state.settle(applied, layers)
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank remembers, as tensors by layer name."""
+        """This rank's state, as tensors by layer name."""
         return {name: state.state_dict() for name, state in self.states.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`; ValueError where it does not fit."""
+        """The inverse of `state_dict`. Raises ValueError where it does not fit."""
         if unknown := sorted(set(state) - set(self.states)):
             raise ValueError(
                 f"the checkpoint holds a {unknown[0]}, which this compression does not remember; resume with the "

@@ -19,7 +19,7 @@ STAGES = 4  # of the ramp: 1/4, 1/16, 1/64, 1/256
 class MomentumCorrection:
     """The sum of all velocities that were not sent: u = m u + g, v += u (Lin et al. 2018, section 3.1).
 
-    With `nesterov`, v += g + m u. With `masking` (momentum factor masking, section 3.2) what is sent is cleared in u as
+    With `nesterov`, v += g + m u. With `masking` (momentum factor masking, section 3.2) sent values are cleared in u as
     well as in v, so that stale momentum cannot carry on a value that is up to date.
     """
 
@@ -32,10 +32,10 @@ class MomentumCorrection:
     def accumulate(self, gradients: Gradients) -> Gradients:
         u, new_u = self.velocity.allocate(gradients.flat.device, gradients.names)
         v, new_v = self.accumulated.allocate(gradients.flat.device, gradients.names)
-        for gradient, here in spans(gradients, self.velocity):
-            velocity = torch.mul(u[here], self.momentum, out=new_u[here]).add_(gradient)
+        for gradient, span in spans(gradients, self.velocity):
+            velocity = torch.mul(u[span], self.momentum, out=new_u[span]).add_(gradient)
             update = gradient.add(velocity, alpha=self.momentum) if self.nesterov else velocity
-            torch.add(v[here], update, out=new_v[here])
+            torch.add(v[span], update, out=new_v[span])
         return placed(new_v, gradients, self.accumulated)
 
     def clear_sent(self, positions: Tensor) -> None:

@@ -16,7 +16,7 @@ class StatisticsAverager(Dense):
     """All-reduce as `Dense`; every 50 steps `sink` gets the statistics of this rank's own gradient of each layer.
 
     Set `sink` on the ranks that shall measure, one is enough: the others spend nothing. It is called on the thread that
-    averages. The loss scale is taken out of what is measured.
+    averages. Values are measured without the loss scale.
     """
 
     def __init__(self, collectives: Collectives, sizes: dict[str, int], period: int = PERIOD) -> None:
@@ -34,13 +34,8 @@ class StatisticsAverager(Dense):
 def observe(averager: object, path: Path, first_step: int = 0, writers: Sequence[Any] = ()) -> bool:
     """Let an averager that measures gradients write their statistics; any other is left alone.
 
-    They go to a file, from `first_step` on as `JsonLines` has it, and to TensorBoard's `writers`.
-
-    Returns:
-        Whether it measures any.
-
-    Raises:
-        OSError: the file cannot be written.
+    They go to a file, from `first_step` on as `JsonLines` has it, and to TensorBoard's `writers`. Returns whether it
+    measures any. Raises OSError where the file cannot be written.
     """
     if not isinstance(averager, StatisticsAverager):
         return False

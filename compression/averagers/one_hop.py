@@ -1,4 +1,4 @@
-"""Averaging of what any codec makes."""
+"""Averaging of the messages of any codec."""
 
 from collections.abc import Callable, Sequence
 
@@ -23,7 +23,7 @@ class OneHop(Averager):
     messages and adds them up in rank order, so that all end with the same bits. Layers that are not compressed travel
     as float32 in the same message.
 
-    With error feedback (Karimireddy et al. 2019, arXiv:1901.09847) what an encoding lost is added to the next gradient.
+    With error feedback (Karimireddy et al. 2019, arXiv:1901.09847) an encoding's error is added to the next gradient.
     Residuals stay bounded only where the codec is a contraction: |v - decoded| < |v|.
     """
 
@@ -63,14 +63,14 @@ class OneHop(Averager):
         return (world_size - 1) * sum(self.codecs[layer.name].wire_bytes(layer.numel) for layer in layers)
 
     def _encode(self, name: str, values: Tensor, step: int) -> Tensor:
-        """This rank's message of one layer, and what it leaves to be remembered. uint8 [wire_bytes]."""
+        """This rank's message of one layer, uint8 [wire_bytes]; its error becomes the pending residual."""
         codec, layer = self.codecs[name], self.layers[name]
         seed = stream_key(self.seed, step, layer.index, _HOP, self.collectives.rank)
         if not self.states or not layer.compressed:
             return codec.encode(values[None], seed)[0]
         residual, pending = self._residual.allocate(values.device, [name])
-        here = self._residual.span(name)
-        compensated = torch.add(values, residual[here], out=pending[here])
+        span = self._residual.span(name)
+        compensated = torch.add(values, residual[span], out=pending[span])
         wire = codec.encode(compensated[None], seed)
         compensated -= codec.decode(wire, len(values))[0]
         return wire[0]

@@ -17,13 +17,13 @@ from ..limits import LIMIT
 from ..network.collectives import Collectives
 from .base import Averager, ring_bytes
 
-# What travels is scaled down by this, so that sums over rows, columns and ranks of the largest floats stay finite.
+# Messages are scaled down by this, so that sums over rows, columns and ranks of the largest floats stay finite.
 HEADROOM = 2.0**-20
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """Where a layer of shape [rows, cols] and its factors, [rows, R] and [R, cols], lie in flat buffers."""
+    """Offsets in flat buffers of a layer of shape [rows, cols] and of its factors, [rows, R] and [R, cols]."""
 
     rows: int
     cols: int
@@ -34,7 +34,7 @@ class _Matrix:
     left_at: int
     right_at: int
 
-    def whole(self, buffer: Tensor, at: int) -> Tensor:
+    def view(self, buffer: Tensor, at: int) -> Tensor:
         return buffer[at : at + self.rows * self.cols].view(self.rows, self.cols)
 
     def left(self, buffer: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class _Stack:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What travels of one group of layers: all left factors and the dense layers first, all right factors second."""
+    """The messages of one group of layers: all left factors and the dense layers first, all right factors second."""
 
     names: tuple[str, ...]  # of the layers that are factored
     matrices: tuple[_Matrix, ...]
@@ -74,12 +74,12 @@ class PowerSGD(Averager):
 
     A layer is a matrix M whose rows are its first dimension. One step of subspace iteration, from where the last
     one ended: P = the sum over ranks of M Q^T, made orthonormal; Q = the mean over ranks of P^T M; the average is P Q.
-    All layers' P travel in one all-reduce, all Q in another. What does not gain from it, R (rows + cols) >= rows x
-    cols, and what is not compressed, travels in float32 with P.
+    All layers' P travel in one all-reduce, all Q in another. Layers that do not gain from it, R (rows + cols) >= rows x
+    cols, and those that are not compressed, travel in float32 with P.
 
     Error feedback is part of it: each rank keeps what its own part of the average, P P^T M, leaves of M. The paper
     subtracts the average itself. Both add up to the same over the ranks, and only the sum travels, so that the
-    averages are equal. But where ranks see different data, what is a rank's own then piles up in its residual step by
+    averages are equal. But where ranks see different data, the rank's own part then piles up in its residual step by
     step; here it goes whenever P turns to its directions.
 
     The first Q is drawn from `seed`, equal on all ranks. Sums start from the same numbers on all ranks, so that the
@@ -106,38 +106,38 @@ class PowerSGD(Averager):
         basis, next_basis = self._bases(flat.device, plan.names)
         first, second = flat.new_empty(plan.first_values), flat.new_empty(plan.second_values)
 
-        for place in plan.matrices:
-            gradient, own = place.whole(flat, place.gradient_at), place.whole(compensated, place.residual_at)
-            torch.add(gradient, place.whole(residual, place.residual_at), out=own)
-            place.right(second, place.right_at).copy_(place.right(basis, place.basis_at))
+        for matrix in plan.matrices:
+            gradient, own = matrix.view(flat, matrix.gradient_at), matrix.view(compensated, matrix.residual_at)
+            torch.add(gradient, matrix.view(residual, matrix.residual_at), out=own)
+            matrix.right(second, matrix.right_at).copy_(matrix.right(basis, matrix.basis_at))
         for stack in plan.rights:
             rows = stack.view(second, self.rank).view(stack.members, self.rank, stack.side)
             rows.copy_(torch.linalg.qr(rows.mT).Q.mT)
         second *= HEADROOM
-        for place in plan.matrices:
-            own = place.whole(compensated, place.residual_at)
-            torch.mm(own, place.right(second, place.right_at).T, out=place.left(first))
-        for here, there in plan.dense:
-            torch.mul(flat[here], inverse_world_size, out=first[there])
+        for matrix in plan.matrices:
+            own = matrix.view(compensated, matrix.residual_at)
+            torch.mm(own, matrix.right(second, matrix.right_at).T, out=matrix.left(first))
+        for span, message_span in plan.dense:
+            torch.mul(flat[span], inverse_world_size, out=first[message_span])
         network.sum_(first)
 
         for stack in plan.lefts:
             columns = stack.view(first, self.rank).view(stack.members, stack.side, self.rank)
             columns.copy_(torch.linalg.qr(columns).Q)
-        for place in plan.matrices:
-            left, own = place.left(first), place.whole(compensated, place.residual_at)
-            own_right = torch.mm((left * HEADROOM).T, own, out=place.right(second, place.right_at))
+        for matrix in plan.matrices:
+            left, own = matrix.left(first), matrix.view(compensated, matrix.residual_at)
+            own_right = torch.mm((left * HEADROOM).T, own, out=matrix.right(second, matrix.right_at))
             own.addmm_(left, _restored(own_right), alpha=-1.0).clamp_(-LIMIT, LIMIT)
         second *= inverse_world_size
         if plan.matrices:
             network.sum_(second)
 
-        for place in plan.matrices:
-            right = place.right(second, place.right_at)
-            place.right(next_basis, place.basis_at).copy_(right)
-            torch.mm(place.left(first), _restored(right), out=place.whole(flat, place.gradient_at))
-        for here, there in plan.dense:
-            flat[here] = first[there]
+        for matrix in plan.matrices:
+            right = matrix.right(second, matrix.right_at)
+            matrix.right(next_basis, matrix.basis_at).copy_(right)
+            torch.mm(matrix.left(first), _restored(right), out=matrix.view(flat, matrix.gradient_at))
+        for span, message_span in plan.dense:
+            flat[span] = first[message_span]
         self._encoded_bytes += first.nbytes + second.nbytes
 
     def bytes_sent(self, layers: Sequence[Layer], world_size: int) -> float:
@@ -162,7 +162,7 @@ class PowerSGD(Averager):
     def _bases(self, device: torch.device, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(current, pending) Q of all layers; numbers in [-1/2, 1/2) from the seed at first use.
 
-        What is pending will be computed of the layers `names`.
+        The pending ones will be computed of the layers `names`.
         """
         if self._basis.current is None:
             indices = np.array([self.layers[name].index for name in self._basis.spans], np.int64)
@@ -207,17 +207,17 @@ class PowerSGD(Averager):
         return _Plan(tuple(factored), matrices, lefts, rights, tuple(dense), first_values, second_values)
 
     def _stacks(self, side_of: Mapping[str, int]) -> tuple[dict[str, int], tuple[_Stack, ...], int]:
-        """One side's factors packed, those of one shape together: where each lies, the stacks, values in all."""
-        places: dict[str, int] = {}
+        """One side's factors packed, those of one shape together: the offset of each, the stacks, values in all."""
+        offsets: dict[str, int] = {}
         stacks = []
         at = 0
         for side in sorted(set(side_of.values())):
             members = [name for name in side_of if side_of[name] == side]
             stacks.append(_Stack(at, len(members), side))
             for name in members:
-                places[name] = at
+                offsets[name] = at
                 at += side * self.rank
-        return places, tuple(stacks), at
+        return offsets, tuple(stacks), at
 
 
 def _restored(right_RC: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Averaging of a random share of all values."""
+"""Averaging of a random fraction of all values."""
 
 from collections.abc import Sequence
 
@@ -32,8 +32,8 @@ class RandomKAverager(Averager):
         flat = gradients.flat
         layers = [self.layers[name] for name in gradients.names]
         keys = stream_keys(self.seed, step, np.array([layer.index for layer in layers]), _HOP, rank=0)
-        places = zip(layers, gradients.offsets, keys.tolist(), strict=True)
-        positions = torch.cat([at + self.codec.positions(layer.numel, key, flat.device) for layer, at, key in places])
+        streams = zip(layers, gradients.offsets, keys.tolist(), strict=True)
+        positions = torch.cat([at + self.codec.positions(layer.numel, key, flat.device) for layer, at, key in streams])
         sample = flat[positions] * (1.0 / self.collectives.world_size)
         self._encoded_bytes += sample.nbytes
         self.collectives.sum_(sample)

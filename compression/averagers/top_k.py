@@ -44,7 +44,7 @@ class Score(Protocol):
 
 
 class NoMemory:
-    """This step's gradients alone; what is not sent is lost."""
+    """This step's gradients alone; values that are not sent are lost."""
 
     states: Mapping[str, LayerState] = {}
 
@@ -64,8 +64,8 @@ class Residual:
 
     def accumulate(self, gradients: Gradients) -> Gradients:
         residual, pending = self.state.allocate(gradients.flat.device, gradients.names)
-        for gradient, here in spans(gradients, self.state):
-            torch.add(gradient, residual[here], out=pending[here])
+        for gradient, span in spans(gradients, self.state):
+            torch.add(gradient, residual[span], out=pending[span])
         return placed(pending, gradients, self.state)
 
     def clear_sent(self, positions: Tensor) -> None:
@@ -76,7 +76,7 @@ class Residual:
 class RmsScore:
     """abs(x) / (sqrt(v) + 1e-8), v the running mean 0.99 v + 0.01 g^2 of the squared gradient, as RMSprop divides.
 
-    x is the compensated gradient, and g the gradient alone: what waits to be sent gains in score, and not in v. v is
+    x is the compensated gradient, and g the gradient alone: values not sent yet gain in score, and not in v. v is
     cut at 3.4e38, so that it stays finite.
     """
 
@@ -90,10 +90,10 @@ class RmsScore:
     def score(self, gradients: Gradients, compensated: Gradients) -> Gradients:
         mean_square, pending = self.state.allocate(gradients.flat.device, gradients.names)
         scores = torch.empty_like(gradients.flat)
-        places = zip(spans(gradients, self.state), gradients.offsets, compensated.offsets, strict=True)
-        for (gradient, here), at, compensated_at in places:
-            score, new = scores[at : at + len(gradient)], pending[here]
-            torch.mul(mean_square[here], self.DECAY, out=new)
+        layers = zip(spans(gradients, self.state), gradients.offsets, compensated.offsets, strict=True)
+        for (gradient, span), at, compensated_at in layers:
+            score, new = scores[at : at + len(gradient)], pending[span]
+            torch.mul(mean_square[span], self.DECAY, out=new)
             new.addcmul_(gradient, gradient, value=1 - self.DECAY).clamp_(max=LIMIT)
             torch.sqrt(new, out=score).add_(self.EPSILON)
             torch.div(compensated.flat[compensated_at : compensated_at + len(gradient)], score, out=score)
@@ -107,9 +107,9 @@ class TopKAverager(Averager):
     are not compressed travel as float32 in the same message. Not in two hops: the owner of a shard would have to
     sparsify the mean a second time.
 
-    `dropped` averages what the top-k leaves out, in place, and is added: an alternative to an accumulator that
-    remembers it, so that the two exclude each other. With `global_top_k`, the top-k selects over all compressed layers
-    of a buffer as if they were one, and they must lie side by side in it, in the model's order.
+    `dropped` averages the values that the top-k leaves out, in place, and is added: an alternative to an accumulator
+    that remembers them, so that the two exclude each other. With `global_top_k`, the top-k selects over all compressed
+    layers of a buffer as if they were one, and they must lie side by side in it, in the model's order.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class TopKAverager(Averager):
     def _encode(
         self, codec: TopK, plan: SparsePlan, compressed: Gradients, dense: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What this rank sends, and the positions of the values in it, in the compensated gradient's buffer."""
+        """This rank's message, and the positions of its values in the compensated gradient's buffer."""
         compensated = self.accumulator.accumulate(compressed)
         scores = compensated if self.score is None else self.score.score(compressed, compensated)
         indices = codec.select(plan, scores.flat, self._starts(scores))
@@ -176,7 +176,7 @@ class TopKAverager(Averager):
     def _add_up(
         self, codec: TopK, plan: SparsePlan, received: Tensor, compressed: Gradients, dense: Tensor
     ) -> None:
-        """Add the mean of all ranks' sparse values to what is there; set `dense` to that of the dense ones."""
+        """Add the mean of all ranks' sparse values to the gradients; set `dense` to that of the dense ones."""
         starts, floats = self._starts(compressed), torch.empty_like(dense)
         inverse_world_size = 1.0 / len(received)
         dense.zero_()
@@ -194,8 +194,8 @@ class TopKAverager(Averager):
 
     def _sort(self, gradients: Gradients) -> tuple[Gradients, Tensor]:
         """The compressed layers, in place, and a copy of the values of the others."""
-        places = list(zip(gradients.names, gradients.offsets, strict=True))
-        compressed = [place for place in places if place[0] in self.compressed]
+        layers = zip(gradients.names, gradients.offsets, strict=True)
+        compressed = [(name, at) for name, at in layers if name in self.compressed]
         names, offsets = zip(*compressed, strict=True) if compressed else ((), ())
         others = self._others(gradients)
         dense = torch.cat(others) if others else gradients.flat.new_empty(0)
@@ -210,7 +210,7 @@ class TopKAverager(Averager):
         return codec.plan([sum(counts)] if self.global_top_k and counts else counts)
 
     def _starts(self, gradients: Gradients) -> Ints:
-        """Where the layers, or with `global_top_k` all of them as one, begin in the buffer."""
+        """Offsets in the buffer of the layers, or with `global_top_k` of all of them as one."""
         starts = np.array(gradients.offsets, np.int64)
         if not self.global_top_k:
             return starts
@@ -221,7 +221,7 @@ class TopKAverager(Averager):
 
 
 def spans(gradients: Gradients, state: LayerState) -> Iterator[tuple[Tensor, slice]]:
-    """Of each layer its gradient, flat, and where it lies in what is remembered."""
+    """(gradient, flat; its slice of the state) of each layer."""
     for name, at in zip(gradients.names, gradients.offsets, strict=True):
         yield gradients.flat[at : at + state.spans[name]], state.span(name)
 

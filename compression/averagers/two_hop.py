@@ -25,14 +25,11 @@ CHUNK_BYTES = 3 * 2**19  # of all shards, where nothing follows that could be en
 
 @dataclass(frozen=True)
 class _Chunk:
-    """The plans of a chunk of every shard.
-
-    Of the shards that this rank encodes, of its own shard, of all of them, and in these of those of others.
-    """
+    """The plans of a chunk of every shard: those that this rank encodes, its own, all, and those of the others."""
 
     sent: Plan
     owned: Plan
-    whole: Plan
+    every: Plan
     others: Plan
 
 
@@ -54,7 +51,7 @@ class _Messages(NamedTuple):
 
 
 class _KeepAll:
-    """The exchange of a rank that is alone: what it encoded is what there is to add up."""
+    """The exchange of a rank that is alone: its own messages are all that there is to add up."""
 
     def send(self, messages: Tensor) -> None:
         self._messages = messages
@@ -67,16 +64,16 @@ class TwoHop(Averager):
     """Quantized averaging in two hops, at 2 (W - 1) / W x encoded bytes of N a rank.
 
     Hop one: every layer is cut into W shards, and each rank sends its encoding of shard r to rank r, which decodes
-    and adds them up in rank order. What a rank has of its own shard does not travel, and is added as it is. Hop two:
+    and adds them up in rank order. A rank's values of its own shard do not travel, and are added as they are. Hop two:
     each rank encodes the average of its shard, sends it to all, and decodes it for itself. All decode the same bytes,
     so that all end with the same bits. A rank that is alone encodes everything in both hops. Layers that are not
     compressed travel as float32 in the same messages. While some gradients are on their way, the next are encoded; the
     last of a step, which end with the first layer, travel in chunks instead. All messages are posted early.
 
-    With error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847) what the first encoding
-    lost is added to the next gradient, and what the second lost to the owner's next average (DoubleSqueeze, Tang
+    With error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847) the error of the first
+    encoding is added to the next gradient, and that of the second to the owner's next average (DoubleSqueeze, Tang
     et al. 2019, arXiv:1905.05957). The encoding is then scaled into a projection: see
-    `kernels.reference.buckets.project`.
+    `codecs.quantizer`.
 
     `widths` gives each compressed layer its own bits; missing ones take the codec's. A dense layer is never cut
     differently when widths change, so residuals outlive a change of widths.
@@ -163,8 +160,8 @@ class TwoHop(Averager):
         return self.collectives.world_size == 1
 
     def _post(self, chunk: _Chunk, tag: int, device: torch.device) -> _Messages:
-        sizes, network = chunk.whole.message_bytes, self.collectives
-        messages = torch.empty(chunk.whole.wire_bytes, dtype=torch.uint8, device=device)
+        sizes, network = chunk.every.message_bytes, self.collectives
+        messages = torch.empty(chunk.every.wire_bytes, dtype=torch.uint8, device=device)
         return _Messages(
             _KeepAll() if self._alone else network.post_exchange(sizes, tag, device),
             part_of(messages, sizes, network.rank),
@@ -172,7 +169,7 @@ class TwoHop(Averager):
         )
 
     def _stream_keys(self, step: int) -> NDArray[np.uint32]:
-        """Of both hops and all layers: [2, layers, 2]."""
+        """Stream keys of both hops and all layers: [2, layers, 2]."""
         rank, layers = self.collectives.rank, np.arange(1 + max(layer.index for layer in self.layers.values()))
         return np.stack([stream_keys(self.seed, step, layers, hop, rank) for hop in (1, 2)])
 
@@ -210,9 +207,9 @@ class TwoHop(Averager):
         in_chunks = gradients.flat.device.type == "cpu" and 0 in all_shards.layers
         count = max(1, all_shards.wire_bytes // CHUNK_BYTES) if in_chunks else 1
         chunks = [
-            _Chunk(whole if self._alone else drop_message(whole, rank), owned, whole, mask_owner(whole, rank))
-            for whole, owned in zip(*(split_into_chunks(each, count) for each in (all_shards, own_shard)), strict=True)
-            if whole.wire_bytes
+            _Chunk(every if self._alone else drop_message(every, rank), owned, every, mask_owner(every, rank))
+            for every, owned in zip(*(split_into_chunks(each, count) for each in (all_shards, own_shard)), strict=True)
+            if every.wire_bytes
         ]
         encoded = tuple(layer.name for layer in layers if self.widths[layer.name] != DENSE)
         return _Group(tuple(chunks), all_shards.layers, encoded)

@@ -1,4 +1,4 @@
-"""What averagers ask of a codec, and the codec that changes nothing."""
+"""The protocol of codecs, and the codec that changes nothing."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +17,7 @@ class Codec(Protocol):
         """Exact length of a message of `count` values."""
 
     def encode(self, values_RN: Tensor, seed: int) -> Tensor:
-        """float32 [R, N] -> uint8 [R, B]; what is random follows from `seed`, independent for each message."""
+        """float32 [R, N] -> uint8 [R, B]; random numbers follow from `seed`, independent for each message."""
 
     def decode(self, wire_RB: Tensor, count: int) -> Tensor:
         """uint8 [R, B] -> float32 [R, count].

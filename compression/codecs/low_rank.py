@@ -36,7 +36,7 @@ class SpectralAtoms:
     so many atoms allow. Systematic sampling draws exactly `rank`, where the paper draws each atom on its own and sends
     as many as come out; atoms are orthogonal, so the variance is the same. Zeros stand for atoms that there are not.
 
-    With `contraction`, for error feedback, atoms are drawn alike and not scaled: the projection on what they span.
+    With `contraction`, for error feedback, atoms are drawn alike and not scaled: the projection on their span.
 
     u is an eigenvector of the smaller Gram matrix, and sigma v^T is u^T M itself: the atoms add up to M, however
     exact the eigenvalues are.
@@ -136,9 +136,9 @@ def inclusion_probabilities(sigma: Tensor, total: int) -> Tensor:
 def systematic_sample(chances: Tensor, count: int, draw: float) -> Tensor:
     """Different indices, `count` of them, each with its probability. int64 [count].
 
-    The probabilities, at most 1, lie side by side on a line of length `count`; what the points draw, draw + 1, ... hit
-    is taken. `draw` is from [0, 1), a multiple of 2^-40, so that no point is rounded into its neighbor's place. On a
-    shorter line the last index stands for what is missing.
+    The probabilities, at most 1, lie side by side on a line of length `count`; those that the points draw, draw + 1,
+    ... hit are taken. `draw` is from [0, 1), a multiple of 2^-40, so that no point is rounded into its neighbor's
+    place. On a shorter line the last index stands for the missing ones.
     """
     points = draw + torch.arange(count, dtype=torch.float64, device=chances.device)
     return torch.searchsorted(chances.cumsum(0), points, right=True).clamp_max(len(chances) - 1)

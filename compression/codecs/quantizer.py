@@ -1,4 +1,4 @@
-"""What all quantizers are: a few bits per value, and scales for every bucket of consecutive values.
+"""Quantizers: a few bits per value, and scales for every bucket of consecutive values.
 
 A record is what one bucket becomes: its scales as float32, then its codes as one little-endian bit stream, padded
 to a whole byte. A message is the records one after the other; nothing else travels.
@@ -80,7 +80,7 @@ class Quantizer(ABC):
 
     @property
     def scale_count(self) -> int:
-        """How many float32 scales a record has."""
+        """Float32 scales of a record."""
         return 1
 
     def max_magnitude(self, scales_MS: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class Quantizer(ABC):
         return self.bucket_size
 
     def with_bits(self, bits: int) -> Self:
-        """The same quantizer at another width; ValueError where it has none such."""
+        """The same quantizer at another width. Raises ValueError where it has none such."""
         if bits != self.bits:
             raise ValueError(f"{type(self).__name__} has one width and no other, got bits={bits}")
         return self
@@ -132,9 +132,9 @@ class Quantizer(ABC):
         """
         values_RN = values_RN.to(torch.float32).contiguous()
         rows, count = values_RN.shape
-        where = self._messages(rows, count)
-        wire = torch.empty(where.wire_bytes, dtype=torch.uint8, device=values_RN.device) if out is None else out
-        self.encode_plan(where, values_RN.view(-1), stream_keys(seed, 0, where.layers, 0, 0), wire.view(-1))
+        plan = self._messages(rows, count)
+        wire = torch.empty(plan.wire_bytes, dtype=torch.uint8, device=values_RN.device) if out is None else out
+        self.encode_plan(plan, values_RN.view(-1), stream_keys(seed, 0, plan.layers, 0, 0), wire.view(-1))
         return wire.view(rows, self.wire_bytes(count))
 
     def decode(self, wire_RB: Tensor, count: int, out: Tensor | None = None) -> Tensor:
@@ -156,25 +156,25 @@ class Quantizer(ABC):
 
     def encode_plan(
         self,
-        where: Plan,
+        plan: Plan,
         values: Tensor,
         keys: NDArray[Any],
         wire: Tensor,
         residual: Tensor | None = None,
         pending: Tensor | None = None,
     ) -> None:
-        """Write the records of all buckets of a plan; with error feedback, what that loses to `pending`."""
-        self._kernels(wire).encode(self, where, values, keys, wire, residual, pending)
+        """Write the records of all buckets of a plan; with error feedback, their errors to `pending`."""
+        self._kernels(wire).encode(self, plan, values, keys, wire, residual, pending)
 
     def decode_plan(
-        self, where: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False
+        self, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False
     ) -> None:
         """Set `out` to factor x decoded, or add that to it."""
-        self._kernels(wire).decode(self, where, wire, out, factor, accumulate)
+        self._kernels(wire).decode(self, plan, wire, out, factor, accumulate)
 
     def recode_plan(
         self,
-        where: Plan,
+        plan: Plan,
         received: Tensor,
         values: Tensor,
         rank: int | None,
@@ -184,8 +184,8 @@ class Quantizer(ABC):
         residual: Tensor | None = None,
         pending: Tensor | None = None,
     ) -> None:
-        """Add up what all ranks have of one shard, in rank order, times `factor`, and encode the sum."""
-        self._kernels(wire).recode(self, where, received, values, rank, factor, keys, wire, residual, pending)
+        """Add up all ranks' values of one shard, in rank order, times `factor`, and encode the sum."""
+        self._kernels(wire).recode(self, plan, received, values, rank, factor, keys, wire, residual, pending)
 
     def backend(self, device: torch.device) -> str:
         """The name of the kernels that serve on a device: reference, cpu or cuda."""

@@ -89,6 +89,7 @@ class NormUniform(SignedLevels, VariableWidth, family="norm_uniform"):
 
     min_bits = 2
 
+
 class Exponential(SignedLevels, VariableWidth, family="exponential"):
     """NUQSGD with the maximum norm: levels that halve towards zero, rounded at random between neighbors.
 

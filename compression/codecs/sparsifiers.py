@@ -33,7 +33,7 @@ class TopK:
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
-            raise ValueError(f"TopK keeps a share of the values above 0 and at most 1, got ratio={self.ratio}")
+            raise ValueError(f"TopK keeps a fraction of the values above 0 and at most 1, got ratio={self.ratio}")
 
     def kept(self, count: int) -> int:
         """k of `count` values."""
@@ -45,17 +45,17 @@ class TopK:
         """The message of layers of `counts` values, k chosen in each."""
         return sparse_plans.plan(counts, [self.kept(count) for count in counts])
 
-    def select(self, where: SparsePlan, scores: Tensor, at: Ints) -> Tensor:
+    def select(self, plan: SparsePlan, scores: Tensor, at: Ints) -> Tensor:
         """Indices of the k largest magnitudes of every layer, ascending, each within its layer: int64 [sum of k]."""
-        return kernels.sparse_for_device(scores.device).select(where, scores, at)
+        return kernels.sparse_for_device(scores.device).select(plan, scores, at)
 
-    def encode_plan(self, where: SparsePlan, values: Tensor, at: Ints, indices: Tensor, wire: Tensor) -> None:
+    def encode_plan(self, plan: SparsePlan, values: Tensor, at: Ints, indices: Tensor, wire: Tensor) -> None:
         """Write the records of all layers, of the values at the indices that `select` returned."""
-        kernels.sparse_for_device(values.device).encode(where, values, at, indices, wire)
+        kernels.sparse_for_device(values.device).encode(plan, values, at, indices, wire)
 
-    def decode_plan(self, where: SparsePlan, wire: Tensor, out: Tensor, at: Ints, factor: float = 1.0) -> None:
+    def decode_plan(self, plan: SparsePlan, wire: Tensor, out: Tensor, at: Ints, factor: float = 1.0) -> None:
         """Add factor x value to `out` where the records of all layers say."""
-        kernels.sparse_for_device(out.device).decode(where, wire, out, at, factor)
+        kernels.sparse_for_device(out.device).decode(plan, wire, out, at, factor)
 
     # Messages of one layer
 
@@ -70,10 +70,10 @@ class TopK:
         """
         values_RN = values_RN.to(torch.float32).contiguous()
         rows, count = values_RN.shape
-        where, at = self._rows(rows, count)
-        wire = torch.empty(where.wire_bytes, dtype=torch.uint8, device=values_RN.device) if out is None else out
+        plan, at = self._rows(rows, count)
+        wire = torch.empty(plan.wire_bytes, dtype=torch.uint8, device=values_RN.device) if out is None else out
         values = values_RN.view(-1)
-        self.encode_plan(where, values, at, self.select(where, values, at), wire.view(-1))
+        self.encode_plan(plan, values, at, self.select(plan, values, at), wire.view(-1))
         return wire.view(rows, self.wire_bytes(count))
 
     def decode(self, wire_RB: Tensor, count: int, out: Tensor | None = None) -> Tensor:
@@ -87,8 +87,8 @@ class TopK:
                 f"{count} values make a message of {self.wire_bytes(count)} bytes, got {wire_RB.shape[1]}"
             )
         values = torch.zeros(rows, count, device=wire_RB.device) if out is None else out.zero_()
-        where, at = self._rows(rows, count)
-        self.decode_plan(where, wire_RB.reshape(-1), values.view(-1), at)
+        plan, at = self._rows(rows, count)
+        self.decode_plan(plan, wire_RB.reshape(-1), values.view(-1), at)
         return values
 
     def _rows(self, rows: int, count: int) -> tuple[SparsePlan, Ints]:
@@ -97,11 +97,11 @@ class TopK:
 
 @dataclass(frozen=True)
 class RandomK:
-    """ceil(share N) values at random positions that every holder of the key draws alike; no indices travel.
+    """ceil(fraction N) values at random positions that every holder of the key draws alike; no indices travel.
 
     The layer, turned by a random angle, is cut into as many strata as values are kept, equal in size but for one
     value, and one position is drawn in each. So the number is exact, no position comes twice, and each comes with the
-    same probability ceil(share N) / N. The values are not scaled by its inverse: this is no unbiased estimate, it
+    same probability ceil(fraction N) / N. The values are not scaled by its inverse: this is no unbiased estimate, it
     is meant to go with a top-k.
     """
 
@@ -109,10 +109,12 @@ class RandomK:
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
-            raise ValueError(f"RandomK sends a share of the values above 0 and at most 1, got fraction={self.fraction}")
+            raise ValueError(
+                f"RandomK sends a fraction of the values above 0 and at most 1, got fraction={self.fraction}"
+            )
 
     def kept(self, count: int) -> int:
-        """How many of `count` positions are drawn."""
+        """The number of positions drawn of `count`."""
         return math.ceil(self.fraction * count)
 
     def positions(self, count: int, key: tuple[int, int], device: torch.device) -> Tensor:
@@ -122,6 +124,6 @@ class RandomK:
         edge = stratum * count // kept
         low, high = on_device(np.array(key, np.int64), device)
         draws = randomness.uniform(stratum[:-1], low, high)
-        place = edge[:-1] + (draws.to(torch.float64) * edge.diff()).to(torch.int64)
+        position = edge[:-1] + (draws.to(torch.float64) * edge.diff()).to(torch.int64)
         angle = (key[0] | key[1] << 32) % count
-        return (place + angle) % count
+        return (position + angle) % count

@@ -1,4 +1,4 @@
-"""What every exchange is made of: a model, a compressor bound to its layers and ranks, and hooks on its backward."""
+"""The base of every exchange: a model, a compressor bound to its layers and ranks, and hooks on its backward."""
 
 import contextlib
 from abc import ABC, abstractmethod
@@ -77,11 +77,11 @@ class Attached(ABC):
 
     @abstractmethod
     def settle(self, applied: Tensor) -> None:
-        """End the step: keep what the averager remembers where the step was applied, else drop it."""
+        """End the step: make the averager's pending state current where the step was applied, else drop it."""
 
     @abstractmethod
     def flush(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:
-        """After the last step before weights are looked at: put averages that are still to be applied into .grad.
+        """Put averages that are still to be applied into .grad, after the last step before weights are looked at.
 
         They are `loss_scale` times too large; apply and settle them, and ask again. Returns what `finish` does, None
         where nothing is left.
@@ -94,7 +94,7 @@ class Attached(ABC):
 
     @abstractmethod
     def submit(self, gradients: Gradients) -> "torch.futures.Future[Tensor]":
-        """Take gradients of some layers. The future's value is their buffer, with what the parameters are to get."""
+        """Take gradients of some layers. The future's value is their buffer, with the parameters' new gradients."""
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Backward inside only accumulates on this rank."""
@@ -117,27 +117,27 @@ class Attached(ABC):
         bad = {name for name, flag in zip(suspect[0], suspect[1].tolist(), strict=True) if flag}
         return next((layer.name for layer in self.layers if layer.name in bad), None)
 
-    # What is remembered, counted, and set
+    # State, counts and settings
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """This rank's state between steps: the step counter, and what averager and recorder remember."""
+        """This rank's state between steps: the step counter, and the state of averager and recorder."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any], ranks_alike: bool = True) -> None:
-        """The inverse of `state_dict`. ValueError where the state is not of such an exchange.
+        """The inverse of `state_dict`. Raises ValueError where the state is not of such an exchange.
 
-        Where the ranks are others than when it was saved, only what all of them shared is taken of any rank's state:
+        Where the ranks are others than when it was saved, only state that all of them shared is taken of any rank's:
         the step counter, and averages that are still to be applied.
         """
 
-    def remembered(self) -> dict[str, Any]:
+    def common_state(self) -> dict[str, Any]:
         """The state that all exchanges have."""
         recorded = self.recorder.state.state_dict() if self.recorder is not None else {}
         return {"step": self.step, "averager": self.averager.state_dict(), "recorded": recorded}
 
-    def remember(self, state: Mapping[str, Any], ranks_alike: bool) -> None:
-        """The inverse of `remembered`."""
+    def load_common_state(self, state: Mapping[str, Any], ranks_alike: bool) -> None:
+        """The inverse of `common_state`."""
         if ranks_alike:
             self.averager.load_state_dict(state["averager"])
             if self.recorder is not None:
@@ -150,7 +150,7 @@ class Attached(ABC):
         return dict(self.averager.widths)
 
     def set_widths(self, widths: Mapping[str, int]) -> None:
-        """Bits per layer from the next step on; unnamed layers keep theirs. ValueError where they do not fit."""
+        """Bits per layer from the next step on; unnamed layers keep theirs. Raises ValueError where they misfit."""
         self.averager.set_widths(widths)
 
     @property

@@ -11,11 +11,11 @@ as soon as enough of the norm has arrived: which layers are late, and for how lo
 differs from run to run. Here all that results depend on is fixed before anything travels:
 
 * The prefix of a step follows from the norms of the averages that were applied last, which all ranks know.
-* What is not in the prefix of step t is applied in step t + S, also where it arrived long before.
+* Layers outside the prefix of step t are applied in step t + S, also where they arrived long before.
 * A layer that is not due in a step is skipped: no momentum, no weight decay. Two averages that are due are added.
 
 Only the order on the wire is up to timing. A prefix overtakes all late averages that still wait, but for those of its
-own layers, since what a codec remembers of a layer goes from step to step. Before every job rank 0 chooses for all.
+own layers, since the residuals of a layer go from step to step. Before every job rank 0 chooses for all.
 
 When not to use it. Every byte still travels: a step can come down to max(compute, communication) and no further, so
 where the network is several times too slow, send less instead; where it is fast, there is nothing to hide. On a steady
@@ -46,9 +46,9 @@ _CHUNK = 2**16  # values that are squared at a time, so that their float64 copy 
 
 
 def prefix_length(squares: Sequence[float], fraction: float) -> int:
-    """How many layers, from the first on, hold a fraction of the sum of their squared norms.
+    """Number of layers, from the first on, that hold a fraction of the sum of their squared norms.
 
-    All of them where there is nothing to share: the sum is zero, or not finite.
+    All of them where there is nothing to divide: the sum is zero, or not finite.
     """
     total = sum(squares)
     held = 0.0
@@ -80,13 +80,13 @@ class _Part:
 
 
 class BrokenBarrier(Attached):
-    """An exchange whose steps wait for a fraction of the gradient; see above for what it promises and what it costs.
+    """An exchange whose steps wait for a fraction of the gradient; see above for its promises and its cost.
 
-    It needs the whole of a step: `begin_step`, backward, `finish`, the optimizer's step, `settle`. Before weights are
+    It needs every part of a step: `begin_step`, backward, `finish`, the optimizer's step, `settle`. Before weights are
     looked at the late averages must be applied too: see `flush`.
 
-    What averagers and recorder remember of a layer is settled with the layer's own average, if that is finite. Where
-    a step is not applied, because another layer's was not, a finite average of it is lost.
+    The state that averager and recorder keep of a layer is settled with the layer's own average, if that is finite.
+    Where a step is not applied, because another layer's was not, a finite average of it is lost.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class BrokenBarrier(Attached):
         return self._apply(min(part.due for part in self._outstanding)) if self._outstanding else None
 
     def submit(self, gradients: Gradients) -> "torch.futures.Future[Tensor]":
-        """Copy what is in the prefix and queue it, copy the rest and hold it back; the buffer is done with at once.
+        """Copy the prefix and queue it, copy the rest and hold it back; the buffer is done with at once.
 
         The rest would only be in the prefix's way: it has the next steps' compute to travel behind.
         """
@@ -171,7 +171,7 @@ class BrokenBarrier(Attached):
     # What is remembered
 
     def state_dict(self) -> dict[str, Any]:
-        """As `Exchange.state_dict`; what is outstanding is waited for, and not applied."""
+        """This rank's state, late averages included; those outstanding are waited for, and not applied."""
         self._wait_for(self._outstanding)
         late = [
             {
@@ -181,10 +181,10 @@ class BrokenBarrier(Attached):
             }
             for part in self._outstanding
         ]
-        return self.remembered() | {"late": late, "squares": dict(self._squares)}
+        return self.common_state() | {"late": late, "squares": dict(self._squares)}
 
     def load_state_dict(self, state: Mapping[str, Any], ranks_alike: bool = True) -> None:
-        self.remember(state, ranks_alike)
+        self.load_common_state(state, ranks_alike)
         self._squares.update(state.get("squares", {}))
         self._outstanding = [self._restored(**late) for late in state.get("late", [])]
 
@@ -192,9 +192,9 @@ class BrokenBarrier(Attached):
 
     def _choose_urgent(self, urgent: bool) -> bool:
         """Rank 0's choice: 4 bytes, and the rank's wait for the others."""
-        word = torch.tensor([float(urgent and self.collectives.rank == 0)], device=self.device)
-        self.collectives.sum_(word)
-        return bool(word)
+        vote = torch.tensor([float(urgent and self.collectives.rank == 0)], device=self.device)
+        self.collectives.sum_(vote)
+        return bool(vote)
 
     def _part(self, values: Mapping[str, Tensor], due: int) -> _Part:
         """A copy of some layers of this step."""
@@ -203,7 +203,7 @@ class BrokenBarrier(Attached):
         return part
 
     def _arrival(self, part: _Part) -> Any:
-        """What is to be done on the communication thread when a part's averages are there."""
+        """The work of the communication thread once a part's averages have arrived."""
 
         def arrive(averages: Gradients) -> None:
             part.averages = self._inspected(averages, [self.pipeline.nonfinite[name] for name in averages.names])
@@ -220,7 +220,7 @@ class BrokenBarrier(Attached):
         return [_Average(*each) for each in zip(names, views, nonfinite, squares, strict=True)]
 
     def _restored(self, step: int, due: int, averages: Mapping[str, Tensor]) -> _Part:
-        """What `state_dict` made of a part."""
+        """A part, from its entry in a `state_dict`."""
         gradients = Gradients.packed({name: values.to(self.device) for name, values in averages.items()})
         future: Any = device_future(self.device)
         future.set_result(gradients.flat)
@@ -259,7 +259,7 @@ class BrokenBarrier(Attached):
 
 
 def _squared_norm(values: Tensor) -> Tensor:
-    """In float64: what machines that add up in another order then differ by moves no prefix. A scalar on the device."""
+    """A scalar on the device, in float64: another order of additions then moves no prefix."""
     total = torch.zeros((), dtype=torch.float64, device=values.device)
     for chunk in values.split(_CHUNK):
         wide = chunk.double()

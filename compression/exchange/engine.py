@@ -7,8 +7,8 @@ jobs in the same order, every collective of every job meets its peers. Meanwhile
 A job may have phases, and says between them what may happen meanwhile (`streams.Meanwhile`), so that the network
 carries the messages of one job while another computes.
 
-On a GPU the thread has a stream of its own, or backward's kernels would queue behind what a collective waits for. A job
-begins behind what the submitter's stream holds when it submits. Whoever takes a job's results waits for them with a
+On a GPU the thread has a stream of its own, or backward's kernels would queue behind a waiting collective. A job begins
+behind the work that the submitter's stream holds when it submits. Whoever takes a job's results waits for them with a
 future that the job completes (`device_future`), which orders the two streams; the host waits for neither.
 
 A job reports what goes wrong in it itself. Where one raises all the same, no other begins, and whoever waits for a
@@ -27,18 +27,18 @@ import torch
 from ..streams import Meanwhile, Phases
 
 Job = Callable[[], Phases | None]
-"""What it returns are phases that are still to run."""
+"""Work on the thread. The phases that it returns are still to run."""
 
 Futures = Sequence["torch.futures.Future[Any]"]
-"""What a job completes."""
+"""The futures that a job completes."""
 
 
 class Engine:
     """Runs jobs one after the other on a thread of its own, and on a stream of its own where `device` is a GPU.
 
-    Jobs run in the order in which they are submitted, but for those that go ahead of all that wait. What waits when
-    one of these comes differs from rank to rank. So `choose` makes the choice before every job, on the thread: it gets
-    whether this rank would take a job that goes ahead, and its answer must be the same on all ranks.
+    Jobs run in the order in which they are submitted, but for urgent ones, which overtake all that wait. Which wait
+    when an urgent one comes differs from rank to rank. So `choose` makes the choice before every job, on the thread: it
+    gets whether this rank would take an urgent job, and its answer must be the same on all ranks.
     """
 
     def __init__(self, device: torch.device, choose: Callable[[bool], bool]) -> None:
@@ -47,17 +47,17 @@ class Engine:
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._changed = threading.Condition()
         self._waiting: deque[Callable[[], Phases]] = deque()
-        self._ahead: deque[Callable[[], Phases]] = deque()
-        self._after: deque[int] = deque()  # of each job in `_ahead`
-        self._submitted = self._taken = 0  # of the jobs that wait their turn
+        self._urgent: deque[Callable[[], Phases]] = deque()
+        self._after: deque[int] = deque()  # of each job in `_urgent`
+        self._submitted = self._taken = 0  # of the jobs that are not urgent
         self._idle = False  # nothing is under way
         self._closing = False
-        self.failure: BaseException | None = None  # what a job raised: none begins anymore
+        self.failure: BaseException | None = None  # raised by a job: none begins anymore
         self._thread = threading.Thread(target=self._run, name="communication", daemon=True)
         self._thread.start()
 
     def submit(self, job: Job, futures: Futures = ()) -> int:
-        """Queue a job. Returns how many have been submitted so. RuntimeError once closed."""
+        """Queue a job. Returns how many have been submitted so. Raises RuntimeError once closed."""
         job = self._behind_now(job)
         with self._queueing():
             self._waiting.append(partial(self._phases, job, futures))
@@ -67,22 +67,22 @@ class Engine:
     def submit_urgent(self, job: Job, after: int, futures: Futures = ()) -> None:
         """Queue a job that overtakes all others but the first `after` that were submitted, and those of its kind.
 
-        RuntimeError once closed.
+        Raises RuntimeError once closed.
         """
         job = self._behind_now(job)
         with self._queueing():
-            self._ahead.append(partial(self._phases, job, futures))
+            self._urgent.append(partial(self._phases, job, futures))
             self._after.append(after)
 
     def wait(self) -> None:
-        """Wait for all jobs to end; on a GPU, only the caller's stream waits for what they launched."""
+        """Wait for all jobs to end; on a GPU, only the caller's stream waits for their kernels."""
         with self._changed:
-            self._changed.wait_for(lambda: self._idle and not (self._waiting or self._ahead))
+            self._changed.wait_for(lambda: self._idle and not (self._waiting or self._urgent))
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def close(self) -> None:
-        """Finish what is queued and end the thread. Calling it twice is harmless."""
+        """Finish queued jobs and end the thread. Calling it twice is harmless."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -101,7 +101,7 @@ class Engine:
             self._changed.notify_all()
 
     def _behind_now(self, job: Job) -> Job:
-        """The same job, on a GPU behind what the caller's stream holds now."""
+        """The same job, on a GPU behind the work that the caller's stream holds now."""
         stream = self._stream
         if stream is None:
             return job
@@ -129,7 +129,7 @@ class Engine:
 
     def _run(self) -> None:
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-            under_way: list[_Running] = []  # the latest first: what it sends, others wait for
+            under_way: list[_Running] = []  # the latest first: others wait for its messages
             while (job := self._next(wait=not under_way)) is not None or under_way:
                 latest = _Running(job()) if job is not None else None
                 if latest is not None:
@@ -145,13 +145,13 @@ class Engine:
         with self._changed:
             self._idle = wait
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._waiting or self._ahead or self._closing or not wait)
-            if not (self._waiting or self._ahead):
+            self._changed.wait_for(lambda: self._waiting or self._urgent or self._closing or not wait)
+            if not (self._waiting or self._urgent):
                 return None
-            urgent = bool(self._ahead) and self._after[0] <= self._taken
+            urgent = bool(self._urgent) and self._after[0] <= self._taken
         if self.failure is None:
             urgent = self._choose(urgent)
-        queue = self._ahead if urgent else self._waiting
+        queue = self._urgent if urgent else self._waiting
         with self._changed:
             self._changed.wait_for(lambda: queue or self._closing)  # another rank may have come here first
             if not queue:
@@ -179,7 +179,7 @@ class _Running:
         self.meanwhile = next(self._phases, None)
 
     def run_until_others_may_begin(self) -> None:
-        """At least one phase, and to the end where none of them lets others begin."""
+        """Run at least one phase, and all where none of them lets others begin."""
         self.run_phase()
         while self.meanwhile is Meanwhile.NONE_BEGINS:
             self.run_phase()

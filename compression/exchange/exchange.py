@@ -17,8 +17,8 @@ from .attached import Attached
 class Exchange(Attached):
     """Averages the gradients of a model in every backward, and waits for all of them before the step.
 
-    A loop that calls only backward and the optimizer works as well: what is open is finished and settled when the
-    next step begins.
+    A loop that calls only backward and the optimizer works as well: an open step is finished and settled when the
+    next one begins.
     """
 
     def begin_step(self, loss_scale: float | Tensor = 1.0) -> None:
@@ -50,7 +50,7 @@ class Exchange(Attached):
 
     def state_dict(self) -> dict[str, Any]:
         self._end_step()
-        return self.remembered()
+        return self.common_state()
 
     def load_state_dict(self, state: Mapping[str, Any], ranks_alike: bool = True) -> None:
         if state.get("late"):
@@ -58,12 +58,12 @@ class Exchange(Attached):
                 "the checkpoint holds averages that a broken barrier is still to apply; resume with the "
                 "`barrier_fraction` of the run that was interrupted"
             )
-        self.remember(state, ranks_alike)
+        self.load_common_state(state, ranks_alike)
 
     def _end_step(self) -> None:
         """End a step whose loop did not."""
         self.pipeline.wait()  # where a backward raised, nobody has: its jobs still work on buffers and residuals
         if self.open:
             finite = self.finish()
-            whole = len(self.pipeline.nonfinite) == len(self.layers)  # else nobody can have applied it
-            self.settle(finite if whole else torch.zeros_like(finite))
+            complete = len(self.pipeline.nonfinite) == len(self.layers)  # else nobody can have applied it
+            self.settle(finite if complete else torch.zeros_like(finite))

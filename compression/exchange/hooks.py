@@ -1,7 +1,7 @@
-"""Hooks on a model's backward: where gradients are caught, and where what became of them is put.
+"""Hooks on a model's backward, which catch gradients and put their averages into .grad.
 
 Through DDP's communication hook where the model is wrapped in DistributedDataParallel, through hooks on the
-parameters otherwise. They know no averager and no step: what they catch is submitted in flat buffers, in an order that
+parameters otherwise. They know no averager and no step: gradients are submitted in flat buffers, in an order that
 is the same on all ranks.
 """
 
@@ -21,20 +21,20 @@ from ..gradients import Gradients
 BUCKET_BYTES = 25 * 2**20  # of gradients that travel together where DDP does not choose
 
 OnBackward = Callable[[], None]
-"""Called before the first gradients of a backward are submitted."""
+"""A function that is called before the first gradients of a backward are submitted."""
 
 Submit = Callable[[Gradients], "torch.futures.Future[Tensor]"]
-"""Takes gradients of some layers. The future's value is their buffer, once it holds what the parameters are to get."""
+"""A function that takes gradients of some layers. The future's value is their buffer, with the averages in it."""
 
 
 class Hooks(Protocol):
-    """What catches gradients, until it is removed."""
+    """Hooks on one model, until they are removed."""
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Backward inside only accumulates on this rank."""
 
     def remove(self) -> None:
-        """Catch nothing anymore, where that can be."""
+        """Catch no more gradients, where that can be."""
 
 
 def hook(model: nn.Module, parameters: Mapping[str, nn.Parameter], begin: OnBackward, submit: Submit) -> Hooks:
@@ -57,7 +57,7 @@ def flattened(values: Tensor, parameter: Tensor) -> Tensor:
 
 
 class DdpHooks:
-    """DDP's communication hook: a buffer is a DDP bucket, whose future completes when it is done with."""
+    """DDP's communication hook: a buffer is a DDP bucket, whose future completes once it holds the averages."""
 
     def __init__(
         self, model: DistributedDataParallel, parameters: Mapping[str, nn.Parameter], begin: OnBackward, submit: Submit
@@ -85,14 +85,14 @@ class ParameterHooks:
     """Hooks on the parameters, for models that DDP does not wrap: a single process, or Horovod.
 
     Like DDP they group parameters in reverse order into buckets of about 25 MB, submit them in that order as backward
-    fills them, and make backward return only when all of them are done with.
+    fills them, and make backward return only when all of them hold averages.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], begin: OnBackward, submit: Submit) -> None:
         self._parameters, self._begin, self._submit = parameters, begin, submit
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._sync = True
-        self._accumulated: set[str] = set()  # what got a gradient without travelling since the last averages
+        self._accumulated: set[str] = set()  # layers that got a gradient and did not travel since the last averages
         self._buckets = [_Bucket(names, parameters) for names in self._grouping()]
         self._bucket_of = {name: k for k, bucket in enumerate(self._buckets) for name in bucket.views}
         self._submitted = len(self._buckets)
@@ -140,7 +140,7 @@ class ParameterHooks:
             self._launch()
 
     def _start(self) -> None:
-        """Called with the first gradient of a backward, whatever became of the last one."""
+        """Begin a backward with its first gradient, whatever became of the last one."""
         self._begin()
         self._submitted = 0
         for bucket in self._buckets:
@@ -156,7 +156,7 @@ class ParameterHooks:
         self._submitted += 1
         for name in tuple(bucket.missing):
             gradient, view = self._parameters[name].grad, bucket.views[name]
-            # What lies in the view already is the last average, which nobody cleared.
+            # A gradient that is the view already is the last average, which nobody cleared.
             if gradient is None or (gradient.data_ptr() == view.data_ptr() and name not in self._accumulated):
                 view.zero_()
             else:
@@ -164,7 +164,7 @@ class ParameterHooks:
         bucket.done = self._submit(Gradients(bucket.flat, tuple(bucket.views), bucket.offsets))
 
     def _complete(self) -> None:
-        """Called by autograd when backward is through: what got no gradient since the last step counts as zero."""
+        """End a backward, when autograd says so: layers without a gradient since the last step count as zero."""
         while self._submitted < len(self._buckets):
             self._launch()
         for bucket in self._buckets:

@@ -25,7 +25,7 @@ Future = torch.futures.Future
 
 
 class Pipeline:
-    """Averages what is submitted, in that order, which is the same on every rank.
+    """Averages the buffers that are submitted, in that order, which is the same on every rank.
 
     `recorder` takes in the gradients before anything encodes them. With `needs_full_gradient` the buffers wait until
     all `layers` have been submitted, and are averaged as one. An averager's state is pending until the caller settles
@@ -47,11 +47,11 @@ class Pipeline:
     ) -> None:
         self.averager, self.recorder = averager, recorder
         self.nonfinite: dict[str, Tensor] = {}
-        """Of each layer that was averaged since `clear`: a bool scalar on the device, not waited for."""
+        """Flags of the layers that were averaged since `clear`: bool scalars on the device, not waited for."""
         self.seconds = 0.0
         """Seconds of the communication thread in jobs."""
         self.failure: BaseException | None = None
-        """What went wrong on another thread than the caller's."""
+        """An exception of another thread than the caller's."""
         self.submitted = 0
         """Buffers, or full gradients, that have been submitted and are not urgent."""
         self._sizes = {layer.name: layer.numel for layer in layers}
@@ -71,7 +71,7 @@ class Pipeline:
         """Queue the averaging of one flat buffer. The future's value is the buffer of the averages.
 
         It is completed whether that succeeds or not, which `check` tells. `then` is called with the averages, on the
-        communication thread. RuntimeError once closed.
+        communication thread. Raises RuntimeError once closed.
         """
         future: Future[Tensor] = device_future(gradients.flat.device)
         self._waiting.append((gradients, future))
@@ -95,16 +95,16 @@ class Pipeline:
         return future
 
     def check(self) -> None:
-        """Raise what went wrong on the communication thread."""
+        """Raise the exception of the communication thread, if there is one."""
         if failure := self.failure or self._engine.failure:
             raise failure
 
     def wait(self) -> None:
-        """Wait for all that is submitted; on a GPU, only the caller's stream waits."""
+        """Wait for all submitted work; on a GPU, only the caller's stream waits."""
         self._engine.wait()
 
     def close(self) -> None:
-        """Finish what is submitted and end the thread. Calling it twice is harmless."""
+        """Finish submitted work and end the thread. Calling it twice is harmless."""
         self._engine.close()
 
     def _missing(self) -> bool:
@@ -173,7 +173,7 @@ class Pipeline:
         return [part.flat for part in parts] if self._flat_gradient is not None else [averages.flat]
 
     def _prepared(self, gradients: Gradients) -> Gradients:
-        """What the averager gets, and averages in place: the same, or float32 and without loss scale elsewhere."""
+        """The gradients to average in place: the same, or float32 and without loss scale elsewhere."""
         record_stream(gradients.flat, gradients.loss_scale)
         if not self.averager.lossless:
             gradients = gradients.unscaled()
@@ -182,7 +182,7 @@ class Pipeline:
         return gradients
 
     def _finished(self, gradients: Gradients, prepared: Gradients) -> Gradients:
-        """The averages where they belong, and whether they are finite noted."""
+        """The averages in their own buffer; notes whether they are finite."""
         scale = gradients.loss_scale
         if not self._in_order:
             gradients = prepared.unscaled()
@@ -193,7 +193,7 @@ class Pipeline:
         return gradients
 
     def _choose_next(self, urgent: bool) -> bool:
-        """On the communication thread: whether an urgent job is next."""
+        """Whether an urgent job is next; called on the communication thread."""
         if self._choose is None or self.failure is not None:
             return urgent
         start = time.perf_counter()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Report:
     """Bytes and seconds of a number of optimizer steps, on this rank or as the mean over ranks. `Report()` is of none.
 
-    `bytes_dense` is what an all-reduce in float32 would have sent. `ratio` is their quotient, and at one rank, where
+    `bytes_dense` are those of an all-reduce in float32. `ratio` is their quotient, and at one rank, where
     nothing is sent, encoded bytes over 4 bytes a value. `exposed_seconds` are those from the last gradient of backward
     to the last average: what backward did not hide of the exchange. On a GPU they are the host's.
     """

@@ -22,7 +22,7 @@ class Definition(Protocol):
 
     @property
     def family(self) -> str | None:
-        """What fast kernels know it by; None where this definition is all that there is."""
+        """Its name among the fast kernels; None where this definition is all that there is."""
 
     @property
     def projects(self) -> bool:
@@ -34,7 +34,7 @@ class Definition(Protocol):
 
     @property
     def scale_count(self) -> int:
-        """How many float32 scales a record has."""
+        """Float32 scales of a record."""
 
     def with_bits(self, bits: int) -> Self:
         """The same quantizer at another width."""
@@ -76,9 +76,9 @@ class Kernels(Protocol):
     ) -> None:
         """Write the records of all buckets into `wire`.
 
-        `values` float32 [plan.values], `keys` uint32 [slots, 2], `wire` uint8 [plan.wire_bytes]. With `residual` (what
-        earlier encodings lost) and `pending` (float32 as well, addressed by `plan.memory_at`), values + residual is
-        encoded as a contraction, and the loss of this encoding goes to `pending`.
+        `values` float32 [plan.values], `keys` uint32 [slots, 2], `wire` uint8 [plan.wire_bytes]. With `residual`
+        (errors of earlier encodings) and `pending` (float32 as well, addressed by `plan.state_at`), values + residual
+        is encoded as a contraction, and the error of this encoding goes to `pending`.
         """
 
     def decode(
@@ -105,7 +105,7 @@ class Kernels(Protocol):
         residual: Tensor | None = None,
         pending: Tensor | None = None,
     ) -> None:
-        """Add up what all ranks have of one shard, in rank order, times `factor`, and encode the sum.
+        """Add up all ranks' values of one shard, in rank order, times `factor`, and encode the sum.
 
         Of this rank, which is number `rank`, that is `values`; of the others it is their messages, decoded: `received`
         is uint8 [ranks - 1, plan.wire_bytes]. Where `rank` is None there are only messages. Afterwards the shard in
@@ -122,8 +122,8 @@ class SparseKernels(Protocol):
     def select(self, plan: SparsePlan, scores: Tensor, at: Ints) -> Tensor:
         """Indices of the k largest magnitudes of every layer, ascending: int64 [sum of k], each within its layer.
 
-        `scores` is float32. Of equal magnitudes the lower index goes first. NaN is larger than infinity, so that what
-        is not finite is kept.
+        `scores` is float32. Of equal magnitudes the lower index goes first. NaN is larger than infinity, so that it is
+        kept.
         """
 
     def encode(self, plan: SparsePlan, values: Tensor, at: Ints, indices: Tensor, wire: Tensor) -> None:

@@ -23,7 +23,7 @@ class PostedExchange(Protocol):
         """Begin to send this rank's own messages; called once."""
 
     def wait(self) -> Tensor:
-        """What has arrived, as `Collectives.exchange` returns it; called once, after `send`."""
+        """The others' messages, as `Collectives.exchange` returns them; called once, after `send`."""
 
 
 class PostedGather(Protocol):
@@ -37,7 +37,7 @@ class PostedGather(Protocol):
 
 
 class Collectives(Protocol):
-    """What averagers need of a network."""
+    """The verbs that averagers need of a network."""
 
     @property
     def rank(self) -> int: ...
@@ -71,7 +71,7 @@ class Collectives(Protocol):
         """
 
     def matched_by_tag(self, device: torch.device) -> bool:
-        """Whether ranks may send what is posted on `device` in different orders. No send waits then."""
+        """Whether ranks may send messages posted on `device` in different orders. No send waits then."""
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -151,11 +151,9 @@ class Solo(Blocking):
         return [value]
 
 
-
-
 @dataclass
 class Traffic:
-    """What a rank handed to the network, and how long it waited for it."""
+    """Bytes that a rank handed to the network, and seconds that it waited for it."""
 
     bytes_sent: float = 0.0
     seconds: float = 0.0

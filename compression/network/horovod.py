@@ -28,7 +28,7 @@ def join(device: str, local_rank: int, backend: str) -> Iterator[World]:
     """
     hvd = _initialized()
     try:
-        place = choose_device(device, hvd.local_rank())
+        own_device = choose_device(device, hvd.local_rank())
         control = Horovod(hvd, "control")
         with socket.socket() as probe:
             probe.bind(("", 0))
@@ -37,7 +37,7 @@ def join(device: str, local_rank: int, backend: str) -> Iterator[World]:
         store = dist.TCPStore(  # type: ignore[attr-defined]
             host, port, is_master=control.rank == 0, wait_for_workers=False
         )
-        yield World(hvd.local_rank(), hvd.local_size(), place, control, Horovod(hvd, "gradients"), store)
+        yield World(hvd.local_rank(), hvd.local_size(), own_device, control, Horovod(hvd, "gradients"), store)
     finally:
         hvd.shutdown()
 
@@ -58,7 +58,7 @@ class Horovod:
     """Collectives over an initialized Horovod. An instance is used by one thread.
 
     Horovod matches ranks by name; `prefix` sets the names of one thread apart from those of others. Names come back
-    from step to step, because Horovod remembers what it negotiated under a name.
+    from step to step, because Horovod remembers its negotiations by name.
     """
 
     def __init__(self, hvd: Any, prefix: str) -> None:
@@ -94,7 +94,7 @@ class Horovod:
         return _Gather(self, part_of(messages, sizes, self.rank), f"gather.{tag}.{sum(sizes)}")
 
     def matched_by_tag(self, device: torch.device) -> bool:
-        return device.type == "cpu"  # it goes by names; on GPUs what is sent must come from the stream that fills it
+        return device.type == "cpu"  # it goes by names; on GPUs a message must be sent from the stream that fills it
 
     def broadcast(self, value: Any) -> Any:
         return self.hvd.broadcast_object(value, root_rank=0, name=f"{self.prefix}.broadcast")

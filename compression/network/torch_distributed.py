@@ -22,7 +22,7 @@ class TorchDistributed:
 
     `upward`, another group over the same ranks, carries messages to ranks of higher numbers. It is there for gloo,
     which has one lock for each connection: who sends something on it keeps what arrives there waiting, and the thread
-    that would receive it spins meanwhile. What lies on GPUs travels in `group` alone.
+    that would receive it spins meanwhile. Tensors on GPUs travel in `group` alone.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, upward: dist.ProcessGroup | None = None) -> None:

@@ -1,6 +1,6 @@
 """The world of ranks: how a process joins the others, whatever launched it, and how all of them fail together.
 
-It knows launchers and networks, and nothing of what the ranks are for.
+It knows launchers and networks, and nothing of the ranks' purpose.
 """
 
 import contextlib
@@ -77,7 +77,7 @@ class World:
 
     @contextlib.contextmanager
     def fail_together(self) -> Iterator[None]:
-        """Around what can fail on one rank alone: where any rank fails, all of them end with the same line."""
+        """A block that can fail on one rank alone: where any rank fails, all of them end with the same line."""
         failure = None
         try:
             yield
@@ -123,8 +123,7 @@ def join_ranks(
     `threads` compute in this process. None takes the cores that it may use, divided by the ranks on its host, under
     every launcher alike: results do not depend on who started the ranks.
 
-    Raises:
-        ValueError: there is no GPU for this rank, or no Horovod, or a backend that is not for its device.
+    Raises ValueError where there is no GPU for this rank, or no Horovod, or the backend is not for its device.
     """
     with launcher.join(device, local_rank, backend) as world:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
@@ -138,20 +137,21 @@ def join_ranks(
 @contextlib.contextmanager
 def join_over_torch(device: str, local_rank: int, backend: str) -> Iterator[World]:
     """The ranks of torchrun over torch.distributed; a world of one rank where torchrun did not start this process."""
-    place = choose_device(device, local_rank)
+    own_device = choose_device(device, local_rank)
     if not TORCHRUN.started_this_process():
-        yield World(local_rank, 1, place, Solo(), None, None)
+        yield World(local_rank, 1, own_device, Solo(), None, None)
         return
-    own = "nccl" if place.type == "cuda" else "gloo"
+    own = "nccl" if own_device.type == "cuda" else "gloo"
     if backend not in ("auto", own):
         raise ValueError(
-            f"`backend` {backend} cannot send what lies on a {place.type} device; use {own}, or choose another `device`"
+            f"`backend` {backend} cannot send what lies on a {own_device.type} device; use {own}, or choose another "
+            "`device`"
         )
     store, rank, size = next(iter(rendezvous("env://")))
     dist.init_process_group(own, store=store, rank=rank, world_size=size)
     try:
         local_size = int(os.environ.get(TORCHRUN.local_size, 1))
-        yield World(local_rank, local_size, place, TorchDistributed(), None, store)
+        yield World(local_rank, local_size, own_device, TorchDistributed(), None, store)
     finally:
         # A gloo thread that is letting go of its last work wants Python's lock once more. The end of the group
         # waits for that thread with the lock in hand, so it has to be through by then.
@@ -162,8 +162,7 @@ def join_over_torch(device: str, local_rank: int, backend: str) -> Iterator[Worl
 def choose_device(device: str, local_rank: int) -> torch.device:
     """The device of a rank: auto, cpu or cuda, where each rank of a host has a GPU of its own.
 
-    Raises:
-        ValueError: this host has fewer GPUs than that.
+    Raises ValueError where this host has fewer GPUs than that.
     """
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if kind != "cuda":

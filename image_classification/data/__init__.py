@@ -75,11 +75,8 @@ def root(argument: str) -> Path:
 def resolve_backend(requested: str | None) -> tuple[str, str | None]:
     """The backend that serves, and a warning where it is not the default one.
 
-    Args:
-        requested: a name or an alias, or None for whatever serves best.
-
-    Raises:
-        ValueError: an unknown name, or a backend whose package is not installed.
+    `requested` is a name or an alias, or None for the best that serves. Raises ValueError for an unknown name, or a
+    backend whose package is not installed.
     """
     name = DEFAULT_BACKEND if requested is None else ALIASES.get(requested, requested)
     if name not in BACKENDS:
@@ -100,8 +97,7 @@ def _dali_is_installed() -> bool:
 def build(options: DataOptions) -> tuple[Loader, Loader]:
     """The train and the validation loader of one rank.
 
-    Raises:
-        ValueError: what is wrong with the folder, or with the backend.
+    Raises ValueError where the folder or the backend is unfit.
     """
     name, _ = resolve_backend(options.backend)
     loaders: tuple[Loader, Loader] = loaded(BACKENDS[name])(options)

@@ -3,7 +3,7 @@
 Order, shards and random views are ours, the same as the pytorch backend's: DALI is given each file's bytes and the
 view to show. So it draws no random number, and an epoch can start anywhere.
 
-DALI decodes what it decodes as Pillow does: complete JPEG and PNG files in RGB or gray. All else (CMYK, palettes,
+DALI decodes these as Pillow does: complete JPEG and PNG files in RGB or gray. All else (CMYK, palettes,
 transparency, 16 bits, other formats, incomplete files) goes through Pillow, file by file, so that the backends
 accept, refuse and skip the same files, but for one kind: of a complete file that is damaged in its middle DALI may
 show what is left, where Pillow refuses. Where DALI fails, Pillow decodes that whole batch, and a warning says so.

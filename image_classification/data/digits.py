@@ -20,8 +20,7 @@ def digits_folder() -> Path:
 
     train/0 to train/9 hold 1,437 images, val/0 to val/9 hold 360: of each digit every fifth.
 
-    Raises:
-        OSError: the cache cannot be written.
+    Raises OSError where the cache cannot be written.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "gradient-compression-trainer" / "digits-v1"
@@ -37,8 +36,8 @@ def _write(folder: Path) -> None:
 
     digits = load_digits()
     pixels = np.round(digits.images * (255 / _BRIGHTEST)).astype(np.uint8)
-    for place, index in enumerate(np.argsort(digits.target, kind="stable").tolist()):
-        split = "val" if place % 5 == 0 else "train"
+    for position, index in enumerate(np.argsort(digits.target, kind="stable").tolist()):
+        split = "val" if position % 5 == 0 else "train"
         parent = folder / split / str(digits.target[index])
         parent.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(pixels[index]).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)

@@ -37,9 +37,8 @@ class Split:
 def list_splits(root: Path, num_classes: int) -> tuple[Split, Split]:
     """The train and the validation split below `root`; classes are the sorted folder names.
 
-    Raises:
-        ValueError: a missing or empty folder, classes that differ between the splits, more than `num_classes`.
-        OSError: a folder that cannot be read.
+    Raises ValueError for a missing or empty folder, classes that differ between the splits, or more than `num_classes`;
+    OSError for a folder that cannot be read.
     """
     if not root.is_dir():
         raise ValueError(

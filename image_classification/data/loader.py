@@ -68,8 +68,8 @@ class FolderLoader:
         if samples.train:
             self._batches = self.num_images // self.global_batch
         else:
-            share = len(range(options.rank, self.num_images, options.world_size))
-            self._batches = -(-share // options.batch_size)
+            images = len(range(options.rank, self.num_images, options.world_size))
+            self._batches = -(-images // options.batch_size)
         self._samples = samples
         self._options = options
         self._reader = make_reader(samples, self._batches)
@@ -121,8 +121,7 @@ def build_folder_loaders(
 
     `make_reader` gets the samples and the number of batches in an epoch, which may be 0.
 
-    Raises:
-        ValueError: what `list_splits` finds wrong, or fewer training images than one global batch.
+    Raises ValueError as `list_splits` does, and for fewer training images than one global batch.
     """
     train, val = list_splits(options.root, options.num_classes)
     if options.training and len(train) < options.global_batch:

@@ -15,13 +15,10 @@ def mixup(images: Tensor, targets: Tensor, alpha: float, seed: Sequence[int]) ->
     or more, such as (seed, rank, epoch, iteration). The same seed gives the same blend, and no global random
     state moves. Zhang et al. 2018, arXiv:1710.09412, section 2.
 
-    Args:
-        images: [B, ...], floating point.
-        targets: [B, K], floating point: one-hot labels, smoothed or not.
-        alpha: 0 returns the batch itself.
+    Images [B, ...] and targets [B, K] are floating point; targets are one-hot labels, smoothed or not. An alpha of 0
+    returns the batch itself.
 
-    Raises:
-        ValueError: alpha is negative, or targets are not one row of probabilities per image.
+    Raises ValueError where alpha is negative, or targets are not one row of probabilities per image.
     """
     if alpha < 0:
         raise ValueError(f"mixup's alpha is 0 or more, got {alpha}")
@@ -31,9 +28,9 @@ def mixup(images: Tensor, targets: Tensor, alpha: float, seed: Sequence[int]) ->
     if alpha == 0:
         return images, targets
     random = np.random.default_rng(seed)
-    share = float(random.beta(alpha, alpha))
+    fraction = float(random.beta(alpha, alpha))
     permutation = torch.from_numpy(random.permutation(len(images))).to(images.device)
-    return images.lerp(images[permutation], 1 - share), targets.lerp(targets[permutation], 1 - share)
+    return images.lerp(images[permutation], 1 - fraction), targets.lerp(targets[permutation], 1 - fraction)
 
 
 def mixup_labels(

@@ -15,7 +15,7 @@ _CPU = torch.device("cpu")
 class DataOptions:
     """One rank's view of a data set.
 
-    `root` holds train/CLASS/* and val/CLASS/*. `crop_scale` is the least area share of the random crop, `hflip`
+    `root` holds train/CLASS/* and val/CLASS/*. `crop_scale` is the least fraction of the area in a random crop, `hflip`
     the probability of a flip. `batch_size` is per rank. `workers` are loader processes, or DALI threads.
     `seed` is the same on every rank. `training=False` says that only the validation set will be read: a
     training set smaller than one global batch is no error then.
@@ -45,7 +45,7 @@ class DataOptions:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is 0 or more, got {getattr(self, name)}")
         if not 0 < self.crop_scale <= 1:
-            raise ValueError(f"crop_scale is a share of the image's area in (0, 1], got {self.crop_scale}")
+            raise ValueError(f"crop_scale is a fraction of the image's area in (0, 1], got {self.crop_scale}")
         if not 0 <= self.hflip <= 1:
             raise ValueError(f"hflip is a probability in [0, 1], got {self.hflip}")
         if not 0 <= self.rank < self.world_size:

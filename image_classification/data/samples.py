@@ -58,9 +58,8 @@ class Samples:
     ) -> Sample[T] | None:
         """Prepare sample `index`, from its file's bytes, opened image and view. None: left out.
 
-        Raises:
-            BadImage: the file does not decode, and bad images are not to be skipped, or none decodes.
-            OSError: the file cannot be read; that is never skipped, for it may not last.
+        Raises BadImage where the file does not decode, and bad images are not to be skipped, or none decodes. Raises
+        OSError where the file cannot be read; that is never skipped, for it may not last.
         """
         for skipped in range(len(self.split)):
             file = (index + skipped) % len(self.split)

@@ -16,8 +16,8 @@ _TRIES = 10
 class View:
     """Cut `box` out of the image, scale `region` of it to a square, then mirror it where `flip` is set.
 
-    Both are (left, top, right, bottom) in pixels: `box` of the image, `region` of the box. What lies outside the
-    box does not exist; what lies outside the region still contributes to the pixels at its edge.
+    Both are (left, top, right, bottom) in pixels: `box` of the image, `region` of the box. Pixels outside the
+    box do not exist; what lies outside the region still contributes to the pixels at its edge.
     """
 
     box: tuple[int, int, int, int]
@@ -28,13 +28,13 @@ class View:
 def train_view(width: int, height: int, crop_scale: float, hflip: float, seed: tuple[int, ...]) -> View:
     """A random resized crop and flip, drawn from `seed` alone (Szegedy et al. 2015, arXiv:1409.4842, section 6).
 
-    The crop's area share is uniform in [crop_scale, 1], its ratio log-uniform in [3/4, 4/3]. Where ten draws
+    The crop's fraction of the area is uniform in [crop_scale, 1], its ratio log-uniform in [3/4, 4/3]. Where ten draws
     give no crop that fits, it is the largest central one of an allowed ratio.
     """
     random = np.random.default_rng(seed)
     flip = bool(random.random() < hflip)
-    for share, ratio, across, down in random.random((_TRIES, 4)).tolist():
-        area = width * height * (crop_scale + share * (1 - crop_scale))
+    for fraction, ratio, across, down in random.random((_TRIES, 4)).tolist():
+        area = width * height * (crop_scale + fraction * (1 - crop_scale))
         aspect = math.exp(math.log(_RATIOS[0]) + ratio * math.log(_RATIOS[1] / _RATIOS[0]))
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:

@@ -49,8 +49,7 @@ def build(arch: str, config: str = "classic", num_classes: int = 1000) -> nn.Mod
     Convolutions are drawn as `config` says, all else as torchvision draws it, from torch's global generator:
     the same seed gives the same weights.
 
-    Raises:
-        ValueError: an unknown name, or fewer than one class.
+    Raises ValueError for an unknown name, or fewer than one class.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}; choose one of {', '.join(ARCHITECTURES)}")
@@ -68,8 +67,7 @@ def build(arch: str, config: str = "classic", num_classes: int = 1000) -> nn.Mod
 def check_input_shape(model: nn.Module, batch_size: int, image_size: int) -> None:
     """Go through a model with a batch of square images that has shapes and no values; the model stays as it was.
 
-    Raises:
-        ValueError: the model cannot take such a batch, in training or in evaluation, whichever it is set to.
+    Raises ValueError where the model cannot take such a batch, in training or in evaluation, whichever it is set to.
     """
     import torch
 

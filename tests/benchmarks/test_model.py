@@ -1,4 +1,4 @@
-"""What the exchange benchmarks compute around their measurements: buckets, medians, tables, and the model of scale."""
+"""Arithmetic of the exchange benchmarks around measurements: buckets, medians, tables, and the model of scale."""
 
 import math
 from argparse import ArgumentTypeError

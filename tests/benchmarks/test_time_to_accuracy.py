@@ -1,4 +1,4 @@
-"""What the benchmark of time to accuracy makes of its measurements."""
+"""Results that the benchmark of time to accuracy makes of its measurements."""
 
 import math
 from pathlib import Path

@@ -17,7 +17,7 @@ NAME = "scaled_sign"
 
 @pytest.fixture(autouse=True)
 def example(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the document's code block defines, with its row in the registry for the time of a test."""
+    """The class that the document's code block defines, with its row in the registry for the time of a test."""
     text = DOCUMENT.read_text(encoding="utf-8")
     (block,) = re.finditer(r"(?<=```python\n).*?(?=```)", text, re.DOTALL)
     lines_before = text.count("\n", 0, block.start())

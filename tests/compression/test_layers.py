@@ -37,7 +37,7 @@ def test_the_largest_shard_begins_at_the_layers_index_mod_world(world_size, firs
     ("shape", "bucket_size", "expected"),
     [((64,), 8, False), ((8, 8), 64, True), ((8, 8), 65, False), ((2, 2), -1, True), ((), -1, False)],
 )
-def test_compressed_is_what_has_two_dimensions_and_a_whole_bucket(shape, bucket_size, expected):
+def test_layers_of_two_dimensions_and_a_full_bucket_are_compressed(shape, bucket_size, expected):
     assert compressible(shape, bucket_size) is expected
 
 

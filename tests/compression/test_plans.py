@@ -58,8 +58,8 @@ def test_chunks_hold_every_record_of_a_plan_once_in_order(shape, bucket_size, wo
         assert part.wire_at.tolist() == [sum(nbytes[:k]) for k in range(len(nbytes))]
         assert part.wire_bytes == sum(nbytes)
         assert part.values == part.count.sum()
-        found += zip(part.position, part.count, part.bits, part.slot, part.element, part.memory_at, strict=True)
-    columns = (whole.position, whole.count, whole.bits, whole.slot, whole.element, whole.memory_at)
+        found += zip(part.position, part.count, part.bits, part.slot, part.element, part.state_at, strict=True)
+    columns = (whole.position, whole.count, whole.bits, whole.slot, whole.element, whole.state_at)
     assert sorted(found) == sorted(zip(*columns, strict=True))
 
 
@@ -82,7 +82,7 @@ def test_what_is_left_without_an_owners_records_lies_where_it_did(shape, bucket_
     owner = data.draw(st.integers(0, world_size - 1))
     whole = planned(shape, bucket_size, world_size, range(world_size))
     others = mask_owner(whole, owner)
-    columns = ("position", "count", "bits", "slot", "element", "memory_at", "wire_at")
+    columns = ("position", "count", "bits", "slot", "element", "state_at", "wire_at")
     start = sum(whole.message_bytes[:owner])
     inside = (start <= whole.wire_at) & (whole.wire_at < start + whole.message_bytes[owner])
     for column in columns:

@@ -252,8 +252,8 @@ def test_one_rank_alone_still_encodes(name: str, options: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_options_that_a_compressor_does_not_take_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="takes no option 'colour'"):
-        build(name, colour=1)
+    with pytest.raises(ValueError, match="takes no option 'color'"):
+        build(name, color=1)
 
 
 def test_an_unknown_name_is_refused_with_the_names_there_are() -> None:

@@ -1,4 +1,4 @@
-"""What the C library does with freed memory, seen from outside: in a process of its own."""
+"""Freed memory in the C library, seen from outside: in a process of its own."""
 
 import ctypes
 import platform

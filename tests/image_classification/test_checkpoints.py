@@ -94,12 +94,12 @@ def test_random_numbers_go_on_where_a_checkpoint_left_them(tmp_path):
 
 
 @settings(deadline=None, max_examples=30)
-@given(share=st.floats(0, 0.999))
-def test_a_truncated_checkpoint_is_damaged(tmp_path_factory, share):
+@given(fraction=st.floats(0, 0.999))
+def test_a_truncated_checkpoint_is_damaged(tmp_path_factory, fraction):
     folder = tmp_path_factory.mktemp("truncated")
     save(folder, 1)
     path = folder / NAME
-    os.truncate(path, int(share * path.stat().st_size))
+    os.truncate(path, int(fraction * path.stat().st_size))
     with pytest.raises(checkpoints.Damaged, match=rf"^checkpoint {path} is damaged .*; choose another$"):
         checkpoints.load(path, RUN)
     shutil.rmtree(folder)

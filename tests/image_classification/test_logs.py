@@ -125,7 +125,7 @@ def test_appending_keeps_all_and_a_new_run_keeps_nothing(tmp_path):
     assert steps(path) == []
 
 
-def test_a_line_that_a_kill_tore_apart_is_left_out(tmp_path):
+def test_a_truncated_line_is_left_out(tmp_path):
     path = tmp_path / "raport.json"
     run(path, logs.START, 2, stop_before=(1, 2))
     os.truncate(path, path.stat().st_size - 7)

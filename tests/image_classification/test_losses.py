@@ -18,18 +18,18 @@ def batch() -> tuple[Tensor, Tensor]:
 
 @settings(deadline=None, max_examples=30)
 @given(st.floats(0, 0.99))
-def test_smoothing_spreads_its_share_over_all_classes(share: float) -> None:
+def test_smoothing_spreads_its_fraction_over_all_classes(smoothing: float) -> None:
     logits, labels = batch()
-    smoothed = one_hot(labels, 4) * (1 - share) + share / 4
+    smoothed = one_hot(labels, 4) * (1 - smoothing) + smoothing / 4
     expected = -(smoothed * logits.log_softmax(1)).sum(1).mean()
-    torch.testing.assert_close(training_loss(share)(logits, labels), expected)
+    torch.testing.assert_close(training_loss(smoothing)(logits, labels), expected)
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.floats(0, 0.99))
-def test_one_hot_targets_cost_what_their_labels_cost(share: float) -> None:
+def test_one_hot_targets_cost_what_their_labels_cost(smoothing: float) -> None:
     logits, labels = batch()
-    loss = training_loss(share)
+    loss = training_loss(smoothing)
     torch.testing.assert_close(loss(logits, one_hot(labels, 4).float()), loss(logits, labels))
 
 
@@ -41,7 +41,7 @@ def test_the_loss_of_mixed_targets_is_the_mix_of_their_losses() -> None:
     torch.testing.assert_close(loss(logits, mixed), expected)
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.0])
-def test_a_share_outside_its_range_is_an_error(share: float) -> None:
-    with pytest.raises(ValueError, match=rf"label smoothing is a share in \[0, 1\), got {share}"):
-        training_loss(share)
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
+def test_a_fraction_outside_its_range_is_an_error(smoothing: float) -> None:
+    with pytest.raises(ValueError, match=rf"label smoothing is a fraction in \[0, 1\), got {smoothing}"):
+        training_loss(smoothing)

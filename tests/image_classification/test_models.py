@@ -193,8 +193,8 @@ def test_the_convex_networks_loss_is_convex():
             return nn.functional.cross_entropy(model(images).double(), labels).item()
 
     low, high = loss(ends[0]), loss(ends[1])
-    for share in (0.1, 0.3, 0.5, 0.9):
-        assert loss(ends[0].lerp(ends[1], share)) <= low + share * (high - low)
+    for fraction in (0.1, 0.3, 0.5, 0.9):
+        assert loss(ends[0].lerp(ends[1], fraction)) <= low + fraction * (high - low)
 
 
 @pytest.mark.parametrize(

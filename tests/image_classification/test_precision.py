@@ -280,7 +280,7 @@ def test_a_step_without_any_gradient_is_applied_and_changes_nothing(level: str) 
     assert same(snapshot(model, optimizer), before)
 
 
-def test_a_gradient_in_another_memory_layout_is_applied_in_its_own_places() -> None:
+def test_a_gradient_in_another_memory_format_is_applied_value_by_value() -> None:
     model = nn.Conv2d(3, 4, 3, bias=False).to(memory_format=torch.channels_last)
     optimizer = optimizer_of(model, Precision(CPU), weight_decay=0.0)
     before = model.weight.detach().clone()

@@ -280,9 +280,9 @@ def test_prof_trains_on_the_first_iterations_only() -> None:
 
 
 def mix(images: Tensor, labels: Tensor, epoch: int, iteration: int) -> tuple[Tensor, Tensor]:
-    share = 1 / (2 + epoch + iteration)
+    weight = 1 / (2 + epoch + iteration)
     targets = one_hot(labels, CLASSES).float()
-    return images.lerp(images.flip(0), share), targets.lerp(targets.flip(0), share)
+    return images.lerp(images.flip(0), weight), targets.lerp(targets.flip(0), weight)
 
 
 @settings(deadline=None, max_examples=10)
@@ -508,7 +508,7 @@ def test_every_image_of_every_rank_counts_once_however_unevenly_they_are_spread(
 def test_validation_has_the_metrics_of_the_report_and_its_latencies_are_in_order() -> None:
     scores = evaluate(small_net(), Batches([4] * 30), Precision(CPU))
     assert set(scores) == VAL_METRICS
-    at = [scores[f"val.compute_latency_at{share}"] for share in (95, 99, 100)]
+    at = [scores[f"val.compute_latency_at{percent}"] for percent in (95, 99, 100)]
     assert 0 < scores["val.compute_latency"] <= at[2]
     assert at == sorted(at)
 

@@ -12,10 +12,10 @@ from tests.support.table_examples import every_assignment, fifty_layers, small_t
 
 @settings(deadline=None, max_examples=400)
 @given(small_tables(), st.floats(0, 1))
-def test_the_least_error_within_a_budget_is_the_least_of_all_that_fit(tables, share):
+def test_the_least_error_within_a_budget_is_the_least_of_all_that_fit(tables, fraction):
     error, nbytes, _ = every_assignment(tables)
     bits_a_value = 8 * nbytes / sum(tables.numel)
-    budget = float(bits_a_value.min() * (1 - share) + bits_a_value.max() * share)
+    budget = float(bits_a_value.min() * (1 - fraction) + bits_a_value.max() * fraction)
     budget = max(budget, float(bits_a_value.min()))
     found = within_budget(tables, budget)
     assert found.error == pytest.approx(error[bits_a_value <= budget].min(), rel=1e-12, abs=0)

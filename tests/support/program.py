@@ -41,7 +41,7 @@ SMALL = (
 """Flags of a run that takes a second."""
 
 UNLISTED = {"powersgd": "--powersgd-rank 2", "dgc": "--dgc --topk-ratio 0.1"}
-"""How to ask for a compressor that is no --compression-type."""
+"""Flags of compressors that are no --compression-type."""
 
 LOADED_ON_USE = (
     "compression.averagers",
@@ -95,7 +95,7 @@ def tiny(num_classes: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Rank:
-    """What became of one rank; weights (buffers included) and bit widths are those that it ended with."""
+    """The end of one rank; weights (buffers included) and bit widths are those that it ended with."""
 
     status: int
     out: str
@@ -146,7 +146,7 @@ def run_each(argvs: Sequence[Sequence[object]], before: Before | None = None) ->
 
 
 def environments(ranks: int) -> list[dict[str, str]]:
-    """What torchrun puts into the environment of each rank; nothing for a process that it did not start."""
+    """Variables that torchrun sets for each rank; none for a process that it did not start."""
     if ranks == 1:
         return [{}]
     port = free_port()
@@ -171,7 +171,7 @@ def free_port() -> str:
 
 
 def processes_of_session(session: int) -> list[str]:
-    """What the kernel says of each living process of a session."""
+    """The kernel's record of each living process of a session."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -184,7 +184,7 @@ def processes_of_session(session: int) -> list[str]:
 
 @cache
 def _server() -> Any:
-    """What starts processes: a server that forks them, with the program imported."""
+    """A starter of processes: a server that forks them, with the program imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, *LOADED_ON_USE])
     with pytest.MonkeyPatch.context() as monkeypatch:

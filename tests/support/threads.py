@@ -51,7 +51,7 @@ class ThreadCollectives(Blocking):
 
 
 def within(seconds: float, work: Callable[[], Result]) -> Result:
-    """What `work()` returns, or raises. TimeoutError where it takes longer: what waits for good has no other end."""
+    """The result of `work()`, or its exception. TimeoutError where it takes longer: waiting has no other end."""
     outcome: Future[Result] = Future()
 
     def run() -> None:
@@ -74,7 +74,7 @@ class Uncompletable(torch.futures.Future[Any]):
 
 
 def run_ranks(world_size: int, rank_main: Callable[[ThreadCollectives], Result]) -> list[Result]:
-    """What `rank_main(collectives)` returns on every rank. The first error of any rank is raised."""
+    """Results of `rank_main(collectives)` on every rank. The first error of any rank is raised."""
     slots: list[Any] = [None] * world_size
     barrier = threading.Barrier(world_size)
     results: list[Any] = [None] * world_size

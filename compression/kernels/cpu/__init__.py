@@ -62,7 +62,7 @@ def _run(kernel: Callable[..., Any], quantizer: Definition, plan: Plan, *argumen
 
 
 def _columns(plan: Plan) -> tuple[np.ndarray, ...]:
-    return plan.position, plan.count, plan.bits, plan.wire_at, plan.slot, plan.element, plan.memory_at
+    return plan.position, plan.count, plan.bits, plan.wire_at, plan.slot, plan.element, plan.state_at
 
 
 def _remembered(residual: Tensor | None, pending: Tensor | None) -> tuple[np.ndarray, np.ndarray, bool]:

@@ -1,10 +1,10 @@
-"""The kernels for GPUs, in Triton: the same bits as `reference.py`, in one launch per call.
+"""The kernels for GPUs, in Triton: the same bits as `reference`, in one launch per call.
 
 A bucket is read from memory once (ternary codes: twice, from the first-level cache) and leaves as a record; layers of
 all widths and dense ones go in the same launch. Nothing waits for the GPU but a plan's first use, which sends its
 table there.
 
-Quantiles need all values of a share before any of its codes, and take four launches (`quantiles.py`). `reference`
+Quantiles need all values of a shard before any of its codes, and take four launches (`quantiles.py`). `reference`
 encodes, in torch operations that are slower, buckets of more than 16,384 values, and quantiles with error feedback or
 in more than 256 buckets. Decoding knows no such limits.
 """
@@ -41,7 +41,7 @@ def encode(
     residual: Tensor | None = None,
     pending: Tensor | None = None,
 ) -> None:
-    """As `reference.encode`. All tensors are contiguous and on one device."""
+    """Encode as `reference.encode` does. All tensors are contiguous and on one device."""
     if quantizer.family == "quantile":
         if residual is None and len(plan.count) <= quantiles.MOST:
             _encode_quantiles(plan, values, keys, wire)
@@ -52,8 +52,8 @@ def encode(
     if pieces.longer is not None:
         reference.encode(quantizer, pieces.longer, values, keys, wire, residual, pending)
     feedback = residual is not None and pending is not None
-    memory = (residual, pending) if feedback else (values, values)
-    _launch(buckets.encode, pieces, mixed_keys(keys, wire.device), values, *memory, wire, quantizer.family, feedback)
+    states = (residual, pending) if feedback else (values, values)
+    _launch(buckets.encode, pieces, mixed_keys(keys, wire.device), values, *states, wire, quantizer.family, feedback)
 
 
 def _encode_quantiles(plan: Plan, values: Tensor, keys: np.ndarray, wire: Tensor) -> None:
@@ -70,14 +70,14 @@ def _encode_quantiles(plan: Plan, values: Tensor, keys: np.ndarray, wire: Tensor
 
 
 def mixed_keys(keys: np.ndarray, device: torch.device) -> Tensor:
-    """Keys of layers, uint32 [slots, 2], as the kernels want them (`blocks._word`)."""
+    """Keys of layers, uint32 [slots, 2], as the kernels want them (`blocks._random_bits`)."""
     return on_device(np.stack([keys[:, 0], keys[:, 1] ^ (keys[:, 1] >> 15)], axis=1).view(np.int32), device)
 
 
 def decode(
     quantizer: Definition, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False
 ) -> None:
-    """As `reference.decode`. Both tensors are contiguous and on one device."""
+    """Decode as `reference.decode` does. Both tensors are contiguous and on one device."""
     _launch(buckets.decode, to_decode(plan, wire.device), wire, out, factor, 1, -1, 0, quantizer.family, accumulate)
 
 
@@ -93,7 +93,7 @@ def recode(
     residual: Tensor | None = None,
     pending: Tensor | None = None,
 ) -> None:
-    """As `reference.recode`: a launch that adds up, however many ranks there are, those of `encode`, one to decode."""
+    """Recode as `reference.recode` does: one launch to add up any number of ranks, those of `encode`, one to decode."""
     own, ranks = (-1, len(received)) if rank is None else (rank, len(received) + 1)
     pieces = to_decode(plan, wire.device)
     _launch(buckets.decode, pieces, received, values, factor, ranks, own, received.stride(0), quantizer.family, False)

@@ -1,4 +1,4 @@
-"""What every kernel does with a block of pieces: M rows of the table (`pieces.py`), up to 4 Q values of each.
+"""The work of every kernel on a block of pieces: M rows of the table (`pieces.py`), up to 4 Q values of each.
 
 Shapes: [Q, M, 4]; [1, M, 1] is one number per row.
 """
@@ -22,7 +22,7 @@ def rows(M: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def quads(Q: tl.constexpr) -> tl.tensor:
-    """Where the quads of a row begin."""
+    """Offsets of the quads of a row."""
     return 4 * tl.arange(0, Q)[:, None, None]
 
 
@@ -40,7 +40,7 @@ def column(
 
 @triton.jit
 def mask_of(quad: tl.tensor, count: tl.tensor, ALIGNED: tl.constexpr) -> tl.tensor:
-    """Which values there are: of whole quads, [Q, M, 1], where all is aligned, else [Q, M, 4]."""
+    """The mask of values that there are: of whole quads, [Q, M, 1], where all is aligned, else [Q, M, 4]."""
     return quad < count if ALIGNED else quad + tl.arange(0, 4)[None, None, :] < count
 
 
@@ -63,7 +63,7 @@ def copy_dense(
 
 @triton.jit
 def streams(table: tl.tensor, pieces: tl.tensor, row: tl.tensor, keys: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """What `round_at_random` hashes for the first value of each row, and mixes in; uint32."""
+    """Arguments of `round_at_random`: `hashed` for the first value of each row, and `mixed`; uint32."""
     slot = column(table, pieces, row, SLOT)
     start = column(table, pieces, row, ELEMENT).to(tl.uint32) + tl.load(keys + 2 * slot).to(tl.uint32)
     return start, tl.load(keys + 2 * slot + 1).to(tl.uint32)
@@ -71,14 +71,14 @@ def streams(table: tl.tensor, pieces: tl.tensor, row: tl.tensor, keys: tl.tensor
 
 @triton.jit
 def round_at_random(scaled_positions: tl.tensor, hashed: tl.tensor, mixed: tl.tensor) -> tl.tensor:
-    """As `reference.round_at_random`, of positions in units of 2^-FRACTION_BITS; the others as in `_word`."""
+    """Round as the reference does, positions in units of 2^-FRACTION_BITS; the others as in `_random_bits`."""
     fixed = scaled_positions.to(tl.int32).to(tl.uint32)
-    return ((fixed + (_word(hashed, mixed) >> _UNUSED)) >> _FRACTION).to(tl.int32)
+    return ((fixed + (_random_bits(hashed, mixed) >> _UNUSED)) >> _FRACTION).to(tl.int32)
 
 
 @triton.jit
-def _word(hashed: tl.tensor, mixed: tl.tensor) -> tl.tensor:
-    """As `randomness.words`, of element + low and of high ^ (high >> 15), which is `mixed`; all uint32.
+def _random_bits(hashed: tl.tensor, mixed: tl.tensor) -> tl.tensor:
+    """The bits of `randomness.random_bits`, of element + low and of high ^ (high >> 15), which is `mixed`; all uint32.
 
     Made here, the compiler would take it apart again, for one more operation a value.
     """

@@ -13,7 +13,7 @@ import triton.language as tl
 from ... import layers
 from .blocks import column, copy_dense, mask_of, quads, round_at_random, rows, streams
 from .families import divisor, fit, levels, project, scale_count, scaled_positions
-from .pieces import BITS, COUNT, FIRST, MEMORY_AT, POSITION, WHOLE, WIRE_AT
+from .pieces import BITS, COUNT, FIRST, LENGTH, POSITION, STATE_AT, WIRE_AT
 from .records import load_words, pack, store_scale, ternary_source, ternary_unpack, unpack
 
 _DENSE = tl.constexpr(layers.DENSE)
@@ -34,10 +34,10 @@ def encode(
     M: tl.constexpr,
     Q: tl.constexpr,
 ) -> None:
-    """Records of whole buckets, and the bytes of dense pieces. `keys` are as `blocks._word` wants them."""
+    """Records of whole buckets, and the bytes of dense pieces. `keys` are as `blocks._random_bits` wants them."""
     row, quad, four = rows(M), quads(Q), tl.arange(0, 4)[None, None, :]
     position = column(table, pieces, row, POSITION, ALIGNED) + quad + four
-    memory = column(table, pieces, row, MEMORY_AT, ALIGNED) + quad + four
+    state = column(table, pieces, row, STATE_AT, ALIGNED) + quad + four
     count = column(table, pieces, row, COUNT).to(tl.int32)
     bits = column(table, pieces, row, BITS).to(tl.int32)
     record = wire + column(table, pieces, row, WIRE_AT)
@@ -49,7 +49,7 @@ def encode(
     start, mixed = streams(table, pieces, row, keys)
     mask = mask_of(quad, count, ALIGNED)
     POLICY: tl.constexpr = "" if FAMILY == "terngrad" else "evict_first"  # whether values are read again
-    vectors = _vectors(values + position, residual + memory, mask, FEEDBACK, POLICY)
+    vectors = _vectors(values + position, residual + state, mask, FEEDBACK, POLICY)
     first, second = fit(vectors, mask, count, bits, FAMILY)
     over = divisor(first, second, bits, FAMILY)
     payload = record + 4 * scale_count(bits, FAMILY)
@@ -57,14 +57,14 @@ def encode(
     codes = _codes(vectors, first, over, bits, hashed, mixed, FAMILY)
     if FAMILY == "terngrad":
         bucket = values + column(table, pieces, row, POSITION)
-        remembered = residual + column(table, pieces, row, MEMORY_AT)
+        residuals = residual + column(table, pieces, row, STATE_AT)
         byte = tl.arange(0, Q)[:, None, None]
         packed = tl.zeros((Q, M, 1), tl.int32)
         for digit in tl.static_range(5):
-            source, there = ternary_source(byte, digit, count)
-            again = _vectors(bucket + source, remembered + source, there, FEEDBACK, POLICY)
+            source, exists = ternary_source(byte, digit, count)
+            again = _vectors(bucket + source, residuals + source, exists, FEEDBACK, POLICY)
             code = _codes(again, first, over, bits, start + source.to(tl.uint32), mixed, FAMILY)
-            packed += tl.where(there, code, 0) * 3**digit
+            packed += tl.where(exists, code, 0) * 3**digit
         tl.store(payload + byte, packed.to(tl.uint8), mask=byte < (count + 4) // 5)
     else:
         pack(codes, mask, count, bits, payload)
@@ -77,7 +77,7 @@ def encode(
         # Read back: scales that sums over buckets lead to would have every thread hold whole buckets (Triton 3.6).
         tl.debug_barrier()
         first, second = _scales(record, count > 0, FAMILY)
-        tl.store(pending + memory, vectors - levels(codes, first, second, bits, FAMILY), mask=mask)
+        tl.store(pending + state, vectors - levels(codes, first, second, bits, FAMILY), mask=mask)
 
 
 @triton.jit(do_not_specialize=["pieces", "own", "stride"], do_not_specialize_on_alignment=["wire"])
@@ -98,7 +98,7 @@ def decode(
 ) -> None:
     """Set pieces of buckets of any length to the sum of `factor` x decoded over all ranks, or add that to them.
 
-    Each rank has a message, `stride` bytes after the one before; but rank `own` has what the pieces hold.
+    Each rank has a message, `stride` bytes after the one before; but rank `own` has the values of the pieces.
     """
     row, quad, four = rows(M), quads(Q), tl.arange(0, 4)[None, None, :]
     target = out + column(table, pieces, row, POSITION, ALIGNED) + quad + four
@@ -106,7 +106,7 @@ def decode(
     bits = column(table, pieces, row, BITS).to(tl.int32)
     record = wire + column(table, pieces, row, WIRE_AT)
     first = column(table, pieces, row, FIRST)
-    whole = column(table, pieces, row, WHOLE)
+    length = column(table, pieces, row, LENGTH)
     mask, dense = mask_of(quad, count, ALIGNED), bits == _DENSE
     bits = tl.where(dense, 8, bits)
     total = tl.zeros((Q, M, 4), tl.float32)
@@ -116,7 +116,7 @@ def decode(
         if rank == own:
             summand = factor * tl.load(target, mask=mask, other=0.0)
         else:
-            summand = factor * _decoded(record, first, quad, whole, count, bits, mask, dense, FAMILY)
+            summand = factor * _decoded(record, first, quad, length, count, bits, mask, dense, FAMILY)
             record += stride
         added = total + summand
         total = added if ACCUMULATE else tl.where(rank == 0, summand, added)
@@ -128,18 +128,18 @@ def _decoded(
     record: tl.tensor,
     first: tl.tensor,
     quad: tl.tensor,
-    whole: tl.tensor,
+    length: tl.tensor,
     count: tl.tensor,
     bits: tl.tensor,
     mask: tl.tensor,
     dense: tl.tensor,
     FAMILY: tl.constexpr,
 ) -> tl.tensor:
-    """What one message's records say of the pieces' values."""
+    """The pieces' values from the records of one message."""
     coded, four = mask & (dense == 0), tl.arange(0, 4)[None, None, :]
     payload = record + 4 * scale_count(bits, FAMILY)
     if FAMILY == "terngrad":
-        codes = ternary_unpack(first, quad + four, whole, payload, coded)
+        codes = ternary_unpack(first, quad + four, length, payload, coded)
     else:
         codes = unpack(first, tl.where(dense, 0, count), quad, bits, payload)
     if FAMILY == "quantile":
@@ -167,7 +167,7 @@ def _scales(record: tl.tensor, mask: tl.tensor, FAMILY: tl.constexpr) -> tuple[t
 def _vectors(
     values: tl.tensor, residual: tl.tensor, mask: tl.tensor, FEEDBACK: tl.constexpr, POLICY: tl.constexpr
 ) -> tl.tensor:
-    """What is encoded, 0 where there is nothing."""
+    """The values to encode, 0 beyond the last."""
     vectors = tl.load(values, mask=mask, other=0.0, eviction_policy=POLICY)
     if FEEDBACK:
         vectors += tl.load(residual, mask=mask, other=0.0, eviction_policy=POLICY)

@@ -4,7 +4,7 @@
 two scales, or one that stands for both. Tables of quantiles are made in `quantiles.py`.
 
 Shapes: M buckets, 4 Q values per bucket, both powers of two; 1M1 is one number per bucket. float32, codes int32.
-`mask` says which values there are, by quads or one by one: [Q, M, 1] or [Q, M, 4].
+`mask` is of the values that there are, by quads or one by one: [Q, M, 1] or [Q, M, 4].
 """
 
 import triton
@@ -24,7 +24,7 @@ _ONES = tl.constexpr(0xFFFFFFFF)
 
 @triton.jit
 def scale_count(bits_1M1: tl.tensor, FAMILY: tl.constexpr) -> tl.tensor:
-    """How many float32 scales a record has."""
+    """Float32 scales of a record."""
     if FAMILY == "quantile":
         scales = 1 << bits_1M1
     elif FAMILY == "maxmin" or FAMILY == "1bit":
@@ -82,9 +82,9 @@ def fit(
 
 
 @triton.jit
-def _mean(shares_QM4: tl.tensor, count_1M1: tl.tensor, power_1M1: tl.tensor) -> tl.tensor:
+def _mean(fractions_QM4: tl.tensor, count_1M1: tl.tensor, power_1M1: tl.tensor) -> tl.tensor:
     """The mean of `count` values of each bucket, in units of `power`; the others are 0. Within +-LIMIT."""
-    mean = tl.div_rn(tree_sum(shares_QM4), tl.maximum(count_1M1, 1).to(tl.float32))
+    mean = tl.div_rn(tree_sum(fractions_QM4), tl.maximum(count_1M1, 1).to(tl.float32))
     return tl.minimum(tl.maximum(mean * power_1M1, -_LIMIT), _LIMIT)
 
 
@@ -102,7 +102,7 @@ def _max(values_QM4: tl.tensor, mask: tl.tensor, least: tl.constexpr) -> tl.tens
 def divisor(
     first_1M1: tl.tensor, second_1M1: tl.tensor, bits_1M1: tl.tensor, FAMILY: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """What `scaled_positions` divides by, the step from one code to the next, made ready for `_quotient`.
+    """The divisor of `scaled_positions`, the step from one code to the next, made ready for `_quotient`.
 
     That is a power of two that brings the step near 1, the inverse of the product in two parts, and the product. The
     power is 0 where the step is zero or NaN.
@@ -133,10 +133,10 @@ def _quotient(scaled_QM4: tl.tensor, over: tl.tuple) -> tl.tensor:
 def scaled_positions(
     vectors_QM4: tl.tensor, first_1M1: tl.tensor, over: tl.tuple, bits_1M1: tl.tensor, FAMILY: tl.constexpr
 ) -> tl.tensor:
-    """Where the values lie on the axis of codes, from 0 to the top code, in units of 1 / `_CODE`. Not of 1bit.
+    """Positions of the values on the axis of codes, from 0 to the top code, in units of 1 / `_CODE`. Not of 1bit.
 
     All values of a bucket lie in one place where they are all the same, or one of them is not finite: the bounds meet
-    there, and what is NaN comes to lie on a bound.
+    there, and a NaN comes to lie on a bound.
     """
     top = top_code(bits_1M1, FAMILY)
     zero = (top // 2).to(tl.float32) * _CODE
@@ -145,7 +145,7 @@ def scaled_positions(
     if FAMILY == "maxmin":
         found = _quotient(tl.fma(vectors_QM4, over[0], -first_1M1 * over[0]), over)
         high = tl.where(known, high, 0.0)
-    elif FAMILY == "exponential":  # whose shares count where they are denormal, too
+    elif FAMILY == "exponential":  # whose fractions count where they are denormal, too
         fraction = tl.where(first_1M1 > 0, tl.div_rn(tl.abs(vectors_QM4), first_1M1), 0.0)
         steps = (fraction.to(tl.int32, bitcast=True) - ((127 - top // 2) << 23)).to(tl.float32)
         linear = fraction * _float((126 + top // 2) << 23) * _CODE
@@ -161,7 +161,7 @@ def scaled_positions(
 def levels(
     codes_QM4: tl.tensor, first_1M1: tl.tensor, second_1M1: tl.tensor, bits_1M1: tl.tensor, FAMILY: tl.constexpr
 ) -> tl.tensor:
-    """What the codes stand for."""
+    """The values that codes stand for."""
     zero = top_code(bits_1M1, FAMILY) // 2
     if FAMILY == "maxmin":
         found = first_1M1 + second_1M1 * codes_QM4.to(tl.float32)

@@ -11,9 +11,9 @@ from torch import Tensor
 from ...layers import DENSE
 from ...plans import Plan, select
 
-# Columns of a table, as in a plan. BUCKET: the piece's bucket, WHOLE: that one's size, FIRST: the index in it of the
+# Columns of a table, as in a plan. BUCKET: the piece's bucket, LENGTH: that one's values, FIRST: the index in it of the
 # piece's first value.
-POSITION, COUNT, BITS, WIRE_AT, FIRST, WHOLE, SLOT, ELEMENT, MEMORY_AT, BUCKET = map(tl.constexpr, range(10))
+POSITION, COUNT, BITS, WIRE_AT, FIRST, LENGTH, SLOT, ELEMENT, STATE_AT, BUCKET = map(tl.constexpr, range(10))
 COLUMNS = tl.constexpr(10)
 
 LONGEST = 16384  # values of a bucket that one program encodes
@@ -90,11 +90,11 @@ def _make(plan: Plan, device: torch.device, whole: bool) -> Pieces:
         plan.count[bucket],
         plan.slot[bucket],
         plan.element[bucket] + first,
-        plan.memory_at[bucket] + first,
+        plan.state_at[bucket] + first,
         bucket,
     )
     table = np.stack(rows, axis=1)
-    aligned = not (table[:, [POSITION.value, COUNT.value, MEMORY_AT.value]] % 4).any()
+    aligned = not (table[:, [POSITION.value, COUNT.value, STATE_AT.value]] % 4).any()
     return Pieces(torch.from_numpy(table).to(device), width, aligned, None if kept.all() else select(plan, ~kept))
 
 

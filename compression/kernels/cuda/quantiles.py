@@ -100,7 +100,7 @@ def codes(
     levels = tables + column(table, pieces, row, BUCKET) * _LEVELS
     start, mixed = streams(table, pieces, row, keys)
     hashed = start + quad.to(tl.uint32) + four.to(tl.uint32)
-    rounded = round_at_random(_places(vectors, levels, bits), hashed, mixed)
+    rounded = round_at_random(_scaled_positions(vectors, levels, bits), hashed, mixed)
     pack(rounded, mask, count, bits, record + (4 << bits) + (first >> 3) * bits)
 
 
@@ -149,8 +149,8 @@ def _keys(
 
 
 @triton.jit
-def _places(vectors: tl.tensor, levels: tl.tensor, bits: tl.tensor) -> tl.tensor:
-    """Where values lie between the levels of their buckets, as `Quantile`, in units of 1 / `_CODE`."""
+def _scaled_positions(vectors: tl.tensor, levels: tl.tensor, bits: tl.tensor) -> tl.tensor:
+    """Positions of values among the levels of their buckets, as `Quantile`, in units of 1 / `_CODE`."""
     top = (1 << bits) - 1
     below = tl.zeros(vectors.shape, tl.int32)
     for halving in tl.static_range(8):

@@ -71,7 +71,7 @@ def unpack(
 ) -> tl.tensor:
     """The codes from `first_1M1` on, `count_1M1` of them, of bit streams that begin at `wire_1M1`.
 
-    `first_1M1` is a multiple of 8; `quad_Q11` is where quads of codes begin. What is beyond the last code is anything.
+    `first_1M1` is a multiple of 8; `quad_Q11` are the first codes of quads. Beyond the last code there is anything.
     A quad is read with the one or two words of memory that its codes lie in: no allocation ends within a word.
     """
     offset = quad_Q11 * bits_1M1
@@ -88,7 +88,7 @@ def unpack(
 
 @triton.jit
 def ternary_source(byte_B11: tl.tensor, digit: tl.constexpr, count_1M1: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Which code of its bucket is a digit of a byte of the record, and whether there is one: [B, M, 1] each."""
+    """The code of its bucket that is a digit of a byte of the record, and whether there is one: [B, M, 1] each."""
     tile = byte_B11 // (_TILE // 5)
     fifth = _fifth(count_1M1 - tile * _TILE)
     within = byte_B11 % (_TILE // 5)
@@ -106,18 +106,18 @@ def ternary_unpack(
     byte / 3^(digit + 1); three times that is the code, and what follows its point.
     """
     tile = first_1M1 // _TILE
-    place = (first_1M1 % _TILE).to(tl.uint32) + at_Q14.to(tl.uint32)
+    position = (first_1M1 % _TILE).to(tl.uint32) + at_Q14.to(tl.uint32)
     fifth = _fifth(count_1M1 - tile * _TILE).to(tl.uint32)
-    digit = (place * ((2**21 + fifth - 1) // fifth)) >> 21  # place // fifth: exact up to 5 fifths of 512
+    digit = (position * ((2**21 + fifth - 1) // fifth)) >> 21  # position // fifth: exact up to 5 fifths of 512
     scale = tl.full(digit.shape, -(-(2**32) // 3), tl.uint32)
     for lower in tl.static_range(1, 5):
         scale = tl.where(digit == lower, -(-(2**32) // 3 ** (lower + 1)), scale)
-    at = wire_1M1 + tile * (_TILE // 5) + (place - digit * fifth).to(tl.int64)
+    at = wire_1M1 + tile * (_TILE // 5) + (position - digit * fifth).to(tl.int64)
     byte = tl.load(at, mask=mask, other=0).to(tl.uint32)
     return tl.umulhi(byte * scale, 3).to(tl.int32)
 
 
 @triton.jit
 def _fifth(count: tl.tensor) -> tl.tensor:
-    """How many bytes a tile has that begins `count` codes before its bucket ends."""
+    """Bytes of a tile that begins `count` codes before its bucket ends."""
     return (tl.minimum(tl.maximum(count, 1), _TILE).to(tl.int32) + 4) // 5

@@ -1,7 +1,7 @@
-"""The kernels written out in torch: what the fast ones are held against, bit for bit.
+"""The kernels written out in torch: the fast ones are held against them, bit for bit.
 
-`buckets` works on quantization buckets, `families` says what differs between quantizers, `sparse` writes the records of
-a few values.
+`buckets` works on quantization buckets, `arithmetic` is shared by the definitions of quantizers, `sparse` works on the
+few values of top-k.
 """
 
 from .buckets import decode, encode, expected_squared_error, recode

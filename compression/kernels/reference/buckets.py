@@ -1,4 +1,4 @@
-"""The kernels written out in torch: what the fast ones are held against, bit for bit.
+"""The kernels written out in torch: the fast ones are held against them, bit for bit.
 
 Clear before fast. Works on any device, and the host waits for none. Buckets of equal length and width are stacked and
 worked on together; what differs between quantizers is their own (`protocols.Definition`).
@@ -37,8 +37,8 @@ def encode(
             wire[at] = vectors.contiguous().view(torch.uint8).reshape(len(group), -1)
             continue
         if residual is not None:
-            memory = _spans(plan.memory_at[group], vectors.shape[1], values.device)
-            vectors = vectors + residual[memory]
+            state = _spans(plan.state_at[group], vectors.shape[1], values.device)
+            vectors = vectors + residual[state]
         element = _spans(plan.element[group], vectors.shape[1], values.device)
         halves = on_device(keys[plan.slot[group]].astype(np.int64), values.device)
         kind = quantizer.with_bits(bits)
@@ -51,7 +51,7 @@ def encode(
             scales = project(kind, vectors, scales, codes)
         wire[at] = torch.cat([scales.contiguous().view(torch.uint8), kind.pack(codes)], dim=1)
         if pending is not None:
-            pending[memory] = vectors - kind.levels(scales, codes)
+            pending[state] = vectors - kind.levels(scales, codes)
 
 
 def decode(

@@ -1,7 +1,7 @@
-"""The sparse kernels written out in torch: what the fast ones are held against, bit for bit.
+"""The sparse kernels written out in torch: the fast ones are held against them, bit for bit.
 
 Clear before fast. Works on any device, layer by layer, and the host waits for none but the CPU. The format is described
-in `sparse.py`.
+in `sparse_plans.py`.
 
 Shapes: L layers, n values of a layer, k of them kept, K kept values of all layers.
 """
@@ -27,7 +27,7 @@ def select(plan: SparsePlan, scores: Tensor, at: Ints) -> Tensor:
         least = keys.topk(int(k)).values[-1]
         above, tied = keys > least, keys == least
         tied &= tied.cumsum(0) <= k - above.sum()
-        chosen.append(_places(above | tied, int(k)))
+        chosen.append(_positions(above | tied, int(k)))
     return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=scores.device)
 
 
@@ -52,8 +52,8 @@ def decode(plan: SparsePlan, wire: Tensor, out: Tensor, at: Ints, factor: float 
         values = wire[values_at:low_at].clone().view(torch.float32)
         low = unpack(wire[None, low_at:blocks_at], k, width)[0] if width else 0
         blocks = unpack(wire[None, blocks_at:end], k + ((n - 1) >> width), 1)[0]
-        places = _places(blocks > 0, k)
-        indices = ((places - torch.arange(k, device=wire.device)) << width) | low
+        positions = _positions(blocks > 0, k)
+        indices = ((positions - torch.arange(k, device=wire.device)) << width) | low
         damaged = (blocks.sum() != k) | (indices >= n).any()
         if wire.device.type == HOST and damaged:
             raise ValueError(damage(k, n))
@@ -61,8 +61,8 @@ def decode(plan: SparsePlan, wire: Tensor, out: Tensor, at: Ints, factor: float 
         out[int(at[layer]) + indices.clamp(0, n - 1)] += scale * values
 
 
-def _places(mask: Tensor, count: int) -> Tensor:
-    """Where the first `count` ones of a mask lie, as int64; for those that it lacks, 0."""
+def _positions(mask: Tensor, count: int) -> Tensor:
+    """Positions of the first `count` ones of a mask, int64; 0 for those that it lacks."""
     order = mask.cumsum(0) - 1
     slots = torch.where(mask & (order < count), order, count)
     found = torch.zeros(count + 1, dtype=torch.int64, device=mask.device)
@@ -70,12 +70,12 @@ def _places(mask: Tensor, count: int) -> Tensor:
 
 
 def damage(kept: int, count: int) -> str:
-    """What is said of a record that cannot be read."""
+    """The error message for a record that cannot be read."""
     return f"a sparse record is damaged: it should hold {kept} indices below {count}"
 
 
 def _parts(plan: SparsePlan) -> Iterator[tuple[int, int, int, int]]:
-    """Of each record where its values, low bits and blocks begin, and where it ends."""
+    """Offsets of each record: of its values, low bits and blocks, and of its end."""
     for n, k, width, start in zip(plan.count, plan.kept, plan.low_bits, plan.wire_at, strict=True):
         low = int(start + 4 * k)
         blocks = low + (int(k * width) + 7) // 8

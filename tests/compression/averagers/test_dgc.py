@@ -117,7 +117,7 @@ def test_layers_of_one_dimension_travel_dense_and_keep_the_optimizers_momentum()
 
 
 @pytest.mark.parametrize("ratio", [0.001, 0.1])
-def test_the_share_kept_falls_in_four_equal_stages(ratio: float) -> None:
+def test_the_fraction_kept_falls_in_four_equal_stages(ratio: float) -> None:
     bound = DeepGradientCompression(ratio, LAYERS, Solo(), 0.9, ramp_steps=8)
     stages = [1 / 4, 1 / 4, 1 / 16, 1 / 16, 1 / 64, 1 / 64, 1 / 256, 1 / 256, 0, 0]
     assert [bound.ratio_at(step) for step in range(10)] == [max(ratio, stage) for stage in stages]
@@ -184,7 +184,7 @@ def test_the_registry_builds_it_and_the_ramp_takes_the_place_of_the_warm_up() ->
     [
         ({"momentum": 1.0}, "momentum is a number from 0 to below 1, got 1.0"),
         ({"clip": 0.0}, "clip bounds a norm and is a number above 0, got 0.0; None is off"),
-        ({"ratio": 2}, "TopK keeps a share of the values above 0 and at most 1, got ratio=2"),
+        ({"ratio": 2}, "TopK keeps a fraction of the values above 0 and at most 1, got ratio=2"),
         ({"error_feedback": True}, "compressor dgc takes no option 'error_feedback'"),
     ],
 )

@@ -76,7 +76,7 @@ def gloo_alone() -> Iterator[None]:
 
 
 def bucket(flat: Tensor) -> Any:
-    """What torch's hook asks of a DDP bucket."""
+    """The part of a DDP bucket that torch's hook needs."""
     views = [flat[span(name)].view(shape) for name, shape in SHAPES.items()]
     return SimpleNamespace(buffer=lambda: flat, gradients=lambda: views, index=lambda: 0, is_last=lambda: True)
 

@@ -85,7 +85,7 @@ def test_a_rank_sends_its_records_and_the_dense_layers_once(ratio: float) -> Non
 
 @pytest.mark.parametrize(("name", "steps"), [("topk", 1000), ("topk_rmsprop", 200)])
 def test_with_error_feedback_what_was_applied_follows_the_sum_of_gradients(name: str, steps: int) -> None:
-    """What was applied and what the ranks still owe add up to all gradients, and what they owe stays bounded."""
+    """Applied updates and residuals add up to all gradients, and residuals stay bounded."""
 
     def work(bound: TopKAverager, rank: int) -> tuple[Tensor, Tensor, float]:
         applied, true, largest = torch.zeros(VALUES), torch.zeros(VALUES), 0.0
@@ -116,7 +116,7 @@ def test_a_dropped_step_leaves_the_residual_as_it_was() -> None:
     assert all(torch.equal(before[name], after[name]) for name in COMPRESSED)
 
 
-def test_without_error_feedback_nothing_is_remembered() -> None:
+def test_without_error_feedback_there_is_no_state() -> None:
     bound = bind("topk", Solo())
     average(bound, gradient(0))
     bound.settle(True)
@@ -166,7 +166,7 @@ def side_by_side(values: Tensor) -> tuple[Gradients, Tensor]:
 
 @pytest.mark.parametrize("options", [{}, {"error_feedback": True}])
 @pytest.mark.parametrize("name", ["topk", "topk_rmsprop"])
-def test_all_layers_as_one_share_one_top_k(name: str, options: dict[str, Any]) -> None:
+def test_a_global_top_k_is_one_of_all_layers(name: str, options: dict[str, Any]) -> None:
     bound = bind(name, Solo(), ratio=0.01, big_grad=True, **options)
     values = gradient(0)
     values[PLACES["conv"]] *= 100
@@ -205,7 +205,7 @@ def test_the_dense_layers_are_not_sent_a_second_time_with_the_dropped_values() -
 
     gathered = TopK(0.01).wire_bytes(1200) + TopK(0.01).wire_bytes(288) + 4 * DENSE_VALUES
     quantized = MaxMin(3, 64).wire_bytes(1200) + MaxMin(3, 64).wire_bytes(288)
-    assert sum(on_ranks(2, work, efx_bits=3)) == 2 * gathered + quantized  # each encodes the share of the other
+    assert sum(on_ranks(2, work, efx_bits=3)) == 2 * gathered + quantized  # each encodes the other's shard
 
     drawn = RandomK(0.05).kept(1200) + RandomK(0.05).kept(288)
     assert on_ranks(2, work, efx_randk=0.05) == [gathered + 4 * drawn] * 2
@@ -223,8 +223,8 @@ def test_dropped_values_at_the_drawn_positions_reach_the_average(world_size: int
     for seen in first:
         complete = (seen - full).abs() < 1e-6
         assert torch.equal(seen[~complete], only_top_k[~complete])
-        share = complete[PLACES["wide"]].sum() - ((only_top_k - full).abs() < 1e-6)[PLACES["wide"]].sum()
-        assert 240 - 12 * world_size <= share <= 240  # of 1,200, less those that the top-k took as well
+        sampled = complete[PLACES["wide"]].sum() - ((only_top_k - full).abs() < 1e-6)[PLACES["wide"]].sum()
+        assert 240 - 12 * world_size <= sampled <= 240  # of 1,200, less those that the top-k took as well
         drawn.append(complete)
     assert not torch.equal(*drawn)
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
@@ -259,9 +259,9 @@ def test_layers_that_are_all_dense_travel_alone() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"ratio": 0}, "TopK keeps a share of the values above 0 and at most 1, got ratio=0"),
+        ({"ratio": 0}, "TopK keeps a fraction of the values above 0 and at most 1, got ratio=0"),
         ({"efx_bits": 9}, "MaxMin codes are 1 to 8 bits wide, got bits=9"),
-        ({"efx_randk": 1.5}, "RandomK sends a share of the values above 0 and at most 1, got fraction=1.5"),
+        ({"efx_randk": 1.5}, "RandomK sends a fraction of the values above 0 and at most 1, got fraction=1.5"),
         ({"efx_bits": 2, "efx_randk": 0.1}, "one fate: choose one of efx_bits and efx_randk"),
         ({"error_feedback": True, "efx_bits": 2}, "one fate: choose one of error_feedback and efx_bits"),
     ],

@@ -52,7 +52,7 @@ def test_layers_that_are_not_compressed_travel_exactly() -> None:
 
 
 def test_residuals_account_for_every_loss() -> None:
-    """mean of (gradients + residuals) = average + what is remembered now, up to rounding."""
+    """mean of (gradients + residuals) = average + residuals now, up to rounding."""
 
     def work(ranks: ThreadCollectives) -> tuple[torch.Tensor, torch.Tensor]:
         bound = two_hop(ranks, 2, feedback=True)
@@ -61,15 +61,15 @@ def test_residuals_account_for_every_loss() -> None:
             applied += average(bound, GRADIENTS[ranks.rank], step)
             bound.settle(True)
         state = bound.state_dict()
-        remembered = torch.zeros(VALUES)
-        remembered[:2000] = state["residual"]["weight"] / ranks.world_size
+        residual = torch.zeros(VALUES)
+        residual[:2000] = state["residual"]["weight"] / ranks.world_size
         start, stop = bound.shards["weight"][ranks.rank]
-        remembered[start:stop] += state["share_residual"]["weight"]
-        ranks.sum_(remembered)
-        return applied, remembered
+        residual[start:stop] += state["share_residual"]["weight"]
+        ranks.sum_(residual)
+        return applied, residual
 
-    applied, remembered = run_ranks(3, work)[0]
-    assert torch.allclose(applied + remembered, 5 * GRADIENTS[:3].mean(0), atol=1e-4)
+    applied, residual = run_ranks(3, work)[0]
+    assert torch.allclose(applied + residual, 5 * GRADIENTS[:3].mean(0), atol=1e-4)
 
 
 def test_widths_are_per_layer_and_change_what_is_sent() -> None:
@@ -222,7 +222,7 @@ def test_all_chunks_are_posted_and_one_is_encoded_while_another_travels(monkeypa
 
 
 def test_what_a_rank_keeps_is_not_encoded() -> None:
-    """Where the other rank has zeros, which max-min sends exactly, only the second hop loses something."""
+    """Zeros on the other rank, which max-min sends exactly: only the second hop errs."""
 
     def work(ranks: ThreadCollectives) -> torch.Tensor:
         bound = two_hop(ranks, bits=2, feedback=True)

@@ -114,7 +114,7 @@ def test_a_bucket_with_a_bad_value_decodes_to_nan_and_the_others_do_not(
 
 
 def clipped(name: str, values: Tensor) -> Tensor:
-    """What a code is unbiased for: TernGrad clips at 2.5 root mean squares."""
+    """The values that a code is unbiased for: TernGrad clips at 2.5 root mean squares."""
     if name != "terngrad":
         return values
     bound = 2.5 * values.square().mean(1, keepdim=True).sqrt()
@@ -133,8 +133,8 @@ def test_codes_are_unbiased(name: str, options: dict[str, Any], values: Tensor) 
     error = (found.mean(0) - clipped(name, values)).abs()
     spread = found.std(0)
     span = found.amax(0) - found.amin(0)
-    share = (found.mean(0) - found.amin(0)) / span  # of draws that were rounded up
-    counts = (span > 0) & (torch.minimum(share, 1 - share) * DRAWS >= 10)
+    fraction = (found.mean(0) - found.amin(0)) / span  # of draws that were rounded up
+    counts = (span > 0) & (torch.minimum(fraction, 1 - fraction) * DRAWS >= 10)
     assert int(counts.sum()) > 0 or bool((error < 1e-6).all())
     if int(counts.sum()) > 0:
         z = error[counts] / (spread[counts] / DRAWS**0.5)
@@ -216,7 +216,7 @@ def test_one_bit_is_the_best_that_signs_can_do(values: list[float]) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_quantile_levels_hold_equal_shares_between_the_extremes(bits: int) -> None:
+def test_quantile_levels_hold_equal_fractions_between_the_extremes(bits: int) -> None:
     values = torch.randn(1, 20_000, generator=torch.Generator().manual_seed(bits))
     quantizer = codec("quantile", bits=bits, bucket_size=-1)
     table = quantizer.encode(values, 0)[0, : 4 * 2**bits].clone().view(torch.float32)

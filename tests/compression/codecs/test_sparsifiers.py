@@ -185,10 +185,10 @@ def test_a_message_of_another_length_is_refused() -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.0, -0.1, 1.1, NAN])
-def test_shares_outside_their_range_are_refused(ratio: float) -> None:
-    with pytest.raises(ValueError, match="TopK keeps a share of the values above 0 and at most 1, got ratio="):
+def test_fractions_outside_their_range_are_refused(ratio: float) -> None:
+    with pytest.raises(ValueError, match="TopK keeps a fraction of the values above 0 and at most 1, got ratio="):
         compression.codec("topk", ratio=ratio)
-    with pytest.raises(ValueError, match="RandomK sends a share of the values above 0 and at most 1, got fraction="):
+    with pytest.raises(ValueError, match="RandomK sends a fraction of the values above 0 and at most 1, got fraction="):
         RandomK(ratio)
 
 

@@ -33,11 +33,16 @@ class Linear(nn.Module):
 
 @contextmanager
 def attached(
-    shapes: Sequence[Sequence[int]], collectives: Collectives, share: float, late_steps: int, name: str, **options: Any
+    shapes: Sequence[Sequence[int]],
+    collectives: Collectives,
+    fraction: float,
+    late_steps: int,
+    name: str,
+    **options: Any,
 ) -> Iterator[tuple[Linear, compression.Exchange]]:
     model = Linear(shapes)
     exchange = compression.attach(
-        model, compression.build(name, **options), collectives, barrier_fraction=share, late_steps=late_steps
+        model, compression.build(name, **options), collectives, barrier_fraction=fraction, late_steps=late_steps
     )
     try:
         yield model, exchange
@@ -46,7 +51,7 @@ def attached(
 
 
 def received(model: Linear) -> list[Tensor]:
-    """What the optimizer would get; zeros where it would skip the layer."""
+    """The gradients that the optimizer would get; zeros where it would skip the layer."""
     taken = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.layers]
     model.zero_grad()
     return taken
@@ -61,7 +66,7 @@ def step(model: Linear, exchange: compression.Exchange, gradients: Sequence[Any]
 
 
 def flushed(model: Linear, exchange: compression.Exchange) -> list[list[Tensor]]:
-    """What the steps after the last one get."""
+    """The gradients that steps after the last one get."""
     steps = []
     while (finite := exchange.flush()) is not None:
         exchange.settle(finite)
@@ -74,12 +79,12 @@ def flushed(model: Linear, exchange: compression.Exchange) -> list[list[Tensor]]
 
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1e30, allow_subnormal=False), min_size=1, max_size=9), st.floats(0.01, 1))
-def test_the_prefix_is_the_shortest_that_holds_the_share(squares: list[float], share: float) -> None:
-    length = prefix_length(squares, share)
+def test_the_prefix_is_the_shortest_that_holds_the_fraction(squares: list[float], fraction: float) -> None:
+    length = prefix_length(squares, fraction)
     assert 1 <= length <= len(squares)
     if sum(squares):
-        assert sum(squares[: length - 1]) < share * sum(squares) * (1 + 1e-12)
-        assert sum(squares[:length]) >= share * sum(squares) * (1 - 1e-12)
+        assert sum(squares[: length - 1]) < fraction * sum(squares) * (1 + 1e-12)
+        assert sum(squares[:length]) >= fraction * sum(squares) * (1 - 1e-12)
 
 
 @pytest.mark.parametrize("squares", [[0.0, 0.0], [1.0, math.nan], [math.inf, 1.0], [math.nan, math.nan]], ids=str)
@@ -92,7 +97,7 @@ def test_all_layers_are_waited_for_where_their_norms_say_nothing(squares: list[f
 
 @st.composite
 def trainings(draw: st.DrawFn) -> tuple[list[int], list[int], float, int]:
-    """(values of each layer, the power of 4 that each step's gradients are, share, late steps)."""
+    """(values of each layer, the power of 4 that each step's gradients are, fraction, late steps)."""
     counts = draw(st.lists(st.integers(1, 40), min_size=1, max_size=5))
     powers = draw(st.permutations(range(draw(st.integers(1, 7)))))
     return counts, powers, draw(st.sampled_from([0.05, 0.3, 0.5, 0.9, 0.99])), draw(st.integers(1, 3))
@@ -109,11 +114,11 @@ def steps_in(values: Tensor, powers: Sequence[int]) -> list[int]:
 @settings(deadline=None, max_examples=25)
 @given(trainings())
 def test_every_average_is_applied_once_in_its_step_or_a_fixed_number_of_steps_later(training: Any) -> None:
-    counts, powers, share, late_steps = training
+    counts, powers, fraction, late_steps = training
     layers = range(len(counts))
 
     def train(ranks: ThreadCollectives) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-        with attached([[count] for count in counts], ranks, share, late_steps, "none") as (model, exchange):
+        with attached([[count] for count in counts], ranks, fraction, late_steps, "none") as (model, exchange):
             own = 2 * ranks.rank  # the ranks' mean is 1
             taken = [step(model, exchange, [own * 4.0**power] * len(counts)) for power in powers]
             return taken, flushed(model, exchange)
@@ -124,7 +129,7 @@ def test_every_average_is_applied_once_in_its_step_or_a_fixed_number_of_steps_la
     squares = [math.nan] * len(counts)
     late: set[tuple[int, int]] = set()  # (step, layer)
     for now, values in enumerate(taken):
-        length = prefix_length(squares, share)
+        length = prefix_length(squares, fraction)
         for layer in layers:
             due = [now - late_steps] * ((now - late_steps, layer) in late) + [now] * (layer < length)
             assert steps_in(values[layer], powers) == due
@@ -189,8 +194,8 @@ class Slow(ThreadCollectives):
 QUANTIZED = [[30, 40], [600], [20, 60], [50, 50]]
 
 
-def train_quantized(network: ThreadCollectives, share: float, steps: int = 6) -> list[Tensor]:
-    with attached(QUANTIZED, network, share, 2, "maxmin", bits=3, error_feedback=True) as (model, exchange):
+def train_quantized(network: ThreadCollectives, fraction: float, steps: int = 6) -> list[Tensor]:
+    with attached(QUANTIZED, network, fraction, 2, "maxmin", bits=3, error_feedback=True) as (model, exchange):
         taken = []
         for now in range(steps):
             generator = torch.Generator().manual_seed(10 * now + network.rank)
@@ -203,10 +208,10 @@ def train_quantized(network: ThreadCollectives, share: float, steps: int = 6) ->
         return taken
 
 
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
-def test_averages_do_not_depend_on_the_order_on_the_wire(share: float) -> None:
-    first, second = run_ranks(2, lambda ranks: train_quantized(ranks, share))
-    slow, _ = run_ranks(2, lambda ranks: train_quantized(Slow(ranks), share))
+@pytest.mark.parametrize("fraction", [0.3, 0.6, 0.95])
+def test_averages_do_not_depend_on_the_order_on_the_wire(fraction: float) -> None:
+    first, second = run_ranks(2, lambda ranks: train_quantized(ranks, fraction))
+    slow, _ = run_ranks(2, lambda ranks: train_quantized(Slow(ranks), fraction))
     assert all(map(torch.equal, first, second))
     assert all(map(torch.equal, first, slow))
 
@@ -352,9 +357,9 @@ def test_compressors_that_settle_whole_steps_are_refused(name: str) -> None:
         compression.attach(Linear([[3]]), compression.build(name), barrier_fraction=0.5)
 
 
-@pytest.mark.parametrize(("share", "late_steps"), [(0.0, 1), (1.5, 1), (math.nan, 1), (0.5, 0)])
-def test_numbers_that_make_no_sense_are_refused(share: float, late_steps: int) -> None:
+@pytest.mark.parametrize(("fraction", "late_steps"), [(0.0, 1), (1.5, 1), (math.nan, 1), (0.5, 0)])
+def test_numbers_that_make_no_sense_are_refused(fraction: float, late_steps: int) -> None:
     with pytest.raises(ValueError, match="a broken barrier waits for a fraction above 0 and at most 1, and is late "):
         compression.attach(
-            Linear([[3]]), compression.build("none"), barrier_fraction=share, late_steps=late_steps
+            Linear([[3]]), compression.build("none"), barrier_fraction=fraction, late_steps=late_steps
         )

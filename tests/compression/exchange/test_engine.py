@@ -26,7 +26,7 @@ def order_of(engine: Engine, submit: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(("after", "expected"), [(1, "first c a b"), (2, "first a c b"), (3, "first a b c")])
-def test_a_job_goes_ahead_of_all_that_wait_but_those_that_it_comes_after(after: int, expected: str) -> None:
+def test_an_urgent_job_overtakes_all_that_wait_but_those_that_it_comes_after(after: int, expected: str) -> None:
     engine = Engine(CPU, bool)
 
     def submit(named: Any) -> None:
@@ -38,22 +38,22 @@ def test_a_job_goes_ahead_of_all_that_wait_but_those_that_it_comes_after(after: 
 
 
 def test_all_ranks_run_jobs_in_the_order_that_rank_0_chooses() -> None:
-    """Rank 1 has the job that goes ahead from the start, rank 0 only when it has chosen the first other one."""
+    """Rank 1 has the urgent job from the start, rank 0 only when it has chosen the first other one."""
 
     def order(ranks: ThreadCollectives) -> list[str]:
         ran: list[str] = []
         engine = Engine(CPU, ranks.broadcast)
-        ahead = lambda: engine.submit_urgent(lambda: ran.append("ahead"), 0)  # noqa: E731
+        urgent = lambda: engine.submit_urgent(lambda: ran.append("urgent"), 0)  # noqa: E731
         if ranks.rank:
-            ahead()
-        engine.submit(lambda: (ran.append("one"), ranks.rank or ahead())[0])
+            urgent()
+        engine.submit(lambda: (ran.append("one"), ranks.rank or urgent())[0])
         engine.submit(lambda: ran.append("two"))
         while len(ran) < 3:
             threading.Event().wait(0.001)
         engine.close()
         return ran
 
-    assert run_ranks(2, order) == [["one", "ahead", "two"]] * 2
+    assert run_ranks(2, order) == [["one", "urgent", "two"]] * 2
 
 
 def test_an_engine_ends_though_another_ranks_job_never_comes() -> None:
@@ -109,7 +109,7 @@ def test_the_last_phase_waits_for_no_other_job() -> None:
 def test_whoever_waits_for_a_job_that_raises_or_for_a_later_one_gets_the_exception() -> None:
     engine = Engine(CPU, bool)
     go = threading.Event()
-    before, failing, ahead, after = (device_future(CPU) for _ in range(4))
+    before, failing, urgent, after = (device_future(CPU) for _ in range(4))
 
     def job(future: Any) -> Phases:
         go.wait()
@@ -121,9 +121,9 @@ def test_whoever_waits_for_a_job_that_raises_or_for_a_later_one_gets_the_excepti
 
     engine.submit(partial(job, before), [before])
     engine.submit(fail, [failing])
-    engine.submit_urgent(lambda: pytest.fail("a job has raised"), 2, [ahead])
+    engine.submit_urgent(lambda: pytest.fail("a job has raised"), 2, [urgent])
     go.set()
-    for future in (failing, ahead):
+    for future in (failing, urgent):
         with pytest.raises(OSError, match="out of order"):
             within(900, future.wait)
     engine.submit(lambda: pytest.fail("a job has raised"), [after])

@@ -47,7 +47,7 @@ def _rank_main(rank: int, world_size: int, port: int, work: Callable[[int], Any]
 
 
 def on_gloo(world_size: int, work: Callable[[int], Any]) -> list[Any]:
-    """What `work(rank)` returns in real processes joined by gloo."""
+    """Results of `work(rank)` in real processes joined by gloo."""
     with mp.Manager() as manager:
         results = manager.dict()
         mp.spawn(_rank_main, (world_size, free_port(), work, results), nprocs=world_size)
@@ -162,7 +162,7 @@ def test_what_goes_wrong_on_the_communication_thread_reaches_the_loop() -> None:
 
 
 def uneven_messages(rank: int) -> bool:
-    """Sizes that differ by rank, zero among them, as the shares of small layers have them."""
+    """Sizes that differ by rank, zero among them, as the shards of small layers have them."""
     network = compression.TorchDistributed()
     sizes = [0, 5, 3]
     sent = torch.full((8 - sizes[rank],), rank, dtype=torch.uint8)

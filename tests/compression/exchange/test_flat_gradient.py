@@ -96,7 +96,7 @@ def test_one_step_is_one_exchange(name: str) -> None:
 
 
 @pytest.mark.usefixtures("small_buckets")
-def test_top_k_selects_over_the_whole_model() -> None:
+def test_a_global_top_k_selects_over_all_layers() -> None:
     network = model()
     exchange = compression.attach(network, compression.build("topk", ratio=0.01, big_grad=True))
     averaged = backward(network)
@@ -106,7 +106,7 @@ def test_top_k_selects_over_the_whole_model() -> None:
     sent = torch.cat([averaged[:3072], averaged[3120:5808]])
     expected = torch.where(matrices.abs() >= matrices.abs().topk(58).values[-1], matrices, 0.0)
     assert torch.equal(sent, expected)
-    assert int(averaged[:3072].count_nonzero()) not in (31, 30)  # not the first layer's own share
+    assert int(averaged[:3072].count_nonzero()) not in (31, 30)  # not the first layer's own top-k
     assert torch.equal(averaged[3072:3120], plain[3072:3120])
     assert torch.equal(averaged[5808:], plain[5808:])
 

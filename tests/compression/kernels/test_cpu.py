@@ -5,10 +5,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from compression import COMPRESSORS, codec
+from compression import COMPRESSORS, codec, plans
 from compression.kernels import cpu, reference
 from compression.layers import DENSE, Layer, shard
-from compression.plans import Plan, Segment, plan
+from compression.plans import Plan, Segment
 from compression.randomness import stream_keys
 
 SIZES = (5000, 1, 513, 64, 4097)
@@ -26,7 +26,7 @@ def widths_of(name: str, shift: int) -> tuple[int, ...]:
     return tuple(DENSE if k == 3 else (3 * k + shift) % spread + row.min_bits for k in range(len(SIZES)))
 
 
-def layout(
+def planned(
     name: str, widths: tuple[int, ...], bucket_size: int, world_size: int, sizes: tuple[int, ...] = SIZES
 ) -> Plan:
     layers = [Layer(index, f"layer{index}", (size,), True) for index, size in enumerate(sizes)]
@@ -35,19 +35,19 @@ def layout(
     shards = {layer.name: shard(layer.numel, bucket_size, world_size, layer.index) for layer in layers}
     bits = {layer.name: width for layer, width in zip(layers, widths, strict=True)}
     quantizer = codec(name, bucket_size=bucket_size)
-    return plan(segments, range(world_size), shards, bits, quantizer.shard_bucket_size, quantizer.record_bytes)
+    return plans.plan(segments, range(world_size), shards, bits, quantizer.shard_bucket_size, quantizer.record_bytes)
 
 
-def same_bits(name: str, where: Plan, values: torch.Tensor, residual: torch.Tensor | None) -> None:
-    keys = stream_keys(1, 2, where.layers, 0, 0)
+def same_bits(name: str, plan: Plan, values: torch.Tensor, residual: torch.Tensor | None) -> None:
+    keys = stream_keys(1, 2, plan.layers, 0, 0)
     found = []
     for kernels in (reference, cpu):
-        wire = torch.zeros(where.wire_bytes, dtype=torch.uint8)
-        pending = torch.zeros(where.values)
-        memory = (residual.clone(), pending) if residual is not None else ()
-        kernels.encode(codec(name), where, values, keys, wire, *memory)
-        decoded = torch.ones(where.values)
-        kernels.decode(codec(name), where, wire, decoded, 0.5, accumulate=True)
+        wire = torch.zeros(plan.wire_bytes, dtype=torch.uint8)
+        pending = torch.zeros(plan.values)
+        states = (residual.clone(), pending) if residual is not None else ()
+        kernels.encode(codec(name), plan, values, keys, wire, *states)
+        decoded = torch.ones(plan.values)
+        kernels.decode(codec(name), plan, wire, decoded, 0.5, accumulate=True)
         found.append((_comparable(wire), _comparable(pending), _comparable(decoded)))
     assert all(torch.equal(slow, fast) for slow, fast in zip(*found, strict=True))
 
@@ -64,20 +64,20 @@ def _comparable(values: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("feedback", [False, True])
 @pytest.mark.parametrize("shift", [0, 4])
 def test_numba_and_torch_give_the_same_bits(name: str, bucket_size: int, feedback: bool, shift: int) -> None:
-    where = layout(name, widths_of(name, shift), bucket_size, world_size=1 + 2 * (shift > 0))
+    plan = planned(name, widths_of(name, shift), bucket_size, world_size=1 + 2 * (shift > 0))
     generator = torch.Generator().manual_seed(bucket_size + shift)
-    values, residual = torch.randn(2, where.values, generator=generator)
+    values, residual = torch.randn(2, plan.values, generator=generator)
     values[7:11] = torch.tensor([0.0, -0.0, 3e38, 1e-42])
-    same_bits(name, where, values, residual if feedback else None)
+    same_bits(name, plan, values, residual if feedback else None)
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 @pytest.mark.parametrize("power", [-140, -126, -110, -103, -101, -100, -98, -30, 100, 125])
 def test_whatever_their_size_the_bits_are_the_same(name: str, power: int) -> None:
     """Steps between codes may be denormal numbers, or become ones in fixed point."""
-    where = layout(name, widths_of(name, 1), 512, world_size=1)
-    values = torch.randn(where.values, generator=torch.Generator().manual_seed(1)).double() * 2.0**power
-    same_bits(name, where, values.float(), None)
+    plan = planned(name, widths_of(name, 1), 512, world_size=1)
+    values = torch.randn(plan.values, generator=torch.Generator().manual_seed(1)).double() * 2.0**power
+    same_bits(name, plan, values.float(), None)
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
@@ -87,21 +87,21 @@ def test_sums_over_ranks_are_encoded_with_the_same_bits(
     name: str, bucket_size: int, feedback: bool, rank: int | None
 ) -> None:
     """The first layer is longer than what is decoded and encoded at a time."""
-    where = layout(name, widths_of(name, 2), bucket_size, 1, (70_000, *SIZES[1:]))
-    values, residual = torch.randn(2, where.values, generator=torch.Generator().manual_seed(bucket_size))
-    received = torch.empty(3, where.wire_bytes, dtype=torch.uint8)
+    plan = planned(name, widths_of(name, 2), bucket_size, 1, (70_000, *SIZES[1:]))
+    values, residual = torch.randn(2, plan.values, generator=torch.Generator().manual_seed(bucket_size))
+    received = torch.empty(3, plan.wire_bytes, dtype=torch.uint8)
     for other, message in enumerate(received):
-        cpu.encode(codec(name), where, values.roll(other), stream_keys(1, 2, where.layers, 1, other), message)
-    keys = stream_keys(1, 2, where.layers, 2, 0)
+        cpu.encode(codec(name), plan, values.roll(other), stream_keys(1, 2, plan.layers, 1, other), message)
+    keys = stream_keys(1, 2, plan.layers, 2, 0)
     found = []
     for kernels in (reference, cpu):
-        wire, pending = torch.zeros(where.wire_bytes, dtype=torch.uint8), torch.zeros(where.values)
-        memory, share = (residual.clone(), pending) if feedback else (), values.clone()
-        kernels.recode(codec(name), where, received, share, rank, 1 / 3, keys, wire, *memory)
-        found.append((wire, pending, share))
+        wire, pending = torch.zeros(plan.wire_bytes, dtype=torch.uint8), torch.zeros(plan.values)
+        states, own_shard = (residual.clone(), pending) if feedback else (), values.clone()
+        kernels.recode(codec(name), plan, received, own_shard, rank, 1 / 3, keys, wire, *states)
+        found.append((wire, pending, own_shard))
     decoded = torch.empty_like(values)
-    reference.decode(codec(name), where, wire, decoded)
-    assert torch.equal(share, decoded)
+    reference.decode(codec(name), plan, wire, decoded)
+    assert torch.equal(own_shard, decoded)
     assert all(torch.equal(slow, fast) for slow, fast in zip(*found, strict=True))
 
 
@@ -117,19 +117,19 @@ def test_sums_over_ranks_are_encoded_with_the_same_bits(
 def test_whatever_the_values_the_bits_are_the_same(
     name: str, pattern: list[float], shift: int, feedback: bool
 ) -> None:
-    where = layout(name, widths_of(name, shift), 64, world_size=2)
-    values = torch.tensor(pattern, dtype=torch.float32).repeat(-(-where.values // len(pattern)))[: where.values]
-    same_bits(name, where, values, values.flip(0).nan_to_num(0.0, 1e30, -1e30) if feedback else None)
+    plan = planned(name, widths_of(name, shift), 64, world_size=2)
+    values = torch.tensor(pattern, dtype=torch.float32).repeat(-(-plan.values // len(pattern)))[: plan.values]
+    same_bits(name, plan, values, values.flip(0).nan_to_num(0.0, 1e30, -1e30) if feedback else None)
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_the_reference_waits_for_no_device(name: str) -> None:
     """Tensors without values, which nobody could wait for, stand for those of a GPU."""
-    where, device = layout(name, widths_of(name, 1), 100, world_size=2), torch.device("meta")
-    values, residual, pending = torch.empty(3, where.values, device=device)
-    wire = torch.empty(where.wire_bytes, dtype=torch.uint8, device=device)
-    reference.encode(codec(name), where, values, stream_keys(1, 2, where.layers, 0, 0), wire, residual, pending)
-    reference.decode(codec(name), where, wire, values, 0.5, accumulate=True)
+    plan, device = planned(name, widths_of(name, 1), 100, world_size=2), torch.device("meta")
+    values, residual, pending = torch.empty(3, plan.values, device=device)
+    wire = torch.empty(plan.wire_bytes, dtype=torch.uint8, device=device)
+    reference.encode(codec(name), plan, values, stream_keys(1, 2, plan.layers, 0, 0), wire, residual, pending)
+    reference.decode(codec(name), plan, wire, values, 0.5, accumulate=True)
 
 
 @pytest.mark.parametrize("name", [name for name in QUANTIZERS if COMPRESSORS[name].has_bits])

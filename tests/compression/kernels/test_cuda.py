@@ -23,10 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compression import codec, kernels
+from compression import codec, kernels, plans
 from compression.kernels import reference
 from compression.layers import DENSE, Layer, shard
-from compression.plans import Plan, Segment, plan
+from compression.plans import Plan, Segment
 from compression.randomness import stream_keys
 from tests.support.quantizers import train_mid_rise
 from tests.support.small_training import Trained
@@ -91,37 +91,37 @@ def layers_for(family: str) -> st.SearchStrategy[Layers]:
     return st.lists(st.tuples(st.integers(1, 300), width, st.sampled_from(sorted(KINDS))), min_size=1, max_size=5)
 
 
-def layout(family: str, layers: Layers, bucket_size: int, world_size: int) -> Plan:
+def planned(family: str, layers: Layers, bucket_size: int, world_size: int) -> Plan:
     starts = [0, *accumulate(size for size, _, _ in layers)]
-    places = [Layer(index, f"layer{index}", (size,), True) for index, (size, _, _) in enumerate(layers)]
-    segments = [Segment(layer, at, at) for layer, at in zip(places, starts, strict=False)]
-    shards = {layer.name: shard(layer.numel, bucket_size, world_size, layer.index) for layer in places}
-    bits = {layer.name: width for layer, (_, width, _) in zip(places, layers, strict=True)}
+    compressed = [Layer(index, f"layer{index}", (size,), True) for index, (size, _, _) in enumerate(layers)]
+    segments = [Segment(layer, at, at) for layer, at in zip(compressed, starts, strict=False)]
+    shards = {layer.name: shard(layer.numel, bucket_size, world_size, layer.index) for layer in compressed}
+    bits = {layer.name: width for layer, (_, width, _) in zip(compressed, layers, strict=True)}
     rule = None if family == "quantile" else bucket_size
-    return plan(segments, range(world_size), shards, bits, rule, codec(family).record_bytes)
+    return plans.plan(segments, range(world_size), shards, bits, rule, codec(family).record_bytes)
 
 
 def differences(
     family: str, layers: Layers, bucket_size: int, world_size: int, feedback: bool, adding: bool
 ) -> list[str]:
-    """What is not the same after the reference and the GPU's kernels have each done the same work."""
+    """Names of what differs after the reference and the GPU's kernels have each done the same work."""
     from compression.kernels import cuda
 
-    where = layout(family, layers, bucket_size, world_size)
+    plan = planned(family, layers, bucket_size, world_size)
     generator = torch.Generator().manual_seed(bucket_size + len(layers))
     values = torch.cat([KINDS[kind](torch.randn(size, generator=generator)) for size, _, kind in layers])
-    residual = torch.randn(where.values, generator=generator)
-    keys = stream_keys(1, 2, where.layers, 0, 0)
+    residual = torch.randn(plan.values, generator=generator)
+    keys = stream_keys(1, 2, plan.layers, 0, 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = []
-    for module, place in ((reference, torch.device("cpu")), (cuda, device)):
-        wire = torch.zeros(where.wire_bytes + 2, dtype=torch.uint8, device=place)
-        pending = torch.zeros(where.values, device=place)
-        memory = (residual.to(place), pending) if feedback else ()
+    for module, target in ((reference, torch.device("cpu")), (cuda, device)):
+        wire = torch.zeros(plan.wire_bytes + 2, dtype=torch.uint8, device=target)
+        pending = torch.zeros(plan.values, device=target)
+        states = (residual.to(target), pending) if feedback else ()
         record = wire[1:-1]  # at an odd address, with a byte on either side that is not ours
-        module.encode(codec(family), where, values.to(place), keys, record, *memory)
-        decoded = torch.ones(where.values, device=place)
-        module.decode(codec(family), where, record, decoded, 0.3, accumulate=adding)
+        module.encode(codec(family), plan, values.to(target), keys, record, *states)
+        decoded = torch.ones(plan.values, device=target)
+        module.decode(codec(family), plan, record, decoded, 0.3, accumulate=adding)
         found.append((wire.cpu(), pending.cpu(), decoded.cpu()))
     names = ("wire", "pending", "decoded")
     return [name for name, slow, fast in zip(names, *found, strict=True) if not same(slow, fast)]
@@ -133,25 +133,25 @@ def differences_of_sums(
     """The same after messages of some ranks, and what this rank has, were added up and encoded."""
     from compression.kernels import cuda
 
-    where = layout(family, layers, bucket_size, 1)
+    plan = planned(family, layers, bucket_size, 1)
     generator = torch.Generator().manual_seed(bucket_size + messages)
     values = torch.cat([KINDS[kind](torch.randn(size, generator=generator)) for size, _, kind in layers])
-    residual = torch.randn(where.values, generator=generator)
-    received = torch.zeros(messages, where.wire_bytes, dtype=torch.uint8)
+    residual = torch.randn(plan.values, generator=generator)
+    received = torch.zeros(messages, plan.wire_bytes, dtype=torch.uint8)
     for other, message in enumerate(received):
-        reference.encode(codec(family), where, values.roll(other), stream_keys(1, 2, where.layers, 1, other), message)
-    keys = stream_keys(1, 2, where.layers, 2, 0)
+        reference.encode(codec(family), plan, values.roll(other), stream_keys(1, 2, plan.layers, 1, other), message)
+    keys = stream_keys(1, 2, plan.layers, 2, 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = []
-    for module, place in ((reference, torch.device("cpu")), (cuda, device)):
+    for module, target in ((reference, torch.device("cpu")), (cuda, device)):
         wire, pending = (
-            torch.zeros(count, dtype=dtype, device=place)
-            for count, dtype in ((where.wire_bytes, torch.uint8), (where.values, torch.float32))
+            torch.zeros(count, dtype=dtype, device=target)
+            for count, dtype in ((plan.wire_bytes, torch.uint8), (plan.values, torch.float32))
         )
-        memory = (residual.to(place), pending) if feedback else ()
-        share = values.clone().to(place)
-        module.recode(codec(family), where, received.to(place), share, rank, 1 / (messages + 1), keys, wire, *memory)
-        found.append((wire.cpu(), pending.cpu(), share.cpu()))
+        states = (residual.to(target), pending) if feedback else ()
+        own = values.clone().to(target)
+        module.recode(codec(family), plan, received.to(target), own, rank, 1 / (messages + 1), keys, wire, *states)
+        found.append((wire.cpu(), pending.cpu(), own.cpu()))
     names = ("wire", "pending", "decoded")
     return [name for name, slow, fast in zip(names, *found, strict=True) if not same(slow, fast)]
 
@@ -180,7 +180,7 @@ def same(slow: Tensor, fast: Tensor) -> bool:
 @given(data=st.data())
 @settings(deadline=None, max_examples=6)
 def test_triton_and_torch_give_the_same_bits(gpu: Executor, family: str, feedback: bool, data: st.DataObject) -> None:
-    unit = data.draw(st.sampled_from([1, 4]))  # memory moves four values at once where all positions allow it
+    unit = data.draw(st.sampled_from([1, 4]))  # states moves four values at once where all positions allow it
     layers = [(-(-size // unit) * unit, *rest) for size, *rest in data.draw(layers_for(family))]
     bucket_size = data.draw(st.sampled_from([1, 3, 8, 100, 128, 512, -1]))
     world_size, adding = data.draw(st.integers(1, 3)), data.draw(st.booleans())
@@ -228,13 +228,13 @@ def work_without_waiting(family: str) -> None:
     """RuntimeError where it waits."""
     from compression.kernels import cuda
 
-    where, keys = layout(family, [(1000, WIDTHS[family][0], "normal")], 512, 1), np.zeros((1, 2), np.uint32)
-    values, wire = torch.ones(1000, device="cuda"), torch.empty(where.wire_bytes, dtype=torch.uint8, device="cuda")
+    plan, keys = planned(family, [(1000, WIDTHS[family][0], "normal")], 512, 1), np.zeros((1, 2), np.uint32)
+    values, wire = torch.ones(1000, device="cuda"), torch.empty(plan.wire_bytes, dtype=torch.uint8, device="cuda")
     try:
         for mode in ("default", "error"):
             torch.cuda.set_sync_debug_mode(mode)
-            cuda.encode(codec(family), where, values, keys, wire)
-            cuda.decode(codec(family), where, wire, values)
+            cuda.encode(codec(family), plan, values, keys, wire)
+            cuda.decode(codec(family), plan, wire, values)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -248,10 +248,10 @@ def tables_of_a_plan() -> tuple[bool, int, int]:
     from compression.kernels.cuda import pieces
 
     before = len(pieces._made)
-    where, place = layout("maxmin", [(100, 4, "normal")], 10, 1), torch.device("cpu")
-    first, _ = pieces.to_encode(where, place), pieces.to_decode(where, place)
-    again, kept = pieces.to_encode(where, place) is first, len(pieces._made) - before
-    del where
+    plan, device = planned("maxmin", [(100, 4, "normal")], 10, 1), torch.device("cpu")
+    first, _ = pieces.to_encode(plan, device), pieces.to_decode(plan, device)
+    again, kept = pieces.to_encode(plan, device) is first, len(pieces._made) - before
+    del plan
     return again, kept, len(pieces._made) - before
 
 
@@ -302,7 +302,7 @@ NUMBERS |= dict.fromkeys(("pieces", "ranks", "own"), "i32")
 
 
 def assembly(kernel: str, family: str, language: str, rows: int = 1, values: int = 1024, warps: int = 32) -> str:
-    """What a kernel becomes on an H100, for which no GPU is needed: few values a thread, so that it is quick."""
+    """A kernel compiled for an H100, for which no GPU is needed: few values a thread, so that it is quick."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -20,11 +20,11 @@ from compression.network.collectives import part_of
 
 RANKS = 3
 SIZES = ([4, 4, 4], [5, 0, 2], [0, 0, 3], [0, 0, 0], [300_000, 1, 200_000])
-"""Bytes of each rank's share: alike, uneven, none at all, more than a connection holds."""
+"""Bytes of each rank's message: alike, uneven, none at all, more than a connection holds."""
 
 
 def message(rank: int, nbytes: int) -> Tensor:
-    """What a rank has to say; no two ranks say the same."""
+    """A rank's message; no two ranks send the same."""
     return torch.randint(256, (nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(rank))
 
 
@@ -78,7 +78,7 @@ class Noting:
 
 
 def posted(down: dist.ProcessGroup | None, up: dist.ProcessGroup | None) -> list[list[tuple[str, int, str]]]:
-    """What one exchange asks of these groups, in order: until it is expected, and until it has arrived."""
+    """Calls that one exchange makes on these groups, in order: until it is posted, and until it has arrived."""
     asked: list[tuple[str, int, str]] = []
     network = TorchDistributed(down, up)
     network.group, network._upward = Noting(network.group, "down", asked), Noting(network._upward, "up", asked)
@@ -111,7 +111,7 @@ def rank_main(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What every rank ended with."""
+    """The result of every rank."""
     folder = tmp_path_factory.mktemp("ranks")
     root = Path(__file__).parents[3]
     environment = {**os.environ, "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo"}
@@ -125,7 +125,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def exchanged(rank: int, members: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    """What the rank must get: for each of the others, the part that it addressed to this rank."""
+    """The messages that the rank must get: of each of the others, the part for this rank."""
     rows = torch.empty(len(members) - 1, sizes[rank], dtype=torch.uint8)
     for row, other in zip(rows, (other for other in members if other != rank), strict=True):
         receivers = [member for member in members if member != other]

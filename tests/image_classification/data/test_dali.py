@@ -1,4 +1,4 @@
-"""What is DALI's alone: who decodes, and what happens where it cannot."""
+"""DALI alone: who decodes, and what happens where it cannot."""
 
 import pytest
 import torch

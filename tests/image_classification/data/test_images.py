@@ -1,4 +1,4 @@
-"""What is no plain RGB JPEG: converted where it is an image, named or skipped where it is not."""
+"""Files that are no plain RGB JPEG: converted where it is an image, named or skipped where it is not."""
 
 import io
 import struct

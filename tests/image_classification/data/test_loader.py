@@ -1,4 +1,4 @@
-"""What both folder backends promise about the batches they read from files."""
+"""Promises of both folder backends about the batches that they read from files."""
 
 import multiprocessing
 import os
@@ -132,12 +132,12 @@ def test_all_ranks_together_read_what_one_would(root, backend):
         for rank in (0, 1)
     ]
     alone = epochs(root, backend) + epochs(root, backend, train=False)
-    shares = [torch.cat([images for images, _ in batches]) for batches in together]
+    shards = [torch.cat([images for images, _ in batches]) for batches in together]
 
     def bag(images: torch.Tensor) -> list[int]:
         return sorted(hash(image.numpy().tobytes()) for image in images)
 
-    assert bag(torch.cat(shares)) == bag(torch.cat([images for images, _ in alone]))
+    assert bag(torch.cat(shards)) == bag(torch.cat([images for images, _ in alone]))
 
 
 @both

@@ -14,14 +14,14 @@ def batch(count: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 9), st.floats(0.05, 10), st.lists(st.integers(0, 2**40), min_size=1, max_size=4))
-def test_one_share_and_one_permutation_blend_images_and_targets_alike(count, alpha, seed):
+def test_one_fraction_and_one_permutation_blend_images_and_targets_alike(count, alpha, seed):
     images, targets = batch(count)
     mixed, mixed_targets = mixup(images, targets, alpha, seed)
     assert torch.allclose(mixed_targets.sum(1), torch.ones(count))
     # A target row holds the weights of the images in the blend.
     assert torch.allclose(mixed, torch.einsum("bk,kchw->bchw", mixed_targets, images), atol=1e-5)
-    shares = {round(share, 4) for share in mixed_targets.diagonal().tolist()} - {1.0}
-    assert len(shares) <= 1
+    fractions = {round(fraction, 4) for fraction in mixed_targets.diagonal().tolist()} - {1.0}
+    assert len(fractions) <= 1
 
 
 def test_the_blend_is_a_function_of_the_seed_and_moves_no_global_state():
@@ -34,15 +34,15 @@ def test_the_blend_is_a_function_of_the_seed_and_moves_no_global_state():
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
-def test_shares_follow_the_beta_distribution(alpha):
-    # The share of an image in its own blend, where the permutation moved it.
-    shares = []
+def test_fractions_follow_the_beta_distribution(alpha):
+    # The fraction of an image in its own blend, where the permutation moved it.
+    fractions = []
     for seed in range(2000):
         own = mixup(*batch(8), alpha, (seed,))[1].diagonal()
-        shares.append(own[own < 1].max().item() if (own < 1).any() else 1.0)
+        fractions.append(own[own < 1].max().item() if (own < 1).any() else 1.0)
     mean, variance = 0.5, 1 / (4 * (2 * alpha + 1))
-    assert np.mean(shares) == pytest.approx(mean, abs=5 * np.sqrt(variance / 2000))
-    assert np.var(shares) == pytest.approx(variance, rel=0.1)
+    assert np.mean(fractions) == pytest.approx(mean, abs=5 * np.sqrt(variance / 2000))
+    assert np.var(fractions) == pytest.approx(variance, rel=0.1)
 
 
 def test_alpha_zero_is_the_batch_itself():

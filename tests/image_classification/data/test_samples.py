@@ -1,4 +1,4 @@
-"""Which rank reads which image when, with a reader that reads nothing."""
+"""The images of each rank and batch, with a reader that reads nothing."""
 
 from pathlib import Path
 
@@ -47,8 +47,8 @@ def read(loader: FolderLoader, epoch: int = 0, start: int = 0) -> list[list[int]
 @few
 @given(images, worlds, sizes)
 def test_validation_gives_every_image_to_exactly_one_rank(count, world_size, batch_size):
-    shares = [read(loader(count, False, rank, world_size, batch_size)) for rank in range(world_size)]
-    assert sorted(index for share in shares for batch in share for index in batch) == list(range(count))
+    shards = [read(loader(count, False, rank, world_size, batch_size)) for rank in range(world_size)]
+    assert sorted(index for shard in shards for batch in shard for index in batch) == list(range(count))
 
 
 @few
@@ -66,9 +66,9 @@ def test_the_promised_number_of_batches_comes_and_only_the_last_one_may_be_parti
 def test_training_reads_an_image_at_most_once_an_epoch_and_drops_less_than_a_global_batch(
     count, world_size, batch_size, epoch
 ):
-    shares = [read(loader(count, True, rank, world_size, batch_size), epoch) for rank in range(world_size)]
-    assert len({len(share) for share in shares}) == 1
-    seen = [index for share in shares for batch in share for index in batch]
+    shards = [read(loader(count, True, rank, world_size, batch_size), epoch) for rank in range(world_size)]
+    assert len({len(shard) for shard in shards}) == 1
+    seen = [index for shard in shards for batch in shard for index in batch]
     assert len(seen) == len(set(seen)) == count // (world_size * batch_size) * world_size * batch_size
 
 
@@ -76,8 +76,8 @@ def test_training_reads_an_image_at_most_once_an_epoch_and_drops_less_than_a_glo
 @given(st.integers(12, 120))
 def test_a_step_reads_the_same_images_however_many_ranks_share_it(count):
     def steps(world_size: int) -> list[set[int]]:
-        shares = [read(loader(count, True, rank, world_size, 12 // world_size)) for rank in range(world_size)]
-        return [{index for batch in step for index in batch} for step in zip(*shares, strict=True)]
+        shards = [read(loader(count, True, rank, world_size, 12 // world_size)) for rank in range(world_size)]
+        return [{index for batch in step for index in batch} for step in zip(*shards, strict=True)]
 
     assert steps(1) == steps(2) == steps(3) == steps(12)
 
@@ -131,7 +131,7 @@ def test_less_than_one_global_batch_is_an_error_unless_nothing_trains(tmp_path, 
         ({"image_size": 0}, "image_size is 1 or more, got 0"),
         ({"workers": -1}, "workers is 0 or more, got -1"),
         ({"seed": -1}, "seed is 0 or more, got -1"),
-        ({"crop_scale": 0.0}, r"crop_scale is a share of the image's area in \(0, 1\], got 0.0"),
+        ({"crop_scale": 0.0}, r"crop_scale is a fraction of the image's area in \(0, 1\], got 0.0"),
         ({"hflip": 1.5}, r"hflip is a probability in \[0, 1\], got 1.5"),
         ({"rank": 2, "world_size": 2}, r"rank lies in \[0, 2\), got 2"),
     ],
