@@ -139,7 +139,7 @@ class BrokenBarrier(Attached):
         return self._apply(self.step)
 
     def settle(self, applied: Tensor) -> None:
-        """End the step. Every part has settled what it computed already."""
+        """End the step. Every part has settled its own state already."""
         if self.open:
             self.open = False
             self.step += 1
@@ -168,7 +168,7 @@ class BrokenBarrier(Attached):
         done.set_result(gradients.flat)
         return done
 
-    # What is remembered
+    # State
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, late averages included; those outstanding are waited for, and not applied."""
