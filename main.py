@@ -143,7 +143,16 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with the defaults of flags that have a value of their own without being given."""
+    """Help with the defaults of flags that have a value of their own without being given.
+
+    Each spelling of a flag is followed by its value, as every Python before 3.13 shows it.
+    """
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return ", ".join(f"{spelling} {value}" for spelling in action.option_strings)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         with_default = action.default is not None and action.default is not False
