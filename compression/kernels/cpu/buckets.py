@@ -22,27 +22,19 @@ from .families import (
     scale_count,
     top_code,
 )
-from .memory import STREAMED, counted, fence, load, load_float, prefetch, store, store_float, stream, unaligned
+from .memory import STREAMED, fence, load, load_float, store, store_float, stream, unaligned
 from .packing import pack, pack_ternary, unpack, unpack_ternary
 from .scratch import TILE
 from .sums import START, add_products, blocks_of, total
 from .vectors import NARROWED, narrow
 
-_LINE = 16  # values of a cache line
-_AHEAD, _TREE = np.int64(1024), np.int64(TREE)  # values; numpy integers, as `sums.START` is
+_TREE = np.int64(TREE)  # a numpy integer, as `sums.START` is
 _LEAST_UNIT = np.float32(2.0**-100)  # in fixed point it is no denormal number yet
 _NO, _YES = np.bool_(False), np.bool_(True)  # numpy bools, likewise
 _HUGE, _ZERO, _ONE = np.float32(HUGE), np.float32(0.0), np.float32(1.0)
 _FIXED, _FRACTION, _UNUSED = np.float32(2.0**FRACTION_BITS), np.uint32(FRACTION_BITS), np.uint32(32 - FRACTION_BITS)
 
 Arrays = tuple[np.ndarray, ...]  # the fields of a `scratch.Scratch`
-
-
-@inlined
-def _read_ahead(values: np.ndarray, at: int, count: int) -> None:
-    """Have values read into the cache before their turn. Else memory idles while a bucket is worked on."""
-    for line in range(0, count, _LINE):
-        prefetch(values, at + line)
 
 
 @inlined
@@ -82,7 +74,7 @@ def _round(
     """The codes of positions, a word each. `first` and `high` are what `_word` takes for the first of them."""
     for i in range(count):
         place = load(places, i) * _FIXED
-        store(words, i, _code(place, top * _FIXED, _word(counted(first, i), high)))
+        store(words, i, _code(place, top * _FIXED, _word(np.uint32(first + np.uint32(i)), high)))
 
 
 @inlined
@@ -109,7 +101,7 @@ def _round_evenly(
     unit, middle, top = unit / _FIXED, middle * _FIXED, top * _FIXED
     for i in range(count):
         place = (load(values, at + i) - low) / unit + middle
-        store(words, i, _code(place, top, _word(counted(first, i), high)))
+        store(words, i, _code(place, top, _word(np.uint32(first + np.uint32(i)), high)))
 
 
 @inlined
@@ -163,13 +155,12 @@ def _encode(
     target: np.ndarray,
     target_at: np.ndarray,
     decodes: bool,
-    distance: int,
     scratch: Arrays,
 ) -> None:
     """As `reference.encode`, for buckets from `start` to below `stop`.
 
     What bucket m decodes to goes to target[target_at[m]] and behind, if `decodes`; `values` are scratch then, to which
-    residuals may be added. Meanwhile as many values of `target`, `distance` behind, are read into the cache.
+    residuals may be added.
     """
     codes, words, places, scales, bins, terms, sums, block, _ = scratch
     room = len(sums) // 2
@@ -199,7 +190,7 @@ def _encode(
         projects = feedback and finite and family != ONEBIT
         for tile in range(0, n, TILE):
             length = min(TILE, n - tile)
-            first, high = counted(keys[slot[m], 0], element[m] + tile), keys[slot[m], 1]
+            first, high = np.uint32(keys[slot[m], 0] + element[m] + tile), keys[slot[m], 1]
             if even:
                 _round_evenly(source, at + tile, length, low, unit, middle, top, first, high, words)
             elif family == ONEBIT:
@@ -207,8 +198,7 @@ def _encode(
             else:
                 positions(family, source, at + tile, length, b, scales, finite, bins, terms, places)
                 _round(places, length, top, first, high, words)
-            for i in range(0, length, NARROWED):  # by and by: a tile's lines at once would wait for one another
-                _read_ahead(target, goal + tile + i + distance, NARROWED)
+            for i in range(0, length, NARROWED):
                 narrow(words, i, codes, i)
             if decodes and not feedback:
                 levels(family, codes, length, b, scales, target, goal + tile)
@@ -257,7 +247,7 @@ def _decode(
     With `streams`, what does not accumulate is written past the caches: for an `out` that is not read soon.
     """
     codes, _, decoded, scales, _, _, _, _, _ = scratch
-    # The lines of a long tile, read ahead at once, would wait for one another.
+    # Between short tiles the processor goes on reading what they are added to.
     step = TREE if accumulate and family != TERNGRAD else TILE
     for m in range(start, stop):
         n, b, head = count[m], bits[m], wire_at[m]
@@ -267,8 +257,6 @@ def _decode(
                 scales[k] = load_float(wire, wire_at[m] + 4 * k)
         for tile in range(0, n, step):
             length, at = min(step, n - tile), position[m] + tile
-            if accumulate:
-                _read_ahead(out, at + _AHEAD, length)
             if b == DENSE:
                 for i in range(length):
                     store(decoded, i, load_float(wire, head + 4 * (tile + i)))
@@ -363,7 +351,7 @@ def recode(
     if len(received) == 0 and own < 0:
         _encode(
             family, start, stop, position, count, bits, wire_at, slot, element, memory_at,
-            values, keys, wire, residual, pending, feedback, values, position, _NO, _AHEAD, scratch,
+            values, keys, wire, residual, pending, feedback, values, position, _NO, scratch,
         )  # fmt: skip
         return
     _, _, _, _, _, _, _, sums, starts = scratch
@@ -386,7 +374,7 @@ def recode(
                 message += 1
         _encode(
             family, first, last, starts, count, bits, wire_at, slot, element, memory_at,
-            sums, keys, wire, residual, pending, feedback, values, position, _YES, np.int64(filled), scratch,
+            sums, keys, wire, residual, pending, feedback, values, position, _YES, scratch,
         )  # fmt: skip
         first = last
 

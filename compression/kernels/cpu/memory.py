@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 
 STREAMED = 8  # values at a time
@@ -62,32 +62,6 @@ def _as(number: Any, kind: Any) -> tuple[Callable[..., Any], Callable[..., Any]]
 
 
 @typed_intrinsic
-def counted(context: Any, first: Any, at: Any) -> Any:
-    """first + at, modulo 2**32. Numba adds in 64 bits, which takes half the lanes of a vector."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.add(arguments[0], builder.trunc(arguments[1], ir.IntType(32)))
-
-    return types.uint32(types.uint32, types.intp), generate
-
-
-@typed_intrinsic
-def prefetch(context: Any, memory: Any, at: Any) -> Any:
-    """Have the cache line of memory[at] read, which need not exist."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        number, byte = ir.IntType(32), ir.IntType(8)
-        pointer = pointer_to(context, builder, memory, arguments[0], arguments[1], byte, inbounds=False)
-        kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), number, number, number])
-        hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        to_read, into_every_level, data = number(0), number(3), number(1)
-        builder.call(hint, [pointer, to_read, into_every_level, data])
-        return context.get_dummy_value()
-
-    return types.none(memory, types.intp), generate
-
-
-@typed_intrinsic
 def stream(context: Any, values: Any, at: Any, memory: Any, to: Any) -> Any:
     """memory[to + i] = values[at + i], float32, for i < STREAMED, past the caches; `unaligned(memory, to)` is 0.
 
@@ -128,12 +102,10 @@ def fence(context: Any) -> Any:
     return types.none(), generate
 
 
-def pointer_to(
-    context: Any, builder: Any, memory: Any, array: Any, at: Any, kind: Any = None, inbounds: bool = True
-) -> Any:
+def pointer_to(context: Any, builder: Any, memory: Any, array: Any, at: Any, kind: Any = None) -> Any:
     """LLVM's pointer to array[at], `memory` being the type of the array. With a `kind`, to what is read as one."""
     data = context.make_array(memory)(context, builder, array).data
-    pointer = builder.gep(data, [at], inbounds=inbounds)
+    pointer = builder.gep(data, [at], inbounds=True)
     return pointer if kind is None else builder.bitcast(pointer, kind.as_pointer())
 
 

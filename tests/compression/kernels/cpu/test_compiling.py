@@ -1,12 +1,16 @@
-"""Compiled kernels are kept on disk: later processes load them, and where nothing can be kept they compile again."""
+"""Compiled kernels are kept on disk, and another numba than the pinned one compiles them too, to the same bits."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from compression.kernels.cpu.compiling import PINNED
 
 ROOT = Path(__file__).parents[4]
 
@@ -27,17 +31,55 @@ print(json.dumps([hits, misses, wire.flatten().tolist()]))
 """
 
 
-def worked(folder: Path) -> list[list[int]]:
-    """Kernels loaded, kernels compiled, bytes: of a process that keeps kernels in a folder."""
+# Encodes and decodes with every kind of kernel, and says what bytes came out, and what was warned of.
+FAMILIES = """
+import json
+import warnings
+import torch
+
+values, out = torch.linspace(-1, 1, 3000)[None] ** 3, {}
+with warnings.catch_warnings(record=True, action="always") as heard:
+    from compression import codec
+
+    for name, options in [
+        ("maxmin", {"bits": 4}), ("maxmin", {"bits": 3}), ("exponential", {"bits": 4}), ("quantile", {"bits": 2}),
+        ("terngrad", {}), ("1bit", {}), ("topk", {"ratio": 0.1}),
+    ]:
+        quantizer = codec(name, **options)
+        wire = quantizer.encode(values, 0)
+        decoded = quantizer.decode(wire, 3000)
+        out[name + str(options)] = [wire.flatten().tolist(), decoded.view(torch.uint8).flatten().tolist()]
+    out["error"] = codec("maxmin", bits=4).expected_squared_error(values)
+print(json.dumps([out, [[each.category.__name__, str(each.message)] for each in heard]]))
+"""
+
+# What makes numba another one, in the eyes of whoever imports it from then on.
+OTHER_VERSION = """
+import numba
+numba.__version__ = "0.0.1"
+"""
+OTHER_INTERNALS = """
+import numba.core.codegen
+del numba.core.codegen.JITCodeLibrary
+"""
+
+
+def ran(program: str, folder: Path) -> Any:
+    """What a program prints, as JSON, that keeps its kernels in a folder."""
     done = subprocess.run(
-        [sys.executable, "-c", WORK],
+        [sys.executable, "-c", program],
         cwd=ROOT,
         env={**os.environ, "NUMBA_CACHE_DIR": str(folder)},
         capture_output=True,
         text=True,
-        check=True,
     )
-    found: list[list[int]] = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def worked(folder: Path) -> list[list[int]]:
+    """Kernels loaded, kernels compiled, bytes: of a process that keeps kernels in a folder."""
+    found: list[list[int]] = ran(WORK, folder)
     return found
 
 
@@ -69,3 +111,42 @@ def test_where_no_folder_can_be_made_kernels_are_compiled(kept: tuple[Path, list
     blocked = tmp_path / "file"
     blocked.touch()
     assert worked(blocked / "kernels")[2] == kept[1][2]
+
+
+@pytest.fixture(scope="module")
+def plainly_kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what plain numba compiles: what one test keeps in it, the next one loads."""
+    return tmp_path_factory.mktemp("plain")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [(OTHER_VERSION, "numba 0.0.1 is installed"), (OTHER_INTERNALS, "JITCodeLibrary")]
+)
+def test_any_other_numba_gives_the_same_bits_and_one_warning(
+    kept: tuple[Path, list[list[int]]], plainly_kept: Path, change: str, reason: str
+) -> None:
+    usual, quiet = ran(FAMILIES, kept[0])
+    found, heard = ran(change + FAMILIES, plainly_kept)
+    assert quiet == []
+    assert found == usual
+    [[category, message]] = heard
+    assert category == "RuntimeWarning"
+    assert PINNED in message
+    assert reason in message
+
+
+def test_plain_numba_keeps_kernels_where_it_can(plainly_kept: Path, tmp_path: Path) -> None:
+    """In a folder of the sources' own, since plain numba would not notice that a part of a kernel has changed."""
+    first, later = ran(OTHER_VERSION + WORK, plainly_kept), ran(OTHER_VERSION + WORK, plainly_kept)
+    blocked = tmp_path / "file"
+    blocked.touch()
+    alone = ran(OTHER_VERSION + WORK, blocked / "kernels")
+    assert later[:2] == [[1, 1], [0, 0]]
+    assert alone[:2] == [[0, 0], [0, 0]]
+    assert first[2] == later[2] == alone[2]
+    assert all(path.name.startswith("kernels-") for path in plainly_kept.iterdir())
+
+
+def test_the_pinned_numba_is_the_one_that_is_required() -> None:
+    [required] = re.findall(r"^numba==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    assert required == PINNED
