@@ -1,6 +1,6 @@
 """State of layers that is kept from step to step: residuals, momenta, running means."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class LayerState:
             self.pending = torch.zeros(self.values, device=device)
         return self.current, self.pending
 
-    def settle(self, applied: Tensor | bool, layers: Iterable[str] | None = None) -> None:
+    def settle(self, applied: Tensor | bool, layers: Collection[str] | None = None) -> None:
         """Make the values computed since the last time current where `applied`, else drop them.
 
         Of all layers, or of some: those of the others stay pending. `applied` is a bool scalar; one on a GPU is

@@ -152,9 +152,9 @@ class Row:
 
     Either a `quantizer`, whose codes are averaged in two hops, or what `average` builds. `quantizer` and `codec` are
     classes, or their names within `compression.codecs`.
-    `listed`: among the choices of a compression type; the others are chosen otherwise. `needs_feedback`: error feedback
-    is always on. `own_warmup`: its first `warmup_steps` are not in float32, but its own business.
-    `stateless`: its averager has no state.
+    `min_bits`: the least width, 0 where there is none to choose. `listed`: among the choices of a compression type; the
+    others are chosen otherwise. `needs_feedback`: error feedback is always on. `own_warmup`: its first `warmup_steps`
+    are not in float32, but its own business. `stateless`: its averager remembers nothing.
     """
 
     summary: str
@@ -162,6 +162,7 @@ class Row:
     average: Build | None = None
     quantizer: "str | type[Quantizer] | None" = None
     codec: "str | Callable[..., Codec] | None" = None
+    min_bits: int = 0
     listed: bool = True
     needs_feedback: bool = False
     own_warmup: bool = False
@@ -181,12 +182,6 @@ class Row:
     def supports_stale_updates(self) -> bool:
         """Whether the average of a layer may last longer than its step: each layer is settled by itself."""
         return self.stateless or self.quantizer is not None
-
-    @property
-    def min_bits(self) -> int:
-        """The least width, 0 where there is none to choose."""
-        least: int = _load(self.quantizer).min_bits if self.has_bits else 0
-        return least
 
     def quantizer_of(self, options: Any) -> "Quantizer":
         """The quantizer with those of the options that it takes. Raises ValueError where one is out of range."""
@@ -304,12 +299,12 @@ COMPRESSORS: dict[str, Row] = {
     "maxmin": Row(
         "uniform levels between minimum and maximum",
         QuantizerOptions,
-        quantizer="quantizers.MaxMin",
+        quantizer="quantizers.MaxMin", min_bits=1,
     ),
     "exponential": Row(
         "signs, and levels that halve from the largest magnitude (NUQSGD)",
         QuantizerOptions,
-        quantizer="quantizers.Exponential",
+        quantizer="quantizers.Exponential", min_bits=2,
     ),
     "1bit": Row(
         "signs, and the means of negatives and others, always with error feedback",
@@ -320,7 +315,7 @@ COMPRESSORS: dict[str, Row] = {
     "norm_uniform": Row(
         "signs, and uniform levels up to the largest magnitude (QSGD)",
         QuantizerOptions,
-        quantizer="quantizers.NormUniform",
+        quantizer="quantizers.NormUniform", min_bits=2,
     ),
     "terngrad": Row("three values, five to a byte", FixedWidthOptions, quantizer="quantizers.TernGrad"),
     "topk": Row(
@@ -339,7 +334,7 @@ COMPRESSORS: dict[str, Row] = {
         "float32 all-reduce, and statistics of the gradients on the way", DenseOptions, _stats, stateless=True
     ),
     "quantile": Row(
-        "levels at the quantiles of each layer", QuantizerOptions, quantizer="quantizers.Quantile"
+        "levels at the quantiles of each layer", QuantizerOptions, quantizer="quantizers.Quantile", min_bits=1
     ),
     "powersgd": Row(
         "two thin factors of each layer, warm-started, always with error feedback",

@@ -100,7 +100,8 @@ class JsonLines:
     """A sink: a file of one JSON object a line, with `step`, `layer` and the fields of `Statistics`; NaN is null."""
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
-        """Open the file for a run that begins at `first_step`: lines of earlier steps are kept, later ones go.
+        """Open the file for a run that begins at `first_step`: lines of earlier steps are kept. Later ones go,
+        and so do a truncated line and all behind it.
 
         Raises OSError where the file cannot be written, as every call does.
         """
@@ -109,7 +110,7 @@ class JsonLines:
             file.seek(0)
             kept = 0
             for line in file:  # in the order of steps
-                if _step_of(line) >= first_step:
+                if not line.endswith(b"\n") or _step_of(line) >= first_step:
                     break
                 kept += len(line)
             file.truncate(kept)  # in one piece: a kill leaves the old end or the new one

@@ -1,7 +1,7 @@
 """The base of all averagers: one operation, its stages, its promise of bytes, and the state that it settles."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -67,7 +67,7 @@ class Averager(ABC):
         """Bits per layer from now on; unnamed layers keep theirs. Raises ValueError where they misfit."""
         raise ValueError("this compressor has no bit widths to set")
 
-    def settle(self, applied: Tensor | bool, layers: Iterable[str] | None = None) -> None:
+    def settle(self, applied: Tensor | bool, layers: Collection[str] | None = None) -> None:
         """Make the pending state of all layers, or of some, current; drop it where `applied` is false.
 
         A tensor is a bool scalar, and is not waited for where it lies on a GPU.

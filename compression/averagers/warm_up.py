@@ -1,6 +1,6 @@
 """Warm-up: the first steps uncompressed, while gradients are large and change fast."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -37,7 +37,7 @@ class WarmUp(Averager):
     def bytes_sent(self, layers: Sequence[Layer], world_size: int) -> float:
         return self.inner.bytes_sent(layers, world_size)
 
-    def settle(self, applied: Tensor | bool, layers: Iterable[str] | None = None) -> None:
+    def settle(self, applied: Tensor | bool, layers: Collection[str] | None = None) -> None:
         if self._compressed:
             self.inner.settle(applied, layers)
 

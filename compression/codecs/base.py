@@ -26,6 +26,18 @@ class Codec(Protocol):
         """
 
 
+def prepared(out: Tensor | None, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`out` where it is given, else fresh memory. ValueError where `out` is not what a codec writes to."""
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    if tuple(out.shape) != shape or out.dtype != dtype or out.device != device or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous, {dtype}, {list(shape)}, on {device}, got "
+            f"{'' if out.is_contiguous() else 'not contiguous, '}{out.dtype}, {list(out.shape)}, on {out.device}"
+        )
+    return out
+
+
 @dataclass(frozen=True)
 class Float32:
     """Values as they are, 4 bytes each."""
@@ -35,8 +47,13 @@ class Float32:
 
     def encode(self, values_RN: Tensor, seed: int, out: Tensor | None = None) -> Tensor:
         wire_RB = values_RN.to(torch.float32).contiguous().view(torch.uint8)
-        return wire_RB if out is None else out.copy_(wire_RB)
+        if out is None:
+            return wire_RB
+        return prepared(out, (wire_RB.shape[0], wire_RB.shape[1]), torch.uint8, wire_RB.device).copy_(wire_RB)
 
     def decode(self, wire_RB: Tensor, count: int, out: Tensor | None = None) -> Tensor:
         values_RN = wire_RB.contiguous().view(torch.float32)
-        return values_RN if out is None else out.copy_(values_RN)
+        if out is None:
+            return values_RN
+        shape = (values_RN.shape[0], values_RN.shape[1])
+        return prepared(out, shape, torch.float32, values_RN.device).copy_(values_RN)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..limits import LIMIT
 from ..randomness import stream_key
-from .base import Float32
+from .base import Float32, prepared
 
 EIGH_ERROR = 1e-7  # of eigenvalues in float32, in units of the largest
 
@@ -75,7 +75,7 @@ class SpectralAtoms:
         shape = (values_RN.shape[0], self.wire_bytes(values_RN.shape[1]))
         if self.dense:
             return Float32().encode(values_RN, seed, out)
-        wire_RB = torch.empty(shape, dtype=torch.uint8, device=values_RN.device) if out is None else out
+        wire_RB = prepared(out, shape, torch.uint8, values_RN.device)
         for row, values in enumerate(values_RN):
             draw = (stream_key(seed, row) >> 24) * 2.0**-40
             short, long = self._atoms(values.view(self.rows, self.cols), draw)
@@ -96,7 +96,7 @@ class SpectralAtoms:
         short = floats[:, : self.rank * side].reshape(messages, self.rank, side)
         long = floats[:, self.rank * side :].reshape(messages, self.rank, -1)
         left, right = (short, long) if self.rows == side else (long, short)
-        values = torch.empty(messages, count, device=wire_RB.device) if out is None else out
+        values = prepared(out, (messages, count), torch.float32, wire_RB.device)
         torch.bmm(left.mT, right, out=values.view(messages, self.rows, self.cols))
         return values
 

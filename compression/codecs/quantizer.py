@@ -33,6 +33,7 @@ from ..layers import bucket_length
 from ..limits import TINY
 from ..plans import Plan, plan_of_messages
 from ..randomness import stream_keys
+from .base import prepared
 
 
 class Quantizer(ABC):
@@ -50,6 +51,8 @@ class Quantizer(ABC):
 
     def __init_subclass__(cls, family: str | None = None, **others: Any) -> None:
         super().__init_subclass__(**others)
+        if "family" in cls.__dict__:
+            raise TypeError(f"{cls.__name__} names its family in its body; name it among the bases: family=...")
         cls.family = family
 
     def __post_init__(self) -> None:
@@ -133,9 +136,9 @@ class Quantizer(ABC):
         values_RN = values_RN.to(torch.float32).contiguous()
         rows, count = values_RN.shape
         plan = self._messages(rows, count)
-        wire = torch.empty(plan.wire_bytes, dtype=torch.uint8, device=values_RN.device) if out is None else out
+        wire = prepared(out, (rows, self.wire_bytes(count)), torch.uint8, values_RN.device)
         self.encode_plan(plan, values_RN.view(-1), stream_keys(seed, 0, plan.layers, 0, 0), wire.view(-1))
-        return wire.view(rows, self.wire_bytes(count))
+        return wire
 
     def decode(self, wire_RB: Tensor, count: int, out: Tensor | None = None) -> Tensor:
         """uint8 [R, B] -> float32 [R, count]. Into `out` where it is given, contiguous and of that shape.
@@ -148,7 +151,7 @@ class Quantizer(ABC):
             raise ValueError(
                 f"{count} values make a message of {self.wire_bytes(count)} bytes, got {wire_RB.shape[1]}"
             )
-        values = torch.empty(rows, count, dtype=torch.float32, device=wire_RB.device) if out is None else out
+        values = prepared(out, (rows, count), torch.float32, wire_RB.device)
         self.decode_plan(self._messages(rows, count), wire, values.view(-1))
         return values
 

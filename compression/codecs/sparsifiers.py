@@ -18,6 +18,7 @@ from .. import kernels, randomness, sparse_plans
 from ..layers import Ints
 from ..sparse_plans import SparsePlan
 from ..streams import on_device
+from .base import prepared
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,10 @@ class TopK:
         values_RN = values_RN.to(torch.float32).contiguous()
         rows, count = values_RN.shape
         plan, at = self._rows(rows, count)
-        wire = torch.empty(plan.wire_bytes, dtype=torch.uint8, device=values_RN.device) if out is None else out
+        wire = prepared(out, (rows, self.wire_bytes(count)), torch.uint8, values_RN.device)
         values = values_RN.view(-1)
         self.encode_plan(plan, values, at, self.select(plan, values, at), wire.view(-1))
-        return wire.view(rows, self.wire_bytes(count))
+        return wire
 
     def decode(self, wire_RB: Tensor, count: int, out: Tensor | None = None) -> Tensor:
         """uint8 [R, B] -> float32 [R, count], into `out` where it is given, contiguous and of that shape.
@@ -86,7 +87,7 @@ class TopK:
             raise ValueError(
                 f"{count} values make a message of {self.wire_bytes(count)} bytes, got {wire_RB.shape[1]}"
             )
-        values = torch.zeros(rows, count, device=wire_RB.device) if out is None else out.zero_()
+        values = prepared(out, (rows, count), torch.float32, wire_RB.device).zero_()
         plan, at = self._rows(rows, count)
         self.decode_plan(plan, wire_RB.reshape(-1), values.view(-1), at)
         return values

@@ -70,7 +70,7 @@ class _Average(NamedTuple):
 
 @dataclass(eq=False)
 class _Part:
-    """Some layers of one step: their gradients, and once `future` is completed their averages."""
+    """Some layers of one step: their gradients, and once `future` is completed their averages in place of them."""
 
     step: int
     due: int
@@ -121,11 +121,7 @@ class BrokenBarrier(Attached):
     # The step
 
     def begin_step(self, loss_scale: float | Tensor = 1.0) -> None:
-        if self.open:
-            raise ValueError(
-                "the averages of a broken barrier come with finish(), and the last step ended without; call finish() "
-                "before the optimizer's step and settle() after it"
-            )
+        self._check_step_has_ended()
         self.open, self.travelling = True, False
         self.loss_scale = loss_scale
         length = prefix_length(list(self._squares.values()), self.fraction)
@@ -172,6 +168,7 @@ class BrokenBarrier(Attached):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state, late averages included; those outstanding are waited for, and not applied."""
+        self._check_step_has_ended()
         self._wait_for(self._outstanding)
         late = [
             {
@@ -188,7 +185,18 @@ class BrokenBarrier(Attached):
         self._squares.update(state.get("squares", {}))
         self._outstanding = [self._restored(**late) for late in state.get("late", [])]
 
+    def set_widths(self, widths: Mapping[str, int]) -> None:
+        self.pipeline.wait()  # what is queued travels with the widths of its step
+        super().set_widths(widths)
+
     # The work itself
+
+    def _check_step_has_ended(self) -> None:
+        if self.open:
+            raise ValueError(
+                "the averages of a broken barrier come with finish(), and the last step ended without; call finish() "
+                "before the optimizer's step and settle() after it"
+            )
 
     def _choose_urgent(self, urgent: bool) -> bool:
         """Rank 0's choice: 4 bytes, and the rank's wait for the others."""
@@ -206,6 +214,7 @@ class BrokenBarrier(Attached):
         """The work of the communication thread once a part's averages have arrived."""
 
         def arrive(averages: Gradients) -> None:
+            part.gradients = averages  # the copy that is of the gradients' own type and scale goes
             part.averages = self._inspected(averages, [self.pipeline.nonfinite[name] for name in averages.names])
             for average in part.averages:
                 self.averager.settle(~average.nonfinite, [average.name])

@@ -237,6 +237,7 @@ def test_a_row_names_what_there_is(name: str) -> None:
     row = COMPRESSORS[name]
     assert row.takes == tuple(field.name for field in dataclasses.fields(row.options()))
     assert (row.min_bits > 0) == row.has_bits == ("bits" in row.takes)
+    assert not row.has_bits or row.min_bits == type(codec(name)).min_bits
     if row.quantizer is not None or row.codec is not None:
         options = {"svd": {"rows": 8, "cols": 8, "rank": 2}}.get(name, {})
         assert codec(name, **options).wire_bytes(64) > 0

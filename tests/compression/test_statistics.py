@@ -154,14 +154,14 @@ def test_the_file_holds_every_field_and_null_for_what_is_not_a_number(tmp_path: 
     assert second["quantiles"] == [None] * len(PROBABILITIES)
 
 
-def test_a_resumed_run_goes_on_in_the_file_and_a_new_one_begins_it_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("truncated", ['{"step": 1', '{"step": 60}'], ids=["within a record", "before its newline"])
+def test_a_resumed_run_goes_on_in_the_file_and_a_new_one_begins_it_anew(truncated: str, tmp_path: Path) -> None:
     path = tmp_path / "stats.jsonl"
     seen = measure(torch.ones(3))
     sink = JsonLines(path)
-    for step in (0, 50, 100):
+    for step in (0, 50):
         sink(step, "fc", seen)
-    with path.open("a") as file:
-        file.write('{"step": 1')  # truncated by a kill
+    path.write_text(path.read_text() + truncated)
     resumed = JsonLines(path, first_step=80)
     resumed(100, "fc", seen)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 50, 100]

@@ -49,3 +49,26 @@ def test_what_is_encoded_or_decoded_goes_where_it_is_asked_to(name: str) -> None
     out = torch.full((3, 1000), 7.0)
     assert coder.decode(wire, 1000, out=out).data_ptr() == out.data_ptr()
     assert torch.equal(out, coder.decode(wire, 1000))
+
+
+@pytest.mark.parametrize("name", ["maxmin", "quantile", "topk", "svd"])
+def test_memory_that_does_not_fit_is_refused_before_anything_is_written(name: str) -> None:
+    options = {"rows": 20, "cols": 50, "rank": 2} if name == "svd" else {}
+    coder, values = codec(name, **options), torch.ones(2, 1000)
+    wire = coder.encode(values, 5)
+    turned = torch.zeros(wire.shape[1], 2, dtype=torch.uint8).T
+    for out in (torch.zeros(2, 10, dtype=torch.uint8), torch.zeros(wire.shape), turned):
+        with pytest.raises(ValueError, match=r"out must be contiguous, torch.uint8, \[2, \d+\], on cpu, got "):
+            coder.encode(values, 5, out=out)
+        assert not out.any()
+    for out in (torch.zeros(2, 100), torch.zeros(2, 1000, dtype=torch.float64), torch.zeros(1000, 2).T):
+        with pytest.raises(ValueError, match=r"out must be contiguous, torch.float32, \[2, 1000\], on cpu, got "):
+            coder.decode(wire, 1000, out=out)
+        assert not out.any()
+
+
+def test_a_family_is_named_among_the_bases() -> None:
+    with pytest.raises(TypeError, match="Named names its family in its body; name it among the bases"):
+
+        class Named(MaxMin):
+            family = "maxmin"

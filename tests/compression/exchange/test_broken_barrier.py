@@ -357,6 +357,15 @@ def test_compressors_that_settle_whole_steps_are_refused(name: str) -> None:
         compression.attach(Linear([[3]]), compression.build(name), barrier_fraction=0.5)
 
 
+def test_a_step_that_is_under_way_has_no_state() -> None:
+    model = Linear([[3], [2]])
+    exchange = compression.attach(model, compression.build("none"), barrier_fraction=0.5)
+    exchange.begin_step()
+    with pytest.raises(ValueError, match="the last step ended without; call finish"):
+        exchange.state_dict()
+    exchange.close()
+
+
 @pytest.mark.parametrize(("fraction", "late_steps"), [(0.0, 1), (1.5, 1), (math.nan, 1), (0.5, 0)])
 def test_numbers_that_make_no_sense_are_refused(fraction: float, late_steps: int) -> None:
     with pytest.raises(ValueError, match="a broken barrier waits for a fraction above 0 and at most 1, and is late "):
