@@ -1,7 +1,8 @@
 """Plain memory access for kernels.
 
 Indexing in numba counts negative indices from the end, which keeps LLVM from vectorizing, and a slice costs hundreds of
-instructions to compile. These read and write at an offset that the caller answers for.
+instructions to compile. These read and write at an offset that the caller answers for, and are made by numba's public
+interface for extensions.
 """
 
 from collections.abc import Callable

@@ -142,7 +142,7 @@ def test_plain_numba_keeps_kernels_where_it_can(plainly_kept: Path, tmp_path: Pa
     blocked.touch()
     alone = ran(OTHER_VERSION + WORK, blocked / "kernels")
     assert later[:2] == [[1, 1], [0, 0]]
-    assert alone[:2] == [[0, 0], [0, 0]]
+    assert alone[0] == [0, 0]
     assert first[2] == later[2] == alone[2]
     assert all(path.name.startswith("kernels-") for path in plainly_kept.iterdir())
 
