@@ -7,7 +7,7 @@ vectorizes, or a trick. Tricks are paid for: one that buys less than 5 % goes.
 | --- | --- | --- | --- |
 | pointers, not numba's indexing, where negative indices wrap | memory | encode 4.6, decode 3.1, add 3.8 | 23 Nov |
 | what feedback leaves goes past the caches | memory, buckets | feedback 1.05 (25 M values) to 1.29 | 28 Nov |
-| decoded values that nobody reads soon go past the caches | buckets | decode 0.7 (8 M values) to 1.4 (25 M) | 27 Nov |
+| decoded values go past the caches | buckets | decode 0.4 to 1.2, Zen 3: 1.9; see docs/LOG.md | 27 Nov |
 | words become bytes 32 at a time | vectors | encode 1.6 to 1.7, feedback 1.2 | 27 Nov |
 | ternary codes are packed 16 bytes at a time | vectors | buckets of 128: encode 1.09; of 512: 1.03 | 28 Nov |
 | ternary codes are unpacked 16 bytes at a time | vectors | buckets of 128: decode 2.6; of 512: add 1.1 | 28 Nov |
