@@ -14,7 +14,7 @@ import torch
 
 from compression import COMPRESSORS, Collectives, Layer
 from compression.averagers import Averager
-from compression.averagers.base import ring_bytes
+from compression.averagers.base import Sent, all_reduced
 from compression.gradients import Gradients
 from compression.registry import DenseOptions, Row
 
@@ -31,8 +31,8 @@ class BFloat16(Averager):
         self.collectives.sum_(rounded)
         gradients.flat.copy_(rounded)
 
-    def bytes_sent(self, layers: Sequence[Layer], world_size: int) -> float:
-        return ring_bytes(2 * sum(layer.numel for layer in layers), world_size)
+    def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
+        return all_reduced(2 * sum(layer.numel for layer in layers), world_size)
 
 
 def bfloat16(options: DenseOptions, layers: Sequence[Layer], collectives: Collectives, seed: int) -> Averager:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,6 +14,28 @@ from ..streams import Meanwhile, Phases
 
 Averaging = Callable[[Gradients], Phases]
 """The work of `Averager.average_`, phase by phase: to be called once, with the gradients."""
+
+
+class Sent(NamedTuple):
+    """Bytes that a rank sends to average some layers once, the mean over ranks.
+
+    `addressed`: in messages to each of the others, of which all get as much. `circulated`: in all-reduces, whose
+    messages a ring passes on to one neighbor.
+    """
+
+    addressed: float = 0.0
+    circulated: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.addressed + self.circulated
+
+    def from_host(self, world_size: int, ranks_per_host: float) -> float:
+        """Bytes that a host puts on its link, the mean over hosts: what its ranks send to those of other hosts."""
+        if world_size == ranks_per_host:
+            return 0.0
+        elsewhere = (world_size - ranks_per_host) / (world_size - 1)
+        return ranks_per_host * self.addressed * elsewhere + self.circulated
 
 
 class Averager(ABC):
@@ -47,8 +69,12 @@ class Averager(ABC):
         """Replace this rank's gradients by the average over ranks. `step` counts optimizer steps."""
 
     @abstractmethod
+    def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
+        """The promise of bytes: what a rank of `world_size` sends to average these layers once, warm-up aside."""
+
     def bytes_sent(self, layers: Sequence[Layer], world_size: int) -> float:
         """Bytes that a rank of `world_size` sends to average these layers once, the mean over ranks; warm-up aside."""
+        return self.sent(layers, world_size).total
 
     def post(self, gradients: Gradients, step: int) -> Averaging:
         """Announce gradients that lie like these, and return their averaging.
@@ -90,6 +116,6 @@ class Averager(ABC):
             own.load_state_dict(state.get(name, {}))
 
 
-def ring_bytes(nbytes: float, world_size: int) -> float:
-    """Bytes that a rank sends to all-reduce a tensor of `nbytes`: each part of it goes round twice."""
-    return 2 * (world_size - 1) / world_size * nbytes
+def all_reduced(nbytes: float, world_size: int) -> Sent:
+    """What a rank sends to all-reduce a tensor of `nbytes`: each part of it goes round twice."""
+    return Sent(circulated=2 * (world_size - 1) / world_size * nbytes)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ..gradients import Gradients
 from ..layers import Layer
 from ..network.collectives import Collectives
-from .base import Averager, ring_bytes
+from .base import Averager, Sent, all_reduced
 
 
 class Dense(Averager):
@@ -21,8 +21,8 @@ class Dense(Averager):
         gradients.flat.mul_(1.0 / self.collectives.world_size)  # as DDP: multiplied, and before the sum
         self.collectives.sum_(gradients.flat)
 
-    def bytes_sent(self, layers: Sequence[Layer], world_size: int) -> float:
-        return ring_bytes(4 * sum(layer.numel for layer in layers), world_size)
+    def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
+        return all_reduced(4 * sum(layer.numel for layer in layers), world_size)
 
 
 class Sanity(Averager):
@@ -34,5 +34,5 @@ class Sanity(Averager):
     def average_(self, gradients: Gradients, step: int) -> None:
         gradients.flat.zero_()
 
-    def bytes_sent(self, layers: Sequence[Layer], world_size: int) -> float:
-        return 0.0
+    def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
+        return Sent()

@@ -11,7 +11,7 @@ from ..layer_state import LayerState
 from ..layers import Layer
 from ..network.collectives import Collectives
 from ..randomness import stream_key
-from .base import Averager
+from .base import Averager, Sent
 
 _HOP = 1  # of the streams of random numbers
 
@@ -59,8 +59,9 @@ class OneHop(Averager):
                 values.copy_(part) if rank == 0 else values.add_(part)
                 at += nbytes
 
-    def bytes_sent(self, layers: Sequence[Layer], world_size: int) -> float:
-        return (world_size - 1) * sum(self.codecs[layer.name].wire_bytes(layer.numel) for layer in layers)
+    def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
+        message = sum(self.codecs[layer.name].wire_bytes(layer.numel) for layer in layers)
+        return Sent(addressed=(world_size - 1) * message)
 
     def _encode(self, name: str, values: Tensor, step: int) -> Tensor:
         """This rank's message of one layer, uint8 [wire_bytes]; its error becomes the pending residual."""

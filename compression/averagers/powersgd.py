@@ -15,7 +15,7 @@ from ..layer_state import LayerState
 from ..layers import Layer
 from ..limits import LIMIT
 from ..network.collectives import Collectives
-from .base import Averager, ring_bytes
+from .base import Averager, Sent, all_reduced
 
 # Messages are scaled down by this, so that sums over rows, columns and ranks of the largest floats stay finite.
 HEADROOM = 2.0**-20
@@ -140,12 +140,12 @@ class PowerSGD(Averager):
             flat[span] = first[message_span]
         self._encoded_bytes += first.nbytes + second.nbytes
 
-    def bytes_sent(self, layers: Sequence[Layer], world_size: int) -> float:
+    def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
         values = 0
         for layer in layers:
             factors = self.rank * sum(sides(layer.shape)) if layer.name in self._residual.spans else layer.numel
             values += factors
-        return ring_bytes(4 * values, world_size)
+        return all_reduced(4 * values, world_size)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rank": self.rank, **super().state_dict()}

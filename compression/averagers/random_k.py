@@ -10,7 +10,7 @@ from ..gradients import Gradients
 from ..layers import Layer
 from ..network.collectives import Collectives
 from ..randomness import stream_keys
-from .base import Averager, ring_bytes
+from .base import Averager, Sent, all_reduced
 
 _HOP = 3  # of the stream of positions; quantized averaging draws from 1 and 2
 
@@ -41,5 +41,5 @@ class RandomKAverager(Averager):
             flat[at : at + layer.numel].zero_()
         flat[positions] = sample
 
-    def bytes_sent(self, layers: Sequence[Layer], world_size: int) -> float:
-        return ring_bytes(4 * sum(self.codec.kept(layer.numel) for layer in layers), world_size)
+    def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
+        return all_reduced(4 * sum(self.codec.kept(layer.numel) for layer in layers), world_size)

@@ -19,7 +19,7 @@ from ..limits import LIMIT
 from ..network.collectives import Collectives
 from ..sparse_plans import SparsePlan
 from ..streams import on_device
-from .base import Averager
+from .base import Averager, Sent
 
 
 class Accumulator(Protocol):
@@ -185,12 +185,13 @@ class TopKAverager(Averager):
             floats.view(torch.uint8).copy_(row[plan.wire_bytes :])
             dense += floats * inverse_world_size
 
-    def bytes_sent(self, layers: Sequence[Layer], world_size: int) -> float:
+    def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
         compressed = [layer for layer in layers if layer.compressed]
         counts = [layer.numel for layer in compressed]
         dense = sum(layer.numel for layer in layers) - sum(counts)
         gathered = (world_size - 1) * (self._plan(self.codec, counts).wire_bytes + 4 * dense)
-        return gathered + (self.dropped.bytes_sent(compressed, world_size) if self.dropped is not None else 0)
+        dropped = self.dropped.sent(compressed, world_size) if self.dropped is not None else Sent()
+        return dropped._replace(addressed=dropped.addressed + gathered)
 
     def _sort(self, gradients: Gradients) -> tuple[Gradients, Tensor]:
         """The compressed layers, in place, and a copy of the values of the others."""

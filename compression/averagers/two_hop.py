@@ -18,7 +18,7 @@ from ..network.collectives import Collectives, PostedExchange, PostedGather, par
 from ..plans import Plan, Segment, drop_message, mask_owner, plan, split_into_chunks
 from ..randomness import stream_keys
 from ..streams import Meanwhile, Phases, run_all
-from .base import Averager, Averaging
+from .base import Averager, Averaging, Sent
 
 CHUNK_BYTES = 3 * 2**19  # of all shards, where nothing follows that could be encoded meanwhile
 
@@ -150,10 +150,10 @@ class TwoHop(Averager):
         for chunk, messages in zip(group.chunks, posted, strict=True):
             codec.decode_plan(chunk.others, messages.averages.wait(), flat)
 
-    def bytes_sent(self, layers: Sequence[Layer], world_size: int) -> float:
+    def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
         segments = [Segment(layer, 0, 0) for layer in layers]
         encoded = self._plan(segments, range(world_size), self._shards(layers, world_size))
-        return 2 * (world_size - 1) / world_size * encoded.wire_bytes
+        return Sent(addressed=2 * (world_size - 1) / world_size * encoded.wire_bytes)
 
     @property
     def _alone(self) -> bool:

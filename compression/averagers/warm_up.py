@@ -8,7 +8,7 @@ from torch import Tensor
 from ..gradients import Gradients
 from ..layers import Layer
 from ..streams import run_all
-from .base import Averager, Averaging
+from .base import Averager, Averaging, Sent
 from .dense import Dense
 
 
@@ -34,8 +34,8 @@ class WarmUp(Averager):
         self._compressed = step >= self.steps
         return (self.inner if self._compressed else self.dense).post(gradients, step)
 
-    def bytes_sent(self, layers: Sequence[Layer], world_size: int) -> float:
-        return self.inner.bytes_sent(layers, world_size)
+    def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
+        return self.inner.sent(layers, world_size)
 
     def settle(self, applied: Tensor | bool, layers: Collection[str] | None = None) -> None:
         if self._compressed:
