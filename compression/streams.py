@@ -3,7 +3,9 @@
 Nothing here knows what a job does.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -19,14 +21,24 @@ class Meanwhile(Enum):
     NONE_BEGINS = "only jobs that have let others begin go on: this one has collectives whose order counts"
 
 
-Phases = Iterator[Meanwhile]
+@dataclass(frozen=True)
+class Until:
+    """Other jobs may begin and go on until `ready` is true, which never raises; only then comes the next phase."""
+
+    ready: Callable[[], bool]
+
+
+Phases = Iterator[Meanwhile | Until]
 """The phases of a job, each but the last of which ends by saying what may happen meanwhile."""
+
+POLL_SECONDS = 1e-4
 
 
 def run_all(phases: Phases) -> None:
     """Run phases to their end."""
-    for _ in phases:
-        pass
+    for meanwhile in phases:
+        while isinstance(meanwhile, Until) and not meanwhile.ready():
+            time.sleep(POLL_SECONDS)
 
 
 def device_future(device: torch.device) -> "torch.futures.Future[Any]":

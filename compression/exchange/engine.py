@@ -5,7 +5,8 @@ when two threads issue them. One thread with a queue has neither problem: as lon
 jobs in the same order, every collective of every job meets its peers. Meanwhile backward goes on.
 
 A job may have phases, and says between them what may happen meanwhile (`streams.Meanwhile`), so that the network
-carries the messages of one job while another computes.
+carries the messages of one job while another computes. No job catches up with an older one: a phase waits for phases
+of its own job on other ranks alone, so that whoever waits, what it waits for is never behind it.
 
 On a GPU the thread has a stream of its own, or backward's kernels would queue behind a waiting collective. A job begins
 behind the work that the submitter's stream holds when it submits. Whoever takes a job's results waits for them with a
@@ -16,7 +17,9 @@ future that is still to be completed gets the exception. One that completes no f
 """
 
 import contextlib
+import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -24,7 +27,7 @@ from typing import Any
 
 import torch
 
-from ..streams import Meanwhile, Phases
+from ..streams import POLL_SECONDS, Meanwhile, Phases, Until
 
 Job = Callable[[], Phases | None]
 """Work on the thread. The phases that it returns are still to run."""
@@ -134,11 +137,16 @@ class Engine:
                 latest = _Running(job()) if job is not None else None
                 if latest is not None:
                     latest.run_phase()
-                for running in under_way:
-                    running.run_until_others_may_begin()
+                went_on = latest is not None
+                for running, older in itertools.zip_longest(under_way, under_way[1:]):
+                    if running.ready and (older is None or running.phases < older.phases):
+                        running.run_until_others_may_begin()
+                        went_on = True
                 if latest is not None and latest.meanwhile is Meanwhile.NONE_BEGINS:
                     latest.run_until_others_may_begin()
                 under_way = [each for each in ([latest] if latest else []) + under_way if not each.ended]
+                if not went_on:
+                    time.sleep(POLL_SECONDS)
 
     def _next(self, wait: bool) -> Callable[[], Phases] | None:
         """The next job; None where there is none now, or, if it shall wait, where there will be none anymore."""
@@ -165,18 +173,25 @@ class Engine:
 
 
 class _Running:
-    """A job under way: its phases still to run, and what the last one lets happen meanwhile."""
+    """A job under way: its phases, how many of them have run, and what the last one lets happen meanwhile."""
 
     def __init__(self, phases: Phases) -> None:
         self._phases = phases
-        self.meanwhile: Meanwhile | None = None
+        self.phases = 0
+        self.meanwhile: Meanwhile | Until | None = None
 
     @property
     def ended(self) -> bool:
         return self.meanwhile is None
 
+    @property
+    def ready(self) -> bool:
+        """Whether its next phase may run."""
+        return not isinstance(self.meanwhile, Until) or self.meanwhile.ready()
+
     def run_phase(self) -> None:
         self.meanwhile = next(self._phases, None)
+        self.phases += 1
 
     def run_until_others_may_begin(self) -> None:
         """Run at least one phase, and all where none of them lets others begin."""

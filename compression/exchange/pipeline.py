@@ -15,7 +15,7 @@ from torch import Tensor
 from ..averagers import Averager, Averaging
 from ..gradients import Gradients, is_unit_scale, not_finite
 from ..layers import Layer
-from ..streams import Meanwhile, Phases, device_future, record_stream
+from ..streams import Meanwhile, Phases, Until, device_future, record_stream
 from .engine import Engine
 from .flat_gradient import FlatGradient
 from .recorder import Recorder
@@ -135,7 +135,7 @@ class Pipeline:
         except BaseException as error:
             self.failure = error
 
-    def _timed(self, phases: Generator[Meanwhile, None, Result]) -> Generator[Meanwhile, None, Result]:
+    def _timed(self, phases: Generator[Meanwhile | Until, None, Result]) -> Generator[Meanwhile | Until, None, Result]:
         """The same phases, their time counted. Where something else went wrong meanwhile, that is raised."""
         while True:
             start = time.perf_counter()
@@ -156,7 +156,7 @@ class Pipeline:
         step: int,
         averaging: Averaging | None,
         then: Callable[[Gradients], None] | None,
-    ) -> Generator[Meanwhile, None, list[Tensor]]:
+    ) -> Generator[Meanwhile | Until, None, list[Tensor]]:
         """Average one buffer, or all parts as one. Returns the buffers that hold the averages of each part."""
         gradients = parts[0] if self._flat_gradient is None else self._flat_gradient.join(parts)
         prepared = self._prepared(gradients)
