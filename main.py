@@ -312,6 +312,11 @@ def build_parser() -> argparse.ArgumentParser:
               help="where to train; auto takes a GPU where there is one")
     extension(ranks, "--dist-backend", choices=("auto", "gloo", "nccl"), default="auto",
               help="torch.distributed's backend; auto takes nccl on GPUs and gloo on CPUs")
+    extension(ranks, "--hierarchical", choices=("auto", "on", "off"), default="auto",
+              help="add up inside a host in float32 and average between hosts in codes; auto does where hosts have "
+              "as many ranks each, two or more, and the type encodes")
+    extension(ranks, "--ranks-per-host", metavar="N", type=count,
+              help="with --hierarchical: take each host as several of so many ranks (default: found)")
     extension(ranks, "--threads", metavar="N", type=count,
               help="threads that compute in each rank's process (default: the cores that it may use, divided by the "
               "ranks on its host)")
@@ -410,6 +415,7 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
     only_one("hvd dist_backend")
     goes_with("bb_num_parallel_steps", flags.bb_ratio, "--bb-ratio")
     only_one("bb_ratio big_grad")
+    goes_with("ranks_per_host", flags.hierarchical != "off", "two levels; drop --hierarchical off")
 
     # run control
     only_one("evaluate training_only")
@@ -699,15 +705,21 @@ class Run:
         """
         flags, ranks = self.flags, self.ranks
         self.model = ranks.replicate(self.module)
-        self.exchange = compression.attach(
-            self.model,
-            self.compressor,
-            ranks.gradients,
-            self.seed,
-            barrier_fraction=flags.bb_ratio or 1.0,
-            late_steps=flags.bb_num_parallel_steps,
-            record=flags.search,
-        )
+        try:
+            self.exchange = compression.attach(
+                self.model,
+                self.compressor,
+                ranks.gradients,
+                self.seed,
+                hierarchical={"auto": None, "on": True, "off": False}[flags.hierarchical],
+                ranks_per_host=None if ranks.groups else flags.ranks_per_host,
+                groups=ranks.groups if self.compressor.encodes else None,
+                barrier_fraction=flags.bb_ratio or 1.0,
+                late_steps=flags.bb_num_parallel_steps,
+                record=flags.search,
+            )
+        except ValueError as error:  # of all ranks alike, which have told one another of their hosts
+            raise compression.Failure(compression.one_line(error)) from error
         self.optimizer = build_optimizer(flags, self.module, self.precision, self.exchange.without_momentum)
         with ranks.fail_together():
             compressed = [layer for layer in self.exchange.layers if layer.compressed]
@@ -1045,7 +1057,7 @@ class Snapshot:
             f"the checkpoint holds values in {order} order that compression or search remember, and --memory-format "
             f"is {flags.memory_format}; resume with --memory-format {order}",
         )
-        run.exchange.load_state_dict(own["exchange"], ranks_alike=alike)
+        run.exchange.load_state_dict(exchange | {"averager": self._remembered(run, saved, alike)}, ranks_alike=alike)
         for name, buffer in run.module.named_buffers():
             if alike or not buffer.is_floating_point():
                 buffer.copy_(own["buffers"][name])
@@ -1059,6 +1071,28 @@ class Snapshot:
                 "random states are dropped, and batch-norm statistics become their averages",
                 file=sys.stderr,
             )
+
+    def _remembered(self, run: Run, saved: Mapping[str, Any], alike: bool) -> Mapping[str, Any]:
+        """What the averager of this rank's position remembered, whichever rank had it; nothing where none had it.
+
+        A position is a place on a host, of so many hosts of so many ranks; where ranks average flat, the rank itself.
+        """
+        if not alike:
+            return {}
+        position, ranks = run.exchange.arrangement.position, saved["ranks"]
+        own = ranks[self.ranks.rank]["exchange"]
+        if own.get("position") == position:
+            return own["averager"]
+        for rank in ranks:
+            if position is not None and rank["exchange"].get("position") == position:
+                return rank["exchange"]["averager"]
+        if self.ranks.rank == 0 and any(own["averager"].values()):
+            print(
+                "the checkpoint is of ranks that averaged in another arrangement of hosts: residuals are dropped; to "
+                "keep them, choose --hierarchical and --ranks-per-host as they were",
+                file=sys.stderr,
+            )
+        return {}
 
     def align_position(self, run: Run, images_per_iteration: int | None) -> None:
         """Move a run to the last step that begins at or before its position.
@@ -1104,7 +1138,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     classification.allocator.keep_freed_memory()
     try:
         with compression.join_ranks(
-            flags.device, flags.local_rank, launcher=launcher, backend=flags.dist_backend, threads=flags.threads
+            flags.device,
+            flags.local_rank,
+            launcher=launcher,
+            backend=flags.dist_backend,
+            threads=flags.threads,
+            ranks_per_host=flags.ranks_per_host,
         ) as ranks:
             shared = {name: value for name, value in vars(flags).items() if name != "local_rank"}
             ranks.check_equal_across_ranks(shared, "the flags")

@@ -52,6 +52,26 @@ def bucket_length(numel: int, bucket_size: int) -> int:
     return max(numel, 1) if bucket_size == -1 else bucket_size
 
 
+def owned_slices(
+    layers: Sequence[Layer], bucket_size: int, ranks_per_host: int, ownership: str
+) -> dict[str, list[tuple[int, int]]]:
+    """The slice of every layer that each place of a host owns: (start, stop) in values, [ranks_per_host] by name.
+
+    `ownership` is "slices", cut as `shard` cuts, or "layers", whole ones, the next largest to whoever has least, or
+    "one", all to the first place. It depends on sizes and `ranks_per_host` alone, so that what a rank remembers of its
+    slices outlives any regrouping of layers.
+    """
+    if ownership == "slices" and bucket_size != -1:
+        return {layer.name: shard(layer.numel, bucket_size, ranks_per_host, layer.index) for layer in layers}
+    held = [0] * ranks_per_host
+    owned = {layer.name: [(0, 0)] * ranks_per_host for layer in layers}
+    for layer in sorted(layers, key=lambda layer: (-layer.numel, layer.index)):
+        place = 0 if ownership == "one" else held.index(min(held))
+        held[place] += layer.numel
+        owned[layer.name][place] = (0, layer.numel)
+    return owned
+
+
 def shard(numel: int, bucket_size: int, world_size: int, first: int) -> list[tuple[int, int]]:
     """The shard of each rank: (start, stop) in values, `world_size` of them, together the whole layer.
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .codecs.quantizer import Quantizer
     from .layers import Layer
     from .network.collectives import Collectives
+    from .network.inside import Levels
 
 
 class Options:
@@ -154,7 +155,8 @@ class Row:
     classes, or their names within `compression.codecs`.
     `min_bits`: the least width, 0 where there is none to choose. `listed`: among the choices of a compression type; the
     others are chosen otherwise. `needs_feedback`: error feedback is always on. `own_warmup`: its first `warmup_steps`
-    are not in float32, but its own business. `stateless`: its averager remembers nothing.
+    are not in float32, but its own business. `stateless`: its averager remembers nothing. `encodes`: it sends less than
+    float32 does. `needs_matrix`: a layer means something as a whole only.
     """
 
     summary: str
@@ -167,6 +169,8 @@ class Row:
     needs_feedback: bool = False
     own_warmup: bool = False
     stateless: bool = False
+    encodes: bool = True
+    needs_matrix: bool = False
 
     @property
     def takes(self) -> tuple[str, ...]:
@@ -294,8 +298,10 @@ def _dgc(options: DgcOptions, layers: Sequence["Layer"], collectives: "Collectiv
 
 
 COMPRESSORS: dict[str, Row] = {
-    "none": Row("float32 all-reduce", DenseOptions, _none, stateless=True),
-    "sanity": Row("sends nothing, every gradient is zero", DenseOptions, _sanity, stateless=True),
+    "none": Row("float32 all-reduce", DenseOptions, _none, stateless=True, encodes=False),
+    "sanity": Row(
+        "sends nothing, every gradient is zero", DenseOptions, _sanity, stateless=True, encodes=False
+    ),
     "maxmin": Row(
         "uniform levels between minimum and maximum",
         QuantizerOptions,
@@ -329,9 +335,14 @@ COMPRESSORS: dict[str, Row] = {
         AtomsOptions,
         _svd,
         codec="low_rank.SpectralAtoms",
+        needs_matrix=True,
     ),
     "stats": Row(
-        "float32 all-reduce, and statistics of the gradients on the way", DenseOptions, _stats, stateless=True
+        "float32 all-reduce, and statistics of the gradients on the way",
+        DenseOptions,
+        _stats,
+        stateless=True,
+        encodes=False,
     ),
     "quantile": Row(
         "levels at the quantiles of each layer", QuantizerOptions, quantizer="quantizers.Quantile", min_bits=1
@@ -341,6 +352,7 @@ COMPRESSORS: dict[str, Row] = {
         LowRankOptions,
         _powersgd,
         listed=False,
+        needs_matrix=True,
     ),
     "dgc": Row(
         "deep gradient compression: top-k of momentum that each rank keeps for itself",
@@ -370,6 +382,19 @@ class Compressor:
         """Whether it needs all gradients at once: as one tensor, or for their norm."""
         needs: bool = self.options.needs_full_gradient
         return needs
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it sends less than float32 does."""
+        return COMPRESSORS[self.name].encodes
+
+    def hierarchical(self, layers: Sequence["Layer"], levels: "Levels", seed: int) -> "Averager":
+        """Bind to layers, and to the ranks of this host and of this place."""
+        from .averagers import Hierarchical
+
+        whole = "layers" if COMPRESSORS[self.name].needs_matrix else "slices"
+        ownership = "one" if self.needs_full_gradient else whole
+        return Hierarchical(self.averager, layers, levels, seed, self.bucket_size, ownership)
 
     def averager(self, layers: Sequence["Layer"], collectives: "Collectives", seed: int) -> "Averager":
         """Bind to layers and ranks."""

@@ -57,6 +57,9 @@ METRICS = {
     "comm.bytes_sent": Metric("bytes/step", ",.0f"),
     "comm.bytes_dense": Metric("bytes/step", ",.0f", shown=False),
     "comm.ratio": Metric("", ".4f"),
+    "comm.host_bytes": Metric("bytes/step", ",.0f", shown=False),
+    "comm.host_bytes_dense": Metric("bytes/step", ",.0f", shown=False),
+    "comm.host_ratio": Metric("", ".4f"),  # where there are several hosts
     "comm.time": Metric("s", ".4f", shown=False),
     "codec.time": Metric("s", ".4f", shown=False),
     "comm.exposed_time": Metric("s", ".4f", shown=False),

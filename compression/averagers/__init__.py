@@ -16,12 +16,15 @@ One file per way of agreeing:
 | (index, value) pairs | no, and the mean is denser | TopKAverager: one gather | (W-1) x encoded |
 | P and Q of PowerSGD | yes | PowerSGD: two all-reduces | 2 (W-1)/W x 4 R (rows + cols) |
 
+`Hierarchical` puts any of them between hosts, to which a host's ranks are one.
+
 W ranks, N values, rank R.
 """
 
 from .base import Averager, Averaging
 from .dense import Dense, Sanity
 from .dgc import DeepGradientCompression
+from .hierarchical import Hierarchical
 from .observed import StatisticsAverager
 from .one_hop import OneHop
 from .powersgd import PowerSGD
@@ -35,6 +38,7 @@ __all__ = [
     "Averaging",
     "DeepGradientCompression",
     "Dense",
+    "Hierarchical",
     "OneHop",
     "PowerSGD",
     "RandomKAverager",

@@ -12,7 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ..averagers import Averager
 from ..gradients import Gradients
 from ..layers import Layer, layers_of
-from ..network.collectives import Collectives, Metered
+from ..network.arrangement import Arrangement
+from ..network.collectives import Metered
+from ..network.inside import Levels
 from ..registry import Compressor
 from .hooks import flattened, hook
 from .pipeline import Pipeline
@@ -30,7 +32,7 @@ class Attached(ABC):
         self,
         model: nn.Module,
         compressor: Compressor,
-        collectives: Collectives,
+        arrangement: Arrangement,
         seed: int,
         record: bool,
         choose: Callable[[bool], bool] | None = None,
@@ -40,8 +42,9 @@ class Attached(ABC):
         shapes = ((name, p.shape) for name, p in self.parameters.items())
         self.layers: tuple[Layer, ...] = layers_of(shapes, compressor.bucket_size)
         self.device = next(iter(self.parameters.values())).device
-        self.collectives = Metered(collectives)
-        self.averager: Averager = compressor.averager(self.layers, self.collectives, seed)
+        self.hosts, self.arrangement = arrangement.hosts, arrangement
+        self.collectives = Metered(arrangement.collectives, hosts=self.hosts.of)
+        self.averager = self._averager(compressor, seed)
         self.recorder = Recorder(self.layers) if record else None
         self.pipeline = Pipeline(
             self.averager,
@@ -51,7 +54,7 @@ class Attached(ABC):
             needs_full_gradient=compressor.needs_full_gradient,
             choose=choose,
         )
-        self.meter = Meter(self.collectives, self.pipeline, sum(layer.numel for layer in self.layers))
+        self.meter = Meter(self.collectives, self.hosts, self.pipeline, sum(layer.numel for layer in self.layers))
         self.step = 0
         self.open = False
         """Whether a step is under way."""
@@ -60,6 +63,18 @@ class Attached(ABC):
         self.loss_scale: float | Tensor = 1.0
         self._suspect: tuple[tuple[str, ...], Tensor] | None = None
         self._hooks = hook(model, self.parameters, self.begin_backward, self.submit)
+
+    def _averager(self, compressor: Compressor, seed: int) -> Averager:
+        """The compressor bound to layers and ranks: of all ranks, or in two levels."""
+        if self.levels is None:
+            return compressor.averager(self.layers, self.collectives, seed)
+        inside, between = self.levels
+        return compressor.hierarchical(self.layers, Levels(inside, Metered(between, self.collectives.traffic)), seed)
+
+    @property
+    def levels(self) -> Levels | None:
+        """The ranks of this host, and those of this place, where they average in two levels."""
+        return self.arrangement.levels
 
     # The step
 
@@ -134,10 +149,17 @@ class Attached(ABC):
     def common_state(self) -> dict[str, Any]:
         """The state that all exchanges have."""
         recorded = self.recorder.state.state_dict() if self.recorder is not None else {}
-        return {"step": self.step, "averager": self.averager.state_dict(), "recorded": recorded}
+        state = {"step": self.step, "averager": self.averager.state_dict(), "recorded": recorded}
+        return state if self.levels is None else state | {"position": self.arrangement.position}
 
     def load_common_state(self, state: Mapping[str, Any], ranks_alike: bool) -> None:
         """The inverse of `common_state`."""
+        position = state.get("position")
+        if ranks_alike and any(state["averager"].values()) and position != self.arrangement.position:
+            raise ValueError(
+                f"the state is of a rank that averages {_described(position)}, and this one averages "
+                f"{_described(self.arrangement.position)}; load the state of that position, or leave out `averager`"
+            )
         if ranks_alike:
             self.averager.load_state_dict(state["averager"])
             if self.recorder is not None:
@@ -177,3 +199,10 @@ class Attached(ABC):
         """
         self._hooks.remove()
         self.pipeline.close()
+        self.arrangement.close()
+
+
+def _described(position: Mapping[str, int] | None) -> str:
+    if position is None:
+        return "flat"
+    return "as place {place} of host {host} of {hosts} hosts x {ranks_per_host} ranks".format(**position)

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from ..gradients import Gradients, is_unit_scale, not_finite
-from ..network.collectives import Collectives
+from ..network.arrangement import Arrangement
 from ..registry import COMPRESSORS, Compressor, with_stale_updates
 from ..streams import device_future, record_stream
 from .attached import Attached
@@ -93,7 +93,7 @@ class BrokenBarrier(Attached):
         self,
         model: nn.Module,
         compressor: Compressor,
-        collectives: Collectives,
+        arrangement: Arrangement,
         seed: int,
         fraction: float,
         late_steps: int,
@@ -112,7 +112,7 @@ class BrokenBarrier(Attached):
         self.fraction, self.late_steps = fraction, late_steps
         self._outstanding: list[_Part] = []  # of this step and earlier ones, in their order
         self._held: list[_Part] = []  # late ones of this step, until its prefix has been queued
-        super().__init__(model, compressor, collectives, seed, record, self._choose_urgent)
+        super().__init__(model, compressor, arrangement, seed, record, self._choose_urgent)
         self._sizes = {layer.name: layer.numel for layer in self.layers}
         self._squares = dict.fromkeys(self._sizes, math.nan)  # of the averages that were applied last
         self._last_late = dict.fromkeys(self._sizes, 0)  # how many late ones are queued up to the layer's last

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..network.collectives import Metered
+    from ..network.hosts import Hosts
     from .pipeline import Pipeline
 
 
@@ -20,7 +21,9 @@ class Report:
     """Bytes and seconds of a number of optimizer steps, on this rank or as the mean over ranks. `Report()` is of none.
 
     `bytes_dense` are those of an all-reduce in float32. `ratio` is their quotient, and at one rank, where
-    nothing is sent, encoded bytes over 4 bytes a value. `exposed_seconds` are those from the last gradient of backward
+    nothing is sent, encoded bytes over 4 bytes a value. `host_bytes` are those that a host puts on its link, the mean
+    over hosts, and `host_bytes_dense` those that a ring all-reduce in float32, over the same ranks in order, would:
+    0 on one host. `exposed_seconds` are those from the last gradient of backward
     to the last average: what backward did not hide of the exchange. On a GPU they are the host's.
     """
 
@@ -31,9 +34,11 @@ class Report:
     comm_seconds: float = 0.0
     codec_seconds: float = 0.0
     exposed_seconds: float = 0.0
+    host_bytes: float = 0.0
+    host_bytes_dense: float = 0.0
 
     def mean(self, sum_over_ranks: Callable[[Tensor], Tensor], world_size: int, device: torch.device) -> Report:
-        """The mean over ranks, each of which calls it: one sum of a float64 tensor [7] on `device`."""
+        """The mean over ranks, each of which calls it: one sum of a float64 tensor [9] on `device`."""
         import torch
 
         own = torch.tensor(self._sums(), dtype=torch.float64, device=device)
@@ -47,10 +52,14 @@ class Report:
         """Metrics by name, per step; none where there was no step."""
         if self.steps == 0:
             return {}
+        host_ratio = {"comm.host_ratio": self.host_bytes / self.host_bytes_dense} if self.host_bytes_dense else {}
         return {
             "comm.bytes_sent": self.bytes_sent / self.steps,
             "comm.bytes_dense": self.bytes_dense / self.steps,
             "comm.ratio": self.bytes_sent / self.bytes_dense if self.bytes_dense else self.ratio,
+            "comm.host_bytes": self.host_bytes / self.steps,
+            "comm.host_bytes_dense": self.host_bytes_dense / self.steps,
+            **host_ratio,
             "comm.time": self.comm_seconds / self.steps,
             "comm.exposed_time": self.exposed_seconds / self.steps,
             "codec.time": self.codec_seconds / self.steps,
@@ -70,12 +79,12 @@ class Report:
 class Meter:
     """Counts the bytes and seconds of an exchange from report to report."""
 
-    def __init__(self, network: Metered, pipeline: Pipeline, values: int) -> None:
-        """`values`: of all layers."""
-        self._network, self._pipeline, self._values = network, pipeline, values
+    def __init__(self, network: Metered, hosts: Hosts, pipeline: Pipeline, values: int) -> None:
+        """`network`: of all ranks. `values`: of all layers."""
+        self._network, self._hosts, self._pipeline, self._values = network, hosts, pipeline, values
         self._exposed_seconds = 0.0
         self._submitted_at: float | None = None  # the last gradients of the step under way
-        self._reported = (0.0, 0.0, 0, 0.0, 0.0, 0.0)
+        self._reported = (0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0)
 
     def submitted(self) -> None:
         """Backward has handed over gradients."""
@@ -91,10 +100,13 @@ class Meter:
         """Bytes and seconds since the last report, at a total of `steps`."""
         traffic, pipeline = self._network.traffic, self._pipeline
         seconds = (traffic.seconds, pipeline.seconds, self._exposed_seconds)
-        now = (float(steps), traffic.bytes_sent, pipeline.averager.encoded_bytes, *seconds)
-        done, sent, encoded, comm, job, exposed = (b - a for a, b in zip(self._reported, now, strict=True))
+        sent_so_far = (traffic.bytes_sent, traffic.bytes_between_hosts, pipeline.averager.encoded_bytes)
+        now = (float(steps), *sent_so_far, *seconds)
+        done, sent, between, encoded, comm, job, exposed = (b - a for a, b in zip(self._reported, now, strict=True))
         self._reported = now
-        world = self._network.world_size
+        world, hosts = self._network.world_size, self._hosts
         dense = 2 * (world - 1) / world * 4 * self._values * done
         ratio = sent / dense if dense else encoded / (4 * self._values * done or 1)
-        return Report(int(done), sent, dense, ratio, comm, max(job - comm, 0.0), exposed)
+        host = between * world / hosts.count
+        host_dense = dense * hosts.ring_edges / hosts.count
+        return Report(int(done), sent, dense, ratio, comm, max(job - comm, 0.0), exposed, host, host_dense)

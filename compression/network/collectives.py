@@ -153,18 +153,29 @@ class Solo(Blocking):
 
 @dataclass
 class Traffic:
-    """Bytes that a rank handed to the network, and seconds that it waited for it."""
+    """Bytes that a rank handed to the network, those of them for other hosts, and seconds that it waited for it."""
 
     bytes_sent: float = 0.0
+    bytes_between_hosts: float = 0.0
     seconds: float = 0.0
 
 
 @dataclass
 class Metered:
-    """Counts what passes through another `Collectives`; results are the inner one's."""
+    """Counts what passes through another `Collectives`; results are the inner one's.
+
+    `hosts` holds the number of each rank's host; where it is empty, each rank has one of its own.
+    """
 
     inner: Collectives
     traffic: Traffic = field(default_factory=Traffic)
+    hosts: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        rank, size = self.inner.rank, self.inner.world_size
+        hosts = self.hosts or range(size)
+        self._elsewhere = [other for other in range(size) if hosts[other] != hosts[rank]]
+        self._passes_on = (rank + 1) % size in self._elsewhere  # its neighbor in a ring is on another host
 
     @property
     def rank(self) -> int:
@@ -177,22 +188,23 @@ class Metered:
     def sum_(self, values: Tensor) -> None:
         start = time.perf_counter()
         self.inner.sum_(values)
-        self.count(2 * values.nbytes * (self.world_size - 1) / self.world_size, start)
+        sent = 2 * values.nbytes * (self.world_size - 1) / self.world_size
+        self.count(sent, sent if self._passes_on else 0, start)
 
     def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
         start = time.perf_counter()
         received = self.inner.exchange(messages, sizes)
-        self.count(messages.nbytes, start)
+        self.count_exchange(sizes, start)
         return received
 
     def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
         start = time.perf_counter()
         received = self.inner.gather(message, sizes)
-        self.count(message.nbytes * (self.world_size - 1), start)
+        self.count_gather(message.nbytes, start)
         return received
 
     def post_exchange(self, sizes: Sequence[int], tag: int, device: torch.device) -> PostedExchange:
-        return _MeteredExchange(self, self.inner.post_exchange(sizes, tag, device))
+        return _MeteredExchange(self, self.inner.post_exchange(sizes, tag, device), sizes)
 
     def post_gather(self, messages: Tensor, sizes: Sequence[int], tag: int) -> PostedGather:
         return _MeteredGather(self, self.inner.post_gather(messages, sizes, tag), sizes[self.rank])
@@ -206,9 +218,19 @@ class Metered:
     def collect(self, value: Any) -> list[Any]:
         return self.inner.collect(value)
 
-    def count(self, sent: float, start: float) -> None:
-        """Add bytes, and the seconds since `start`."""
+    def count_exchange(self, sizes: Sequence[int], start: float) -> None:
+        """Count messages of these sizes to the other ranks."""
+        between = sum(sizes[rank] for rank in self._elsewhere)
+        self.count(sum(sizes) - sizes[self.rank], between, start)
+
+    def count_gather(self, nbytes: int, start: float) -> None:
+        """Count a message of so many bytes to each of the other ranks."""
+        self.count(nbytes * (self.world_size - 1), nbytes * len(self._elsewhere), start)
+
+    def count(self, sent: float, between: float, start: float) -> None:
+        """Add bytes, those of them for other hosts, and the seconds since `start`."""
         self.traffic.bytes_sent += sent
+        self.traffic.bytes_between_hosts += between
         self.traffic.seconds += time.perf_counter() - start
 
 
@@ -216,16 +238,17 @@ class Metered:
 class _MeteredExchange:
     meter: Metered
     inner: PostedExchange
+    sizes: Sequence[int]
 
     def send(self, messages: Tensor) -> None:
         start = time.perf_counter()
         self.inner.send(messages)
-        self.meter.count(messages.nbytes, start)
+        self.meter.count_exchange(self.sizes, start)
 
     def wait(self) -> Tensor:
         start = time.perf_counter()
         received = self.inner.wait()
-        self.meter.count(0, start)
+        self.meter.count(0, 0, start)
         return received
 
 
@@ -238,10 +261,10 @@ class _MeteredGather:
     def send(self) -> None:
         start = time.perf_counter()
         self.inner.send()
-        self.meter.count(self.nbytes * (self.meter.world_size - 1), start)
+        self.meter.count_gather(self.nbytes, start)
 
     def wait(self) -> Tensor:
         start = time.perf_counter()
         received = self.inner.wait()
-        self.meter.count(0, start)
+        self.meter.count(0, 0, start)
         return received

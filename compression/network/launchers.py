@@ -18,8 +18,8 @@ class Launcher:
     """One way to start ranks, and the network that comes with it.
 
     `rank`, `size`, `local_rank` and `local_size` name the environment variables of each process; the local ones count
-    the ranks of one host. `joined_by` is the function that joins the ranks: (device, local rank, backend) -> a context
-    manager of a `World`. `lost_peer` are words of the network's errors about a rank that is gone.
+    the ranks of one host. `joined_by` is the function that joins the ranks: (device, local rank, backend, ranks per
+    host) -> a context manager of a `World`. `lost_peer` are words of the network's errors about a rank that is gone.
     """
 
     name: str
@@ -37,9 +37,12 @@ class Launcher:
         """The rank that the environment gives; 0 where the launcher did not start this process."""
         return int(os.environ.get(self.rank, 0))
 
-    def join(self, device: str, local_rank: int, backend: str) -> AbstractContextManager["World"]:
+    def join(
+        self, device: str, local_rank: int, backend: str, ranks_per_host: int | None
+    ) -> AbstractContextManager["World"]:
         """Join the other ranks, and leave them where the block ends; see `join_ranks`."""
-        world: AbstractContextManager[World] = pkgutil.resolve_name(self.joined_by)(device, local_rank, backend)
+        join = pkgutil.resolve_name(self.joined_by)
+        world: AbstractContextManager[World] = join(device, local_rank, backend, ranks_per_host)
         return world
 
     def is_lost_peer(self, error: Exception) -> bool:

@@ -36,7 +36,8 @@ class World:
 
     `local_rank` is its number among the `local_size` ranks of its host. `control` carries all but gradients, on the
     main thread. `gradients` carries gradients, where they have collectives of their own; None leaves the choice to
-    `attach`. `store` holds small values that all ranks share; None where there is one rank.
+    `attach`. `store` holds small values that all ranks share; None where there is one rank. `groups` carry gradients
+    inside this host and between hosts, where `gradients` are not None and hosts have as many ranks each.
     """
 
     local_rank: int
@@ -45,6 +46,7 @@ class World:
     control: Collectives
     gradients: Collectives | None
     store: dist.Store | None  # type: ignore[name-defined]
+    groups: tuple[Collectives, Collectives] | None = None
 
     @property
     def rank(self) -> int:
@@ -114,6 +116,7 @@ def join_ranks(
     launcher: Launcher = TORCHRUN,
     backend: str = "auto",
     threads: int | None = None,
+    ranks_per_host: int | None = None,
 ) -> Iterator[World]:
     """Join the other ranks, where a launcher started any, and leave them in order at the end.
 
@@ -123,9 +126,11 @@ def join_ranks(
     `threads` compute in this process. None takes the cores that it may use, divided by the ranks on its host, under
     every launcher alike: results do not depend on who started the ranks.
 
+    `ranks_per_host` takes a host as several of so many ranks each, in `groups`; None as one.
+
     Raises ValueError where there is no GPU for this rank, or no Horovod, or the backend is not for its device.
     """
-    with launcher.join(device, local_rank, backend) as world:
+    with launcher.join(device, local_rank, backend, ranks_per_host) as world:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
         try:
             yield world
@@ -135,8 +140,13 @@ def join_ranks(
 
 
 @contextlib.contextmanager
-def join_over_torch(device: str, local_rank: int, backend: str) -> Iterator[World]:
-    """The ranks of torchrun over torch.distributed; a world of one rank where torchrun did not start this process."""
+def join_over_torch(
+    device: str, local_rank: int, backend: str, ranks_per_host: int | None = None
+) -> Iterator[World]:
+    """The ranks of torchrun over torch.distributed; a world of one rank where torchrun did not start this process.
+
+    Process groups are made when they are needed: `attach` makes those of hosts.
+    """
     own_device = choose_device(device, local_rank)
     if not TORCHRUN.started_this_process():
         yield World(local_rank, 1, own_device, Solo(), None, None)

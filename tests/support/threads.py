@@ -3,12 +3,13 @@
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from compression.network.collectives import Blocking
+from compression.network.hosts import Hosts
 
 Result = TypeVar("Result")
 
@@ -73,23 +74,51 @@ class Uncompletable(torch.futures.Future[Any]):
         super().set_result(result)
 
 
+class Levels(NamedTuple):
+    """The networks of a rank that averages in two levels: all ranks, those of its host, those of its place."""
+
+    everyone: ThreadCollectives
+    inside: ThreadCollectives
+    between: ThreadCollectives
+
+
 def run_ranks(world_size: int, rank_main: Callable[[ThreadCollectives], Result]) -> list[Result]:
     """Results of `rank_main(collectives)` on every rank. The first error of any rank is raised."""
-    slots: list[Any] = [None] * world_size
-    barrier = threading.Barrier(world_size)
-    results: list[Any] = [None] * world_size
+    return _run([[list(range(world_size))]], lambda networks: rank_main(networks[0]))
+
+
+def run_hosts(hosts: Hosts, rank_main: Callable[[Levels], Result]) -> list[Result]:
+    """Likewise of `rank_main(levels)`."""
+    everyone = [list(range(len(hosts.of)))]
+    return _run([everyone, hosts.inside, hosts.between], lambda networks: rank_main(Levels(*networks)))
+
+
+def _run(
+    worlds: Sequence[Sequence[Sequence[int]]], rank_main: Callable[[list[ThreadCollectives]], Result]
+) -> list[Result]:
+    """Results of every rank, which is in one group of each of the worlds."""
+    networks: dict[int, list[ThreadCollectives]] = {}
+    barriers = []
+    for groups in worlds:
+        for group in groups:
+            slots: list[Any] = [None] * len(group)
+            barriers.append(threading.Barrier(len(group)))
+            for number, rank in enumerate(group):
+                networks.setdefault(rank, []).append(ThreadCollectives(number, slots, barriers[-1]))
+    results: list[Any] = [None] * len(networks)
     errors: list[BaseException] = []
 
     def run(rank: int) -> None:
         try:
-            results[rank] = rank_main(ThreadCollectives(rank, slots, barrier))
+            results[rank] = rank_main(networks[rank])
         except threading.BrokenBarrierError:
             pass
         except BaseException as error:
             errors.append(error)
-            barrier.abort()
+            for barrier in barriers:
+                barrier.abort()
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in networks]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,0 +1,144 @@
+"""Averaging in two levels: ranks of a host add up as they are, and hosts average in codes."""
+
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from ..gradients import Gradients
+from ..layers import Layer, owned_slices
+from ..network.collectives import Collectives, Solo
+from ..network.inside import Levels, PostedInside, Spans
+from ..streams import Meanwhile, Until, run_all
+from .base import Averager, Averaging, Sent
+
+Bind = Callable[[Sequence[Layer], Collectives, int], Averager]
+"""(layers, collectives, seed) -> the averager bound to them."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Some layers that travel together: the slices of their buffer by owner, and this rank's own, side by side."""
+
+    spans: Spans
+    names: tuple[str, ...]
+    offsets: tuple[int, ...]
+
+
+class Hierarchical(Averager):
+    """What crosses the hosts' links is encoded once a host, by any averager; what does not is float32.
+
+    The ranks of a host add up their gradients, each rank becoming the owner of slices of layers; the owners of the same
+    slices average over the hosts, by the averager that `bind` makes for them, to which the hosts are the world; each
+    owner hands its averages to the ranks of its host. All get the same bytes, so that all end with the same bits. The
+    averager sees the mean of its host's gradients, and what it remembers is of the slices that it owns.
+
+    Slices are cut at quantization buckets. With `ownership` "layers" they are whole layers, for what needs a matrix;
+    with "one" the first rank of a host owns all, for what needs the whole gradient. Owners of different slices draw
+    from different streams of random numbers.
+
+    Two levels are as in hierarchical all-reduces (Jia et al. 2018, arXiv:1807.11205, section 3.3), where both are sums.
+    """
+
+    def __init__(
+        self,
+        bind: Bind,
+        layers: Sequence[Layer],
+        levels: Levels,
+        seed: int,
+        bucket_size: int,
+        ownership: str = "slices",
+    ) -> None:
+        self.levels, self._bind = levels, bind
+        self._bucket_size, self._ownership = bucket_size, ownership
+        inside = levels.inside
+        self.owned = owned_slices(layers, bucket_size, inside.world_size, ownership)
+        own = self._of_place(layers, inside.world_size, inside.rank)
+        # A seed is a stream's first name. The first owner's is the run's: one owner alone is as without hosts.
+        self.inner = bind(own, levels.between, seed + 2**32 * inside.rank)
+        self.widths, self.without_momentum = self.inner.widths, self.inner.without_momentum
+        self.states = self.inner.states
+        self._groups: dict[tuple[tuple[str, ...], tuple[int, ...]], _Group] = {}
+
+    @property
+    def encoded_bytes(self) -> int:
+        return self.inner.encoded_bytes
+
+    def set_widths(self, widths: Mapping[str, int]) -> None:
+        self.inner.set_widths(widths)
+
+    def settle(self, applied: Tensor | bool, layers: Collection[str] | None = None) -> None:
+        self.inner.settle(applied, layers)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.inner.load_state_dict(state)
+
+    def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
+        """What crosses the links, as a mean over all ranks, on hosts of as many ranks as this one."""
+        places = self.levels.inside.world_size
+        sent = []
+        for place in range(places):
+            own = self._of_place(layers, places, place)
+            owner = self._bind(own, Solo(), 0)
+            if self.widths:
+                owner.set_widths({layer.name: self.widths[layer.name] for layer in layers})
+            sent.append(owner.sent([layer for layer in own if layer.numel], world_size // places))
+        return Sent(*(sum(parts) / places for parts in zip(*sent, strict=True)))
+
+    def average_(self, gradients: Gradients, step: int) -> None:
+        run_all(self.post(gradients, step)(gradients))
+
+    def post(self, gradients: Gradients, step: int) -> Averaging:
+        group = self._group(gradients)
+        inside = self.levels.inside.post(gradients.flat.numel(), group.spans)
+        averaging: Averaging | None = None
+        if group.names:
+            averaging = self.inner.post(Gradients(gradients.flat[:0], group.names, group.offsets), step)
+        return lambda gradients: self._phases(gradients.flat, group, inside, averaging)
+
+    def _phases(
+        self, flat: Tensor, group: _Group, inside: PostedInside, averaging: Averaging | None
+    ) -> Generator[Meanwhile | Until, None, None]:
+        one_at_a_time = not self.levels.inside.overlaps(flat.device)
+        own = yield from inside.add_up(flat)
+        if averaging is not None:
+            for meanwhile in averaging(Gradients(own, group.names, group.offsets)):
+                yield Meanwhile.NONE_BEGINS if one_at_a_time else meanwhile
+        yield from inside.hand_out(own, flat)
+
+    def _group(self, gradients: Gradients) -> _Group:
+        key = (gradients.names, gradients.offsets)
+        if key not in self._groups:
+            self._groups[key] = self._grouped(gradients)
+        return self._groups[key]
+
+    def _grouped(self, gradients: Gradients) -> _Group:
+        inside = self.levels.inside
+        spans: list[list[tuple[int, int]]] = [[] for _ in range(inside.world_size)]
+        names, offsets, at = [], [], 0
+        for name, offset in zip(gradients.names, gradients.offsets, strict=True):
+            for place, (start, stop) in enumerate(self.owned[name]):
+                if start == stop:
+                    continue
+                spans[place].append((offset + start, offset + stop))
+                if place == inside.rank:
+                    names.append(name)
+                    offsets.append(at)
+                    at += stop - start
+        return _Group(spans, tuple(names), tuple(offsets))
+
+    def _of_place(self, layers: Sequence[Layer], places: int, place: int) -> list[Layer]:
+        """The layers as the owner at a place sees them: slices of them, empty where it owns nothing."""
+        owned = owned_slices(layers, self._bucket_size, places, self._ownership)
+        return [_sliced(layer, *owned[layer.name][place]) for layer in layers]
+
+
+def _sliced(layer: Layer, start: int, stop: int) -> Layer:
+    """A slice of a layer's values; the whole layer keeps its shape."""
+    if stop - start == layer.numel:
+        return layer
+    return replace(layer, shape=(stop - start,) if stop > start else (0, 1))
