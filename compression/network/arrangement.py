@@ -41,15 +41,19 @@ def in_levels(hierarchical: bool | None, hosts: Hosts, encodes: bool) -> bool:
         return False
     why_not = None
     if hosts.count == 1:
-        why_not = f"all {len(hosts.of)} ranks are on one host, and nothing crosses a link; leave it out, or give " \
+        why_not = (
+            f"all {len(hosts.of)} ranks are on one host, and nothing crosses a link; leave it out, or give "
             "`ranks_per_host` to take one host as several"
+        )
     elif hosts.ranks_per_host is None:
         why_not = f"there are {hosts}; start as many ranks on each, or average flat"
     elif hosts.ranks_per_host == 1:
-        why_not = f"there are {hosts}, one rank each, and nothing to add up inside; average flat"
+        why_not = f"there are {hosts}, and nothing to add up inside; average flat"
     elif not encodes:
-        why_not = "this compressor encodes nothing, and two levels would only change its rounding; choose one that " \
-            "encodes, or average flat"
+        why_not = (
+            "this compressor encodes nothing, and two levels would only change its rounding; choose one that encodes, "
+            "or average flat"
+        )
     if hierarchical and why_not:
         raise ValueError(f"`hierarchical` needs several hosts with as many ranks each, two or more: {why_not}")
     return why_not is None
