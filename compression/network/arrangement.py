@@ -20,15 +20,17 @@ class Arrangement:
 
     @property
     def position(self) -> dict[str, int] | None:
-        """What this rank's state depends on: the hosts' number and size, its host and its place; None where flat."""
+        """What this rank's state depends on: the hosts' number and size, its place, and its number among the ranks of
+        that place; None where flat.
+        """
         if self.levels is None:
             return None
         inside, between = self.levels
         return {
             "hosts": between.world_size,
             "ranks_per_host": inside.world_size,
-            "host": between.rank,
             "place": inside.rank,
+            "number": between.rank,
         }
 
 
@@ -72,7 +74,7 @@ def hosts_of_levels(collectives: Collectives, inside: Collectives, between: Coll
         ranks == hosts.inside[hosts.of[rank]]
         and place == hosts.place(rank)
         and others == hosts.between[place]
-        and number == hosts.of[rank]
+        and number == others.index(rank)
         for rank, (ranks, place, others, number) in enumerate(known)
     )
     if not fits:

@@ -17,7 +17,7 @@ def test_hosts_are_numbered_by_their_first_ranks() -> None:
     shuffled = Hosts.named(["b", "a", "a", "b"])
     assert shuffled.of == (0, 1, 1, 0)
     assert shuffled.inside == [[0, 3], [1, 2]]
-    assert shuffled.between == [[0, 1], [3, 2]]
+    assert shuffled.between == [[0, 1], [2, 3]]
     assert [shuffled.place(rank) for rank in range(4)] == [0, 0, 1, 1]
     assert shuffled.ranks_per_host == 2
 
