@@ -10,6 +10,7 @@ from ..gradients import Gradients
 from ..layers import Layer, owned_slices
 from ..network.collectives import Collectives, Solo
 from ..network.inside import Levels, PostedInside, Spans
+from ..plans import MAX_PLANS
 from ..streams import Meanwhile, Until, run_all
 from .base import Averager, Averaging, Sent
 
@@ -108,11 +109,14 @@ class Hierarchical(Averager):
         if averaging is not None:
             for meanwhile in averaging(Gradients(own, group.names, group.offsets)):
                 yield Meanwhile.NONE_BEGINS if one_at_a_time else meanwhile
+        yield Meanwhile.NONE_BEGINS if one_at_a_time else Meanwhile.OTHERS_BEGIN
         yield from inside.hand_out(own, flat)
 
     def _group(self, gradients: Gradients) -> _Group:
         key = (gradients.names, gradients.offsets)
         if key not in self._groups:
+            if len(self._groups) >= MAX_PLANS:
+                self._groups.clear()
             self._groups[key] = self._grouped(gradients)
         return self._groups[key]
 

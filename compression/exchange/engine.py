@@ -191,7 +191,8 @@ class _Running:
 
     def run_phase(self) -> None:
         self.meanwhile = next(self._phases, None)
-        self.phases += 1
+        if not isinstance(self.meanwhile, Until):  # how often a job has to wait is up to others
+            self.phases += 1
 
     def run_until_others_may_begin(self) -> None:
         """Run at least one phase, and all where none of them lets others begin."""
