@@ -1057,7 +1057,8 @@ class Snapshot:
             f"the checkpoint holds values in {order} order that compression or search remember, and --memory-format "
             f"is {flags.memory_format}; resume with --memory-format {order}",
         )
-        run.exchange.load_state_dict(exchange | {"averager": self._remembered(run, saved, alike)}, ranks_alike=alike)
+        remembered = {"averager": self._remembered(run, saved, alike), "position": run.exchange.arrangement.position}
+        run.exchange.load_state_dict(exchange | remembered, ranks_alike=alike)
         for name, buffer in run.module.named_buffers():
             if alike or not buffer.is_floating_point():
                 buffer.copy_(own["buffers"][name])
@@ -1081,11 +1082,9 @@ class Snapshot:
             return {}
         position, ranks = run.exchange.arrangement.position, saved["ranks"]
         own = ranks[self.ranks.rank]["exchange"]
-        if own.get("position") == position:
-            return own["averager"]
-        for rank in ranks:
-            if position is not None and rank["exchange"].get("position") == position:
-                return rank["exchange"]["averager"]
+        for each in (own, *(rank["exchange"] for rank in ranks)):
+            if each.get("position", {"ranks": self.ranks.size, "rank": self.ranks.rank}) == position:
+                return each["averager"]
         if self.ranks.rank == 0 and any(own["averager"].values()):
             print(
                 "the checkpoint is of ranks that averaged in another arrangement of hosts: residuals are dropped; to "

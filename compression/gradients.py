@@ -14,12 +14,15 @@ class Gradients:
 
     `flat` is contiguous, float32 and without the loss scale; those that lossless averagers get may have any
     floating-point type, and `loss_scale` in them.
+
+    `unused` are those that this rank's step does not use, whose values are zeros; None where all are used on all ranks.
     """
 
     flat: Tensor
     names: tuple[str, ...]
     offsets: tuple[int, ...]
     loss_scale: float | Tensor = 1.0
+    unused: frozenset[str] | None = None
 
     def layers(self, sizes: Mapping[str, int]) -> Iterator[tuple[str, Tensor]]:
         """(name, values) of each layer, flat views; `sizes` are numbers of values by name."""

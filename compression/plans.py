@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from .layers import DENSE, Ints, Layer, bucket_length
 
+MAX_PLANS = 64
+"""Groups of layers whose plans are kept: where steps use other layers each time, there is no end of them."""
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -7,7 +7,8 @@ and one row here. Rows load what they build when they build it: to list names an
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from types import NoneType
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 if TYPE_CHECKING:
     from .averagers import Averager
@@ -419,6 +420,8 @@ def build(name: str, **options: Any) -> Compressor:
         raise ValueError(
             f"compressor {name} takes no option {unknown[0]!r}; it takes {', '.join(row.takes) or 'none'}"
         )
+    for option, value in options.items():
+        _check_type(name, option, value, get_type_hints(row.options)[option])
     chosen = row.options(**options)
     if row.quantizer is not None:
         row.quantizer_of(chosen)
@@ -457,8 +460,17 @@ def with_stale_updates() -> list[str]:
     return [name for name, row in COMPRESSORS.items() if row.supports_stale_updates]
 
 
+def _check_type(compressor: str, option: str, value: object, expected: Any) -> None:
+    """Raise ValueError for a value that is not of the option's type; integers are numbers, and booleans are neither."""
+    kinds = get_args(expected) or (expected,)
+    kinds += (int,) if float in kinds else ()
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join("none" if kind is NoneType else kind.__name__ for kind in kinds)
+        raise ValueError(f"compressor {compressor} takes {option} as {wanted}, got {value!r}")
+
+
 def _row(name: str) -> Row:
-    if name not in COMPRESSORS:
+    if name not in COMPRESSORS:  # also what is no name at all
         raise ValueError(f"no compressor is called {name!r}; there are {', '.join(COMPRESSORS)}")
     return COMPRESSORS[name]
 

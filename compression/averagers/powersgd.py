@@ -15,6 +15,7 @@ from ..layer_state import LayerState
 from ..layers import Layer
 from ..limits import LIMIT
 from ..network.collectives import Collectives
+from ..plans import MAX_PLANS
 from .base import Averager, Sent, all_reduced
 
 # Messages are scaled down by this, so that sums over rows, columns and ranks of the largest floats stay finite.
@@ -177,6 +178,8 @@ class PowerSGD(Averager):
     def _plan_of(self, gradients: Gradients) -> _Plan:
         key = (gradients.names, gradients.offsets)
         if key not in self._plans:
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.clear()
             self._plans[key] = self._plan(gradients)
         return self._plans[key]
 

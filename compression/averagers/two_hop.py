@@ -15,7 +15,7 @@ from ..gradients import Gradients
 from ..layer_state import LayerState
 from ..layers import DENSE, Ints, Layer, shard
 from ..network.collectives import Collectives, PostedExchange, PostedGather, part_of
-from ..plans import Plan, Segment, drop_message, mask_owner, plan, split_into_chunks
+from ..plans import MAX_PLANS, Plan, Segment, drop_message, mask_owner, plan, split_into_chunks
 from ..randomness import stream_keys
 from ..streams import Meanwhile, Phases, run_all
 from .base import Averager, Averaging, Sent
@@ -187,6 +187,8 @@ class TwoHop(Averager):
     def _group(self, gradients: Gradients) -> _Group:
         key = (gradients.names, gradients.offsets)
         if key not in self._groups:
+            if len(self._groups) >= MAX_PLANS:
+                self._groups.clear()
             self._groups[key] = self._planned(gradients)
         return self._groups[key]
 

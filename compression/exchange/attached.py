@@ -3,11 +3,10 @@
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..averagers import Averager
 from ..gradients import Gradients
@@ -17,6 +16,7 @@ from ..network.collectives import Metered
 from ..network.inside import Levels
 from ..registry import Compressor
 from .hooks import flattened, hook
+from .momentum import MomentumWatch
 from .pipeline import Pipeline
 from .recorder import Recorder
 from .report import Meter, Report
@@ -31,14 +31,15 @@ class Attached(ABC):
     def __init__(
         self,
         model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
         compressor: Compressor,
         arrangement: Arrangement,
         seed: int,
         record: bool,
         choose: Callable[[bool], bool] | None = None,
     ) -> None:
-        module = model.module if isinstance(model, DistributedDataParallel) else model
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        """`parameters`: those of the model that are averaged, by name."""
+        self.parameters = dict(parameters)
         shapes = ((name, p.shape) for name, p in self.parameters.items())
         self.layers: tuple[Layer, ...] = layers_of(shapes, compressor.bucket_size)
         self.device = next(iter(self.parameters.values())).device
@@ -53,6 +54,7 @@ class Attached(ABC):
             recorder=self.recorder,
             needs_full_gradient=compressor.needs_full_gradient,
             choose=choose,
+            network=self.collectives,
         )
         self.meter = Meter(self.collectives, self.hosts, self.pipeline, sum(layer.numel for layer in self.layers))
         self.step = 0
@@ -62,7 +64,12 @@ class Attached(ABC):
         """Whether some of its gradients have been submitted."""
         self.loss_scale: float | Tensor = 1.0
         self._suspect: tuple[tuple[str, ...], Tensor] | None = None
-        self._hooks = hook(model, self.parameters, self.begin_backward, self.submit)
+        try:
+            self._hooks = hook(model, self.parameters, self.begin_backward, self.submit, self.pipeline.check)
+        except BaseException:
+            self.pipeline.close()
+            raise
+        self._overlooked_momentum = MomentumWatch(self.parameters, self.averager.without_momentum)
 
     def _averager(self, compressor: Compressor, seed: int) -> Averager:
         """The compressor bound to layers and ranks: of all ranks, or in two levels."""
@@ -112,7 +119,10 @@ class Attached(ABC):
         """Take gradients of some layers. The future's value is their buffer, with the parameters' new gradients."""
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Backward inside only accumulates on this rank."""
+        """Backward inside only accumulates on this rank.
+
+        Under DDP the forward must be inside, too: DDP decides there.
+        """
         return self._hooks.no_sync()
 
     def all_finite(self, nonfinite: Mapping[str, Tensor]) -> Tensor:
@@ -146,19 +156,47 @@ class Attached(ABC):
         the step counter, and averages that are still to be applied.
         """
 
+    def gathered_state_dict(self) -> dict[str, Any]:
+        """The states of all ranks, equal on all of them: one rank saves it, and each loads its own from it.
+
+        Every rank calls it, between steps.
+        """
+        return {"every_rank": self.collectives.collect(self.state_dict())}
+
+    def own_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """This rank's of what `gathered_state_dict` returned; what `state_dict` returned as it is.
+
+        Raises ValueError where no rank had this one's position.
+        """
+        if "every_rank" not in state:
+            return state
+        own = self.arrangement.position
+        for each in state["every_rank"]:
+            if each["position"] == own:
+                mine: Mapping[str, Any] = each
+                return mine
+        raise ValueError(
+            f"the state is that of {len(state['every_rank'])} ranks, none of which was {_described(own)}; start as "
+            "many ranks on as many hosts"
+        )
+
     def common_state(self) -> dict[str, Any]:
         """The state that all exchanges have."""
-        recorded = self.recorder.state.state_dict() if self.recorder is not None else {}
-        state = {"step": self.step, "averager": self.averager.state_dict(), "recorded": recorded}
-        return state if self.levels is None else state | {"position": self.arrangement.position}
+        return {
+            "step": self.step,
+            "position": self.arrangement.position,
+            "averager": self.averager.state_dict(),
+            "recorded": self.recorder.state.state_dict() if self.recorder is not None else {},
+        }
 
     def load_common_state(self, state: Mapping[str, Any], ranks_alike: bool) -> None:
         """The inverse of `common_state`."""
-        position = state.get("position")
-        if ranks_alike and any(state["averager"].values()) and position != self.arrangement.position:
+        own = self.arrangement.position
+        position = state.get("position", own if self.levels is None else None)  # older states have none
+        if ranks_alike and any(state["averager"].values()) and position != own:
             raise ValueError(
-                f"the state is of a rank that averages {_described(position)}, and this one averages "
-                f"{_described(self.arrangement.position)}; load the state of that position, or leave out `averager`"
+                f"the state is that of {_described(position)}, and this is {_described(own)}: each rank remembers what "
+                "it owes alone; save `gathered_state_dict`, of which each rank takes its own, or leave out `averager`"
             )
         if ranks_alike:
             self.averager.load_state_dict(state["averager"])
@@ -193,16 +231,32 @@ class Attached(ABC):
         return self.meter.report(self.step + self.open)
 
     def close(self) -> None:
-        """Leave the model alone and end the communication thread.
+        """Leave the model alone, and end the communication thread and the process groups that were made for it.
 
-        DDP keeps its hook for life: where it wraps the model, the next backward raises RuntimeError.
+        DDP keeps its hook for life: where it wraps the model, the next backward raises RuntimeError. Raises an
+        exception of the communication thread that nobody was told of. Calling it twice is harmless.
         """
         self._hooks.remove()
+        self._overlooked_momentum.end()
         self.pipeline.close()
         self.arrangement.close()
+        if not self.pipeline.told:
+            self.pipeline.check()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self.close()
+        except BaseException:
+            if error is None:  # else the block's own goes on
+                raise
 
 
 def _described(position: Mapping[str, int] | None) -> str:
     if position is None:
-        return "flat"
-    return "in two levels, as number {number} at place {place} of {hosts} hosts x {ranks_per_host}".format(**position)
+        return "a rank that averages in one level"
+    if "place" not in position:
+        return "rank {rank} of {ranks} that average in one level".format(**position)
+    return "rank {number} at place {place} of {hosts} hosts x {ranks_per_host}, in two levels".format(**position)

@@ -1,23 +1,22 @@
 """Attaching compression to a model: which exchange, over which network."""
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from ..network.arrangement import Arrangement, hosts_of_levels, in_levels
+from ..network.arrangement import arrange
 from ..network.collectives import Collectives, Solo
-from ..network.hosts import find_hosts
-from ..network.inside import Levels
-from ..network.shared_memory import inside_of
 from ..network.torch_distributed import TorchDistributed
-from ..registry import Compressor
+from ..registry import COMPRESSORS, Compressor, build
 from .attached import Attached
 from .broken_barrier import BrokenBarrier
 from .exchange import Exchange
+from .models import check_ranks, finds_unused, trained_parameters, unwrapped
 
 Group = Collectives | dist.ProcessGroup
 
@@ -26,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 def attach(
     model: nn.Module,
-    compressor: Compressor,
+    compressor: Compressor | str,
     collectives: Collectives | None = None,
     seed: int = 0,
     *,
@@ -37,16 +36,20 @@ def attach(
     ranks_per_host: int | None = None,
     groups: tuple[Group, Group] | None = None,
     mesh: DeviceMesh | None = None,
+    **options: Any,
 ) -> Attached:
     """Average the model's gradients through a compressor, from the next backward on.
 
-    A DDP model gets its communication hook (one per model) and, unless `collectives` are given, process groups of
-    its own over the same ranks; their backend follows the model's device. Any other model gets hooks on its
-    parameters, and is a world of one rank unless `collectives` are given. Close the exchange when done.
-    `seed` must be equal on all ranks: it names the streams of random numbers, which differ by rank by themselves.
+    The compressor is one that was built, or a name, with its `options`: `attach(model, "maxmin", bits=4)`.
+
+    A DDP model, whatever wraps it, gets its communication hook (one per model) and, unless `collectives` are given,
+    process groups of its own over the same ranks; their backend follows the model's device. Any other model gets hooks
+    on its parameters, and is a world of one rank unless `collectives` are given. Close the exchange when done, or use
+    it in a `with` block. Compressor, `seed` and the like must be equal on all ranks; the streams of random numbers,
+    which `seed` names, differ by rank by themselves.
 
     With a `barrier_fraction` below 1 the exchange is a `BrokenBarrier`, whose late averages are applied `late_steps`
-    steps later. Raises ValueError where the compressor cannot be late.
+    steps later.
 
     With `record` the exchange's `recorder` remembers the running sum of gradients that a search of bit widths measures.
 
@@ -54,64 +57,84 @@ def attach(
     hosts, and added up as they are inside (`averagers.Hierarchical`). `hierarchical` True asks for that, and False for
     one level. Which ranks share a host is found (`network.hosts`); `ranks_per_host` takes each host as several of so
     many ranks. By hand, `groups` are this rank's (inside, between): the ranks of its host, and those of its place on
-    each host; or `mesh`, a DeviceMesh of hosts x ranks, has both. Raises ValueError where there are no two levels.
+    each host; or `mesh`, a DeviceMesh of hosts x ranks, has both.
+
+    Raises ValueError, on all ranks alike, where the ranks' arguments differ, where ranks would train apart, where there
+    are no two levels, where the compressor cannot be late, and for parameters that no compressor takes.
     """
-    arrangement = _arranged(model, compressor, collectives, hierarchical, ranks_per_host, _networks_of(groups, mesh))
-    if barrier_fraction == 1.0:
-        exchange: Attached = Exchange(model, compressor, arrangement, seed, record)
-    else:
-        exchange = BrokenBarrier(model, compressor, arrangement, seed, barrier_fraction, late_steps, record)
-    _say_what_flat_costs(exchange, compressor)
-    return exchange
-
-
-def _arranged(
-    model: nn.Module,
-    compressor: Compressor,
-    collectives: Collectives | None,
-    hierarchical: bool | None,
-    ranks_per_host: int | None,
-    groups: tuple[Collectives, Collectives] | None,
-) -> Arrangement:
-    """The networks that gradients travel over; every rank makes its process groups in the same order."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    device, values = parameters[0].device, sum(parameter.numel() for parameter in parameters)
+    if isinstance(compressor, str):
+        compressor = build(compressor, **options)
+    elif options or not isinstance(compressor, Compressor):
+        raise ValueError(
+            f"a compressor is a name with its options, or what `build` returns, which has them already; got "
+            f"{type(compressor).__name__}{' and ' + ', '.join(options) if options else ''}"
+        )
+    model = unwrapped(model)
+    if collectives is None:
+        check_ranks(model)
+    parameters = trained_parameters(model)
+    if compressor.needs_full_gradient and finds_unused(model):
+        raise ValueError(
+            f"compressor {compressor.name} takes all gradients at once here, and DistributedDataParallel expects steps "
+            "that do not use all parameters; make it without find_unused_parameters and static_graph, or leave out "
+            "big_grad and clip"
+        )
     members: list[int] | None = None  # of process groups to be made
     if isinstance(model, DistributedDataParallel) and collectives is None:
         members = dist.get_process_group_ranks(model.process_group)
         collectives = TorchDistributed(model.process_group)
     collectives = collectives or Solo()
+    choices = {
+        "compressor": compressor.name,
+        **{name: getattr(compressor.options, name) for name in COMPRESSORS[compressor.name].takes},
+        "seed": seed,
+        "barrier_fraction": barrier_fraction,
+        "late_steps": late_steps,
+        "hierarchical": hierarchical,
+        "ranks_per_host": ranks_per_host,
+        "parameters": [(name, tuple(parameter.shape)) for name, parameter in parameters.items()],
+    }
+    _check_equal(collectives, choices)
+    arrangement = arrange(
+        collectives,
+        members,
+        next(iter(parameters.values())).device,
+        sum(parameter.numel() for parameter in parameters.values()),
+        compressor.encodes,
+        hierarchical=hierarchical,
+        ranks_per_host=ranks_per_host,
+        groups=_networks_of(groups, mesh),
+    )
+    try:
+        exchange: Attached
+        if barrier_fraction == 1.0:
+            exchange = Exchange(model, parameters, compressor, arrangement, seed, record)
+        else:
+            exchange = BrokenBarrier(
+                model, parameters, compressor, arrangement, seed, barrier_fraction, late_steps, record
+            )
+    except BaseException:
+        arrangement.close()
+        raise
+    _say_what_flat_costs(exchange, compressor)
+    return exchange
 
-    if groups is not None:
-        hosts, hierarchical = hosts_of_levels(collectives, *groups), hierarchical is not False
-    else:
-        hosts = find_hosts(collectives)
-        hosts = hosts.split(ranks_per_host) if ranks_per_host is not None else hosts
-    two_levels = in_levels(hierarchical, hosts, compressor.encodes)
-    if two_levels and groups is None and members is None:
-        if hierarchical:
-            raise ValueError("the `collectives` are those of all ranks; give `groups`, (inside, between), too")
-        two_levels = False
 
-    rank = collectives.rank
-    everyone = _new_network(members, device) if members else collectives
-    if not two_levels:
-        return Arrangement(everyone, hosts)
-    if groups is None:
-        assert members is not None
-        host, place = hosts.inside[hosts.of[rank]], hosts.between[hosts.place(rank)]
-        groups = (
-            _new_network([members[other] for other in host], device),
-            _new_network([members[other] for other in place], device),
-        )
-    inside = inside_of(groups[0], device, values)
-    return Arrangement(everyone, hosts, Levels(inside, groups[1]), inside.close)
+def _check_equal(collectives: Collectives, choices: Mapping[str, Any]) -> None:
+    """Raise ValueError, on all ranks alike, where a choice differs from rank 0's."""
+    first, *others = collectives.collect(dict(choices))
+    for rank, theirs in enumerate(others, start=1):
+        for name in {**first, **theirs}:
+            if first.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"all ranks attach alike, and `{name}` is {_shortened(first.get(name))} on rank 0 and "
+                    f"{_shortened(theirs.get(name))} on rank {rank}; give all of them the same"
+                )
 
 
-def _new_network(ranks: list[int], device: torch.device) -> TorchDistributed:
-    """Groups of their own for some ranks: for gloo, one for each direction of messages. Only these ranks call it."""
-    count = 1 if device.type == "cuda" else 2
-    return TorchDistributed(*(dist.new_group(ranks, use_local_synchronization=True) for _ in range(count)))
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _networks_of(groups: tuple[Group, Group] | None, mesh: DeviceMesh | None) -> tuple[Collectives, Collectives] | None:

@@ -41,6 +41,7 @@ from ..registry import COMPRESSORS, Compressor, with_stale_updates
 from ..streams import device_future, record_stream
 from .attached import Attached
 from .hooks import shaped
+from .models import finds_unused
 
 _CHUNK = 2**16  # values that are squared at a time, so that their float64 copy stays in the cache
 
@@ -92,6 +93,7 @@ class BrokenBarrier(Attached):
     def __init__(
         self,
         model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
         compressor: Compressor,
         arrangement: Arrangement,
         seed: int,
@@ -109,10 +111,15 @@ class BrokenBarrier(Attached):
                 f"compressor {compressor.name} averages whole steps, and a broken barrier lets layers be late; "
                 f"use {', '.join(with_stale_updates())}, without big_grad"
             )
+        if finds_unused(model):
+            raise ValueError(
+                "a broken barrier waits for layers by their last averages, and DistributedDataParallel expects steps "
+                "that do not use all of them; make it without find_unused_parameters and static_graph, or wait for all"
+            )
         self.fraction, self.late_steps = fraction, late_steps
         self._outstanding: list[_Part] = []  # of this step and earlier ones, in their order
         self._held: list[_Part] = []  # late ones of this step, until its prefix has been queued
-        super().__init__(model, compressor, arrangement, seed, record, self._choose_urgent)
+        super().__init__(model, parameters, compressor, arrangement, seed, record, self._choose_urgent)
         self._sizes = {layer.name: layer.numel for layer in self.layers}
         self._squares = dict.fromkeys(self._sizes, math.nan)  # of the averages that were applied last
         self._last_late = dict.fromkeys(self._sizes, 0)  # how many late ones are queued up to the layer's last
@@ -181,6 +188,7 @@ class BrokenBarrier(Attached):
         return self.common_state() | {"late": late, "squares": dict(self._squares)}
 
     def load_state_dict(self, state: Mapping[str, Any], ranks_alike: bool = True) -> None:
+        state = self.own_state(state)
         self.load_common_state(state, ranks_alike)
         self._squares.update(state.get("squares", {}))
         self._outstanding = [self._restored(**late) for late in state.get("late", [])]

@@ -3,6 +3,7 @@
 It is the protocol of a step, and nothing else. It knows no optimizer and no training loop.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 from ..gradients import Gradients
 from .attached import Attached
 
+_log = logging.getLogger(__name__)
+
 
 class Exchange(Attached):
     """Averages the gradients of a model in every backward, and waits for all of them before the step.
@@ -21,7 +24,18 @@ class Exchange(Attached):
     next one begins.
     """
 
+    _scale_declared = False  # by the loop
+    _overflow_said = False
+
     def begin_step(self, loss_scale: float | Tensor = 1.0) -> None:
+        self._begin(loss_scale)
+        self._scale_declared = True
+
+    def begin_backward(self) -> None:
+        if not self.open or self.travelling:
+            self._begin(1.0)
+
+    def _begin(self, loss_scale: float | Tensor) -> None:
         self._end_step()
         self.open, self.travelling = True, False
         self.pipeline.clear()
@@ -53,6 +67,7 @@ class Exchange(Attached):
         return self.common_state()
 
     def load_state_dict(self, state: Mapping[str, Any], ranks_alike: bool = True) -> None:
+        state = self.own_state(state)
         if state.get("late"):
             raise ValueError(
                 "the checkpoint holds averages that a broken barrier is still to apply; resume with the "
@@ -65,5 +80,20 @@ class Exchange(Attached):
         self.pipeline.wait()  # where a backward raised, nobody has: its jobs still work on buffers and residuals
         if self.open:
             finite = self.finish()
+            self._say_what_overflows_without_a_scale(finite)
             complete = len(self.pipeline.nonfinite) == len(self.layers)  # else nobody can have applied it
             self.settle(finite if complete else torch.zeros_like(finite))
+
+    def _say_what_overflows_without_a_scale(self, finite: Tensor) -> None:
+        """Warn once of gradients that are not finite in a loop that declares no loss scale; a GPU is not waited for."""
+        if self._scale_declared or self._overflow_said or not self.averager.states:
+            return
+        if finite.device.type != "cpu" or finite:
+            return
+        self._overflow_said = True
+        if self.collectives.rank == 0:
+            _log.warning(
+                "an average is not finite, and no loss scale was declared: with a GradScaler, call "
+                "exchange.begin_step(scaler.get_scale()) before each step's backward, or what the compressor "
+                "remembers is in units of scales that are gone"
+            )

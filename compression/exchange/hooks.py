@@ -17,11 +17,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..gradients import Gradients
+from .models import finds_unused
 
 BUCKET_BYTES = 25 * 2**20  # of gradients that travel together where DDP does not choose
 
 OnBackward = Callable[[], None]
 """A function that is called before the first gradients of a backward are submitted."""
+
+OnEnd = Callable[[], None]
+"""A function that is called at the end of a backward, once all averages are there; it may raise, there."""
 
 Submit = Callable[[Gradients], "torch.futures.Future[Tensor]"]
 """A function that takes gradients of some layers. The future's value is their buffer, with the averages in it."""
@@ -37,11 +41,16 @@ class Hooks(Protocol):
         """Catch no more gradients, where that can be."""
 
 
-def hook(model: nn.Module, parameters: Mapping[str, nn.Parameter], begin: OnBackward, submit: Submit) -> Hooks:
-    """Catch the gradients of a model's `parameters`, which are all that are trained."""
+def hook(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], begin: OnBackward, submit: Submit, end: OnEnd
+) -> Hooks:
+    """Catch the gradients of a model's `parameters`, which are all that are averaged.
+
+    Raises ValueError where the model has a hook already.
+    """
     if isinstance(model, DistributedDataParallel):
-        return DdpHooks(model, parameters, begin, submit)
-    return ParameterHooks(parameters, begin, submit)
+        return DdpHooks(model, parameters, begin, submit, end)
+    return ParameterHooks(parameters, begin, submit, end)
 
 
 def shaped(values: Tensor, parameter: Tensor) -> Tensor:
@@ -57,28 +66,71 @@ def flattened(values: Tensor, parameter: Tensor) -> Tensor:
 
 
 class DdpHooks:
-    """DDP's communication hook: a buffer is a DDP bucket, whose future completes once it holds the averages."""
+    """DDP's communication hook: a buffer is a DDP bucket, whose future completes once it holds the averages.
+
+    Where DDP expects steps that do not use all parameters, hooks on these tell which were used since the last averages:
+    what DDP hands over of the others are zeros, and it throws away what it gets.
+    """
 
     def __init__(
-        self, model: DistributedDataParallel, parameters: Mapping[str, nn.Parameter], begin: OnBackward, submit: Submit
+        self,
+        model: DistributedDataParallel,
+        parameters: Mapping[str, nn.Parameter],
+        begin: OnBackward,
+        submit: Submit,
+        end: OnEnd,
     ) -> None:
-        self._model, self._begin, self._submit = model, begin, submit
+        self._model, self._begin, self._submit, self._end = model, begin, submit, end
         self._names = {id(parameter): name for name, parameter in parameters.items()}
-        model.register_comm_hook(None, self._hook)
+        self._futures: list[torch.futures.Future[Tensor]] = []  # of this backward
+        try:
+            model.register_comm_hook(None, self._hook)
+        except RuntimeError as error:
+            raise ValueError(
+                "this DistributedDataParallel has a communication hook already, which it keeps for life, a closed "
+                f"exchange's too; build it anew from the model and attach to that ({str(error).splitlines()[0]})"
+            ) from error
+        self._used: set[str] = set()
+        self._removers = (
+            [p.register_post_accumulate_grad_hook(self._mark_used) for p in parameters.values()]
+            if finds_unused(model)
+            else []
+        )
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         return self._model.no_sync()
 
     def remove(self) -> None:
-        """DDP has its hook for life."""
+        """DDP has its hook for life; those on parameters go."""
+        for remover in self._removers:
+            remover.remove()
+
+    def _mark_used(self, parameter: Tensor) -> None:
+        self._used.add(self._names[id(parameter)])
+
+    def _complete(self) -> None:
+        """End a backward, when autograd says so."""
+        futures, self._futures = self._futures, []
+        for future in futures:
+            future.wait()
+        self._used.clear()
+        self._end()
 
     def _hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+        flat = bucket.buffer()
+        if flat.is_sparse:
+            raise ValueError(
+                "a gradient is sparse, which no compressor takes; make its embedding with sparse=False, or train "
+                "without compression"
+            )
         if bucket.index() == 0:
             self._begin()
-        flat = bucket.buffer()
+            torch.autograd.Variable._execution_engine.queue_callback(self._complete)
         names = tuple(self._names[id(p)] for p in bucket.parameters())
         offsets = tuple(int(view.storage_offset() - flat.storage_offset()) for view in bucket.gradients())
-        return self._submit(Gradients(flat, names, offsets))
+        unused = frozenset(names) - self._used if self._removers else None
+        self._futures.append(self._submit(Gradients(flat, names, offsets, unused=unused)))
+        return self._futures[-1]
 
 
 class ParameterHooks:
@@ -88,8 +140,10 @@ class ParameterHooks:
     fills them, and make backward return only when all of them hold averages.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], begin: OnBackward, submit: Submit) -> None:
-        self._parameters, self._begin, self._submit = parameters, begin, submit
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], begin: OnBackward, submit: Submit, end: OnEnd
+    ) -> None:
+        self._parameters, self._begin, self._submit, self._end = parameters, begin, submit, end
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._sync = True
         self._accumulated: set[str] = set()  # layers that got a gradient and did not travel since the last averages
@@ -173,6 +227,7 @@ class ParameterHooks:
             for name, view in bucket.views.items():
                 self._parameters[name].grad = view
         self._accumulated.clear()
+        self._end()
 
 
 class _Bucket:

@@ -7,6 +7,7 @@ backward and no optimizer: hooks, outer steps of local SGD, benchmarks and tests
 import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..averagers import Averager, Averaging
 from ..gradients import Gradients, is_unit_scale, not_finite
 from ..layers import Layer
+from ..network.collectives import Collectives
 from ..streams import Meanwhile, Phases, Until, device_future, record_stream
 from .engine import Engine
 from .flat_gradient import FlatGradient
@@ -31,6 +33,8 @@ class Pipeline:
     all `layers` have been submitted, and are averaged as one. An averager's state is pending until the caller settles
     it (`Averager.settle`).
 
+    Layers that no rank uses in a step (`Gradients.unused`) are left out of it, which the ranks of `network` agree on.
+
     Where `choose` is given, urgent buffers overtake others, and it makes the choice: see `Engine`. The averages then
     come back in float32 and without loss scale; else they do in the gradients' own type, unit and buffer.
     """
@@ -44,6 +48,7 @@ class Pipeline:
         recorder: Recorder | None = None,
         needs_full_gradient: bool = False,
         choose: Callable[[bool], bool] | None = None,
+        network: Collectives | None = None,
     ) -> None:
         self.averager, self.recorder = averager, recorder
         self.nonfinite: dict[str, Tensor] = {}
@@ -52,12 +57,16 @@ class Pipeline:
         """Seconds of the communication thread in jobs."""
         self.failure: BaseException | None = None
         """An exception of another thread than the caller's."""
+        self.told = True
+        """Whether somebody was told of it."""
+        self.completed_at = 0.0
+        """The time of the last buffer's end, by `time.perf_counter`."""
         self.submitted = 0
         """Buffers, or full gradients, that have been submitted and are not urgent."""
         self._sizes = {layer.name: layer.numel for layer in layers}
         self._flat_gradient = FlatGradient(layers) if needs_full_gradient else None
         self._waiting: list[tuple[Gradients, Future[Tensor]]] = []  # for the rest of the full gradient
-        self._choose, self._in_order = choose, choose is None
+        self._choose, self._in_order, self._network = choose, choose is None, network
         self._engine = Engine(device, self._choose_next)
 
     def clear(self) -> None:
@@ -79,7 +88,7 @@ class Pipeline:
             return future
         waiting, self._waiting = self._waiting, []
         averaging: Averaging | None = None
-        if self._flat_gradient is None and self._in_order:
+        if self._flat_gradient is None and self._in_order and gradients.unused is None:
             with self._capturing_failure():
                 averaging = self.averager.post(gradients, step)
         job = self._job([part for part, _ in waiting], [each for _, each in waiting], step, averaging, then)
@@ -97,6 +106,7 @@ class Pipeline:
     def check(self) -> None:
         """Raise the exception of the communication thread, if there is one."""
         if failure := self.failure or self._engine.failure:
+            self.told = True
             raise failure
 
     def wait(self) -> None:
@@ -123,6 +133,7 @@ class Pipeline:
             with self._capturing_failure():
                 if self.failure is None:
                     flats = yield from self._timed(self._averages(parts, step, averaging, then))
+            self.completed_at = time.perf_counter()
             for flat, future in zip(flats, futures, strict=True):
                 future.set_result(flat)
 
@@ -133,7 +144,7 @@ class Pipeline:
         try:
             yield
         except BaseException as error:
-            self.failure = error
+            self.failure, self.told = error, False
 
     def _timed(self, phases: Generator[Meanwhile | Until, None, Result]) -> Generator[Meanwhile | Until, None, Result]:
         """The same phases, their time counted. Where something else went wrong meanwhile, that is raised."""
@@ -161,7 +172,10 @@ class Pipeline:
         gradients = parts[0] if self._flat_gradient is None else self._flat_gradient.join(parts)
         prepared = self._prepared(gradients)
         if self._in_order:
-            yield from (averaging or self.averager.post(prepared, step))(prepared)
+            if gradients.unused is not None:
+                prepared = self._used_by_any_rank(prepared, gradients.unused)
+            if prepared.names:
+                yield from (averaging or self.averager.post(prepared, step))(prepared)
         else:
             self.averager.average_(prepared, step)
             yield Meanwhile.NONE_BEGINS
@@ -180,6 +194,18 @@ class Pipeline:
             if self.recorder is not None:
                 self.recorder.record(gradients)
         return gradients
+
+    def _used_by_any_rank(self, gradients: Gradients, unused: frozenset[str]) -> Gradients:
+        """The layers that some rank's step uses: the others keep what is owed of them until they are used.
+
+        One small sum over the ranks, and on a GPU a wait for it.
+        """
+        assert self._network is not None
+        used = torch.tensor([float(name not in unused) for name in gradients.names], device=gradients.flat.device)
+        self._network.sum_(used)
+        layers = zip(gradients.names, gradients.offsets, used.tolist(), strict=True)
+        kept = [(name, at) for name, at, count in layers if count]
+        return replace(gradients, names=tuple(name for name, _ in kept), offsets=tuple(at for _, at in kept))
 
     def _finished(self, gradients: Gradients, prepared: Gradients) -> Gradients:
         """The averages in their own buffer; notes whether they are finite."""

@@ -91,9 +91,9 @@ class Meter:
         self._submitted_at = time.perf_counter()
 
     def arrived(self) -> None:
-        """All averages that the step waits for have arrived."""
+        """All averages that the step waits for have arrived: a loop may say so much later, or the next step may."""
         if self._submitted_at is not None:
-            self._exposed_seconds += time.perf_counter() - self._submitted_at
+            self._exposed_seconds += max(0.0, self._pipeline.completed_at - self._submitted_at)
             self._submitted_at = None
 
     def report(self, steps: int) -> Report:
