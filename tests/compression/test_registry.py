@@ -252,6 +252,23 @@ def test_a_row_names_what_there_is(name: str) -> None:
         assert codec(name, **options).wire_bytes(64) > 0
 
 
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_a_row_says_whether_the_network_adds_up(name: str) -> None:
+    class Noted(ThreadCollectives):
+        sums = 0
+
+        def sum_(self, values: torch.Tensor) -> None:
+            self.sums += 1
+            super().sum_(values)
+
+    def work(ranks: ThreadCollectives) -> int:
+        noted = Noted(ranks.rank, ranks._slots, ranks._barrier)
+        average(averager(name, {}, noted), gradient(ranks.rank, 0), 0)
+        return noted.sums
+
+    assert all((sums > 0) == COMPRESSORS[name].all_reduces for sums in run_ranks(2, work))
+
+
 @every_compressor
 def test_one_rank_alone_still_encodes(name: str, options: dict[str, Any]) -> None:
     """So that what a compressor does to training can be studied without a cluster."""
