@@ -53,6 +53,7 @@ OPTIONS = {
     "efx_randk": "efx_randk",
     "big_grad": "big_grad",
     "dgc_clip": "clip",
+    "dense_dtype": "dense_dtype",
 }
 
 # Compressors that a flag of their own chooses.
@@ -264,8 +265,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="bits per value, 1 to 8, for types that have bits; with --search the widths before the "
         "first search")
     add("--bucket-size", type=count_or_off, default=512,
-        help="values of a layer that share one scale, -1 for the whole layer; layers with fewer values stay "
-        "float32")
+        help="values of a layer that share one scale, -1 for the whole layer; layers with fewer values are not "
+        "encoded")
     add("--error-feedback", action="store_true", help="add the error of an encoding to the next step's gradient")
     add("--efx-bits", type=bit_width,
         help="with top-k, in place of --error-feedback: send the dropped values too, in this many bits")
@@ -277,7 +278,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="encode and average all gradients as one tensor after backward")
     add("--dgc", action="store_true", help="deep gradient compression: top-k with momentum correction")
     add("--compressor-warmup-steps", type=count_or_none, default=0,
-        help="optimizer steps in float32 before compression begins; with --dgc the steps over which the "
+        help="optimizer steps that encode nothing before compression begins; with --dgc the steps over which the "
         "fraction sent falls")
     ranks.add_argument("--local_rank", "--local-rank", type=count_or_none, default=0,
                        help="rank on this machine, given by the launcher; LOCAL_RANK in the environment wins")
@@ -322,6 +323,9 @@ def build_parser() -> argparse.ArgumentParser:
               "ranks on its host)")
     extension(encoding, "--dgc-clip", metavar="NORM", type=positive,
               help="with --dgc: clip each rank's gradient to this norm before momentum")
+    extension(encoding, "--dense-dtype", choices=("float32", "bfloat16"), default="float32",
+              help="numbers as which values travel that are not encoded: all with --compression-type none, those of "
+              "small layers with the others")
     extension(widths, "--compression-scheme", metavar="FILE", type=text,
               help="train with the widths of a compress_scheme_N.json that a search wrote")
     extension(widths, "--search-calibration-steps", metavar="STEPS", type=count, default=20,
@@ -442,14 +446,20 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
     refuse(flags.powersgd_rank and flags.big_grad and kind == "none",
            "--powersgd-rank factors each layer's matrix, and --big-grad leaves one long vector; drop one")
     chosen = compressor_name(flags)
+    chosen_row, chosen_by = compression.COMPRESSORS[chosen], CHOSEN_BY.get(chosen, f"--compression-type {chosen}")
     for name, option in OPTIONS.items():
         others = [CHOSEN_BY.get(other, other) for other, row in compression.COMPRESSORS.items() if option in row.takes]
-        refuse(name in changed and option not in compression.COMPRESSORS[chosen].takes,
-               f"{spelled(name)} has no effect with {CHOSEN_BY.get(chosen, f'--compression-type {chosen}')}; "
-               f"use {', '.join(others)}")
-    refuse(flags.bb_ratio and not compression.COMPRESSORS[chosen].supports_stale_updates,
-           "--bb-ratio lets the averages of some layers come late, and "
-           f"{CHOSEN_BY.get(chosen, f'--compression-type {chosen}')} settles whole steps; "
+        refuse(name in changed and option not in chosen_row.takes,
+               f"{spelled(name)} has no effect with {chosen_by}; use {', '.join(others)}")
+    over_horovod = flags.hvd and flags.dense_dtype == "bfloat16"
+    refuse(over_horovod and chosen_row.all_reduces,
+           f"--dense-dtype bfloat16 with {chosen_by} is a sum of bfloat16, which Horovod has not; drop --hvd or "
+           "--dense-dtype, or use a type whose messages are bytes, such as maxmin")
+    refuse(over_horovod and flags.compressor_warmup_steps and not chosen_row.own_warmup,
+           "--dense-dtype bfloat16 with --compressor-warmup-steps is a sum of bfloat16, which Horovod has not; drop "
+           "one of --hvd, --dense-dtype and --compressor-warmup-steps")
+    refuse(flags.bb_ratio and not chosen_row.supports_stale_updates,
+           f"--bb-ratio lets the averages of some layers come late, and {chosen_by} settles whole steps; "
            f"use {', '.join(compression.with_stale_updates())}")
 
     # search

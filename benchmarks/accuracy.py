@@ -3,7 +3,7 @@
     python benchmarks/accuracy.py digits --epochs 8 --seeds 3 -- "none" "maxmin --error-feedback"
     python benchmarks/accuracy.py cifar10.tar.xz --epochs 5 --seeds 3 -- "none" "maxmin --error-feedback"
 
-Each setting is a `--compression-type` with its flags, or flags alone; `bfloat16` is one of them, see `bfloat16.py`.
+Each setting is a `--compression-type` with its flags, or flags alone.
 The training flags are those of RECIPES, and all runs have two ranks under torchrun. A row gives top-1 after the last
 epoch as mean and standard deviation over the seeds, bytes sent as a fraction of float32's, and seconds. With
 `--runs FILE` every finished run is kept there, one JSON object a line, and is not run again: a table that was cut off
@@ -28,7 +28,6 @@ from typing import Any
 import torch
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
-WITH_BFLOAT16 = Path(__file__).with_name("bfloat16.py")
 RANKS = 2
 
 RECIPES = {
@@ -74,8 +73,7 @@ class Runs:
 
 def command_of(folder: str, flags: list[str], seed: int, workspace: str) -> list[str]:
     """The program and its flags, for one rank or for what launches ranks."""
-    program = WITH_BFLOAT16 if "bfloat16" in flags else MAIN
-    return [str(program), folder, *ALWAYS.split(), *flags, "--seed", str(seed), "--workspace", workspace]
+    return [str(MAIN), folder, *ALWAYS.split(), *flags, "--seed", str(seed), "--workspace", workspace]
 
 
 def logged(workspace: str) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ from benchmarks.search import machine
 
 METHODS = {
     "float32": "none",
-    "bfloat16": "bfloat16",
+    "bfloat16": "none --dense-dtype bfloat16",
     "4 bits": "maxmin --error-feedback",
     "searched": "maxmin --error-feedback --search --search-target-bits 3",
     "top-k 1 %": "topk --error-feedback",

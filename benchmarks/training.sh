@@ -12,7 +12,8 @@ accuracy --seeds 3 -- "none" "maxmin --error-feedback"
 
 echo "== every compressor"
 gently="--compressor-warmup-steps 156"  # two epochs; of DGC the ramp
-accuracy --seeds 1 -- "none" "bfloat16" "maxmin --error-feedback" "maxmin --error-feedback --search --search-target-bits 3" \
+accuracy --seeds 1 -- "none" "none --dense-dtype bfloat16" "maxmin --error-feedback" \
+  "maxmin --error-feedback --search --search-target-bits 3" \
   "norm_uniform" "exponential" "quantile" "1bit" "1bit $gently" "terngrad" "svd --powersgd-rank 4" "--powersgd-rank 4" "sanity" \
   "topk --error-feedback" "topk --error-feedback $gently" "topk --error-feedback --topk-ratio 0.05 $gently" \
   "topk --error-feedback --topk-ratio 0.1 $gently" "topk_rmsprop --error-feedback $gently" \

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 
-DENSE = 32  # the width of a layer that travels as float32
+DENSE = 32  # the width of a layer that is not encoded, and of records that are float32 as they are
+BFLOAT16 = 16  # the width of records that are values rounded to bfloat16; all codes are narrower
 
 
 @dataclass(frozen=True)

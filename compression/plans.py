@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from .layers import DENSE, Ints, Layer, bucket_length
+from .layers import BFLOAT16, Ints, Layer, bucket_length
 
 MAX_PLANS = 64
 """Groups of layers whose plans are kept: where steps use other layers each time, there is no end of them."""
@@ -25,7 +25,7 @@ class Plan:
 
     position: Ints  # of the first value, in the flat buffer
     count: Ints  # of values
-    bits: Ints  # per value; DENSE is float32 as it is
+    bits: Ints  # per value; DENSE is float32 as it is, BFLOAT16 its upper half, rounded
     wire_at: Ints  # byte offset of the record
     slot: Ints  # this layer's row of the stream keys
     element: Ints  # index, in the layer, of the first value
@@ -42,6 +42,12 @@ class Plan:
     def longest(self) -> int:
         """The most values of one bucket."""
         return int(self.count.max(initial=0))
+
+    @cached_property
+    def dense(self) -> NDArray[np.bool_]:
+        """The buckets that are not encoded, [M]."""
+        mask: NDArray[np.bool_] = self.bits >= BFLOAT16
+        return mask
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def plan(
 
     `shards[name][rank]` is (start, stop) in a layer's values. A shard is cut into buckets of `bucket_size` values, or
     is one bucket where that is None. Within a message the records follow the order of `segments`.
-    `record_bytes(count, bits)` is the format's; a DENSE record is 4 bytes a value.
+    `record_bytes(count, bits)` is the format's; a record that is not encoded has only its values' bits.
     """
     rows: list[NDArray[np.int64]] = []
     message_bytes = []
@@ -83,7 +89,9 @@ def plan(
             length = stop - start if bucket_size is None else bucket_length(segment.layer.numel, bucket_size)
             element = np.arange(start, stop, length, dtype=np.int64)
             count = np.minimum(length, stop - element)
-            first, last = (4 * int(n) if width == DENSE else record_bytes(int(n), width) for n in count[[0, -1]])
+            first, last = (
+                int(n) * width // 8 if width >= BFLOAT16 else record_bytes(int(n), width) for n in count[[0, -1]]
+            )
             nbytes = np.full(len(count), first, np.int64)
             nbytes[-1] = last
             row = np.empty((7, len(count)), np.int64)

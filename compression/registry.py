@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 if TYPE_CHECKING:
     from .averagers import Averager
     from .averagers.top_k import Score
-    from .codecs.base import Codec
+    from .codecs.base import Codec, Floats
     from .codecs.quantizer import Quantizer
     from .layers import Layer
     from .network.collectives import Collectives
@@ -25,10 +25,11 @@ class Options:
 
     Options that a compressor does not take have these values.
 
-    `bucket_size`: values that share scales, -1 for the whole layer; layers with fewer values travel in float32.
-    `warmup_steps`: optimizer steps in float32 before compression begins.
+    `bucket_size`: values that share scales, -1 for the whole layer; layers with fewer values are not encoded.
+    `warmup_steps`: optimizer steps in which nothing is encoded, before compression begins.
     `big_grad`: all gradients travel as one tensor, after backward.
     `clip`: bound of the norm of a rank's whole gradient.
+    `dense_dtype`: numbers as which values travel that are not encoded, float32 or bfloat16.
 
     Raises ValueError for a value out of range.
     """
@@ -38,15 +39,25 @@ class Options:
     warmup_steps: int = 0
     big_grad: bool = False
     clip: float | None = None
+    dense_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps counts optimizer steps, got {self.warmup_steps}")
+        if self.dense_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dense_dtype is float32 or bfloat16, got {self.dense_dtype!r}")
 
     @property
     def needs_full_gradient(self) -> bool:
         """Whether all gradients are needed at once: as one tensor, or for their norm."""
         return self.big_grad or self.clip is not None
+
+    @property
+    def dense(self) -> "Floats":
+        """The codec of what is not encoded."""
+        kind = {"float32": "base.Float32", "bfloat16": "base.BFloat16"}[self.dense_dtype]
+        codec: Floats = _load(kind)()
+        return codec
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,13 @@ class DenseOptions(Options):
 
 
 @dataclass(frozen=True)
+class AllReduceOptions(DenseOptions):
+    """Options of a compressor that sends the whole gradient without encoding it."""
+
+    dense_dtype: str = "float32"
+
+
+@dataclass(frozen=True)
 class FixedWidthOptions(Options):
     """Options of a quantizer that has one width."""
 
@@ -64,6 +82,7 @@ class FixedWidthOptions(Options):
     error_feedback: bool = False
     warmup_steps: int = 0
     big_grad: bool = False
+    dense_dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,7 @@ class QuantizerOptions(Options):
     error_feedback: bool = False
     warmup_steps: int = 0
     big_grad: bool = False
+    dense_dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -89,6 +109,7 @@ class TopKOptions(Options):
     efx_randk: float | None = None
     warmup_steps: int = 0
     big_grad: bool = False
+    dense_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,6 +130,7 @@ class LowRankOptions(Options):
     bucket_size: int = 512
     error_feedback: bool = False
     warmup_steps: int = 0
+    dense_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,6 +157,7 @@ class DgcOptions(Options):
     bucket_size: int = 512
     warmup_steps: int = 0
     big_grad: bool = False
+    dense_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,9 +178,10 @@ class Row:
     Either a `quantizer`, whose codes are averaged in two hops, or what `average` builds. `quantizer` and `codec` are
     classes, or their names within `compression.codecs`.
     `min_bits`: the least width, 0 where there is none to choose. `listed`: among the choices of a compression type; the
-    others are chosen otherwise. `needs_feedback`: error feedback is always on. `own_warmup`: its first `warmup_steps`
-    are not in float32, but its own business. `stateless`: its averager remembers nothing. `encodes`: it sends less than
-    float32 does. `needs_matrix`: a layer means something as a whole only.
+    others are chosen otherwise. `needs_feedback`: error feedback is always on. `own_warmup`: it encodes in its first
+    `warmup_steps` too. `stateless`: its averager remembers nothing. `encodes`: it sends less than float32 does, with
+    any options. `needs_matrix`: a layer means something as a whole only. `all_reduces`: the network adds up what it
+    sends, or some of it.
     """
 
     summary: str
@@ -172,6 +196,7 @@ class Row:
     stateless: bool = False
     encodes: bool = True
     needs_matrix: bool = False
+    all_reduces: bool = False
 
     @property
     def takes(self) -> tuple[str, ...]:
@@ -203,13 +228,13 @@ class Row:
         from .averagers import TwoHop
 
         feedback = options.error_feedback or self.needs_feedback
-        return TwoHop(self.quantizer_of(options), layers, collectives, seed, feedback)
+        return TwoHop(self.quantizer_of(options), layers, collectives, seed, feedback, options.dense)
 
 
-def _none(options: DenseOptions, layers: Sequence["Layer"], collectives: "Collectives", seed: int) -> "Averager":
-    from .averagers import Dense
+def _none(options: Options, layers: Sequence["Layer"], collectives: "Collectives", seed: int) -> "Averager":
+    from .averagers import Dense, RoundedDense
 
-    return Dense(collectives)
+    return Dense(collectives) if options.dense_dtype == "float32" else RoundedDense(collectives)
 
 
 def _sanity(options: DenseOptions, layers: Sequence["Layer"], collectives: "Collectives", seed: int) -> "Averager":
@@ -227,17 +252,18 @@ def _stats(options: DenseOptions, layers: Sequence["Layer"], collectives: "Colle
 def _powersgd(options: LowRankOptions, layers: Sequence["Layer"], collectives: "Collectives", seed: int) -> "Averager":
     from .averagers import PowerSGD
 
-    return PowerSGD(options.rank, layers, collectives, seed)
+    return PowerSGD(options.rank, layers, collectives, seed, options.dense)
 
 
 def _svd(options: AtomsOptions, layers: Sequence["Layer"], collectives: "Collectives", seed: int) -> "Averager":
     from .averagers import OneHop
     from .codecs.low_rank import SpectralAtoms, sides
 
-    def atoms(layer: "Layer") -> SpectralAtoms:
-        return SpectralAtoms(*sides(layer.shape), options.rank, contraction=options.error_feedback)
+    def atoms(layer: "Layer") -> "Codec":
+        codec = SpectralAtoms(*sides(layer.shape), options.rank, contraction=options.error_feedback)
+        return options.dense if codec.dense else codec
 
-    return OneHop(atoms, layers, collectives, seed, options.error_feedback)
+    return OneHop(atoms, layers, collectives, seed, options.error_feedback, options.dense)
 
 
 def _top_k(options: TopKOptions, layers: Sequence["Layer"], collectives: "Collectives", seed: int) -> "Averager":
@@ -266,6 +292,7 @@ def _top_k_by(
         score,
         _dropped(options, layers, collectives, seed),
         global_top_k=options.big_grad,
+        dense=options.dense,
     )
 
 
@@ -295,11 +322,19 @@ def _dgc(options: DgcOptions, layers: Sequence["Layer"], collectives: "Collectiv
         clip=options.clip,
         ramp_steps=options.warmup_steps,
         global_top_k=options.big_grad,
+        dense=options.dense,
     )
 
 
 COMPRESSORS: dict[str, Row] = {
-    "none": Row("float32 all-reduce", DenseOptions, _none, stateless=True, encodes=False),
+    "none": Row(
+        "all-reduce of float32 or bfloat16",
+        AllReduceOptions,
+        _none,
+        stateless=True,
+        encodes=False,
+        all_reduces=True,
+    ),
     "sanity": Row(
         "sends nothing, every gradient is zero", DenseOptions, _sanity, stateless=True, encodes=False
     ),
@@ -344,6 +379,7 @@ COMPRESSORS: dict[str, Row] = {
         _stats,
         stateless=True,
         encodes=False,
+        all_reduces=True,
     ),
     "quantile": Row(
         "levels at the quantiles of each layer", QuantizerOptions, quantizer="quantizers.Quantile", min_bits=1
@@ -354,6 +390,7 @@ COMPRESSORS: dict[str, Row] = {
         _powersgd,
         listed=False,
         needs_matrix=True,
+        all_reduces=True,
     ),
     "dgc": Row(
         "deep gradient compression: top-k of momentum that each rank keeps for itself",
@@ -374,7 +411,7 @@ class Compressor:
 
     @property
     def bucket_size(self) -> int:
-        """Values that share scales; layers with fewer travel in float32."""
+        """Values that share scales; layers with fewer are not encoded."""
         size: int = self.options.bucket_size
         return size
 
@@ -387,7 +424,7 @@ class Compressor:
     @property
     def encodes(self) -> bool:
         """Whether it sends less than float32 does."""
-        return COMPRESSORS[self.name].encodes
+        return COMPRESSORS[self.name].encodes or self.options.dense_dtype != "float32"
 
     def hierarchical(self, layers: Sequence["Layer"], levels: "Levels", seed: int) -> "Averager":
         """Bind to layers, and to the ranks of this host and of this place."""
@@ -403,9 +440,9 @@ class Compressor:
         inner = row.averager(self.options, layers, collectives, seed)
         if self.options.warmup_steps == 0 or row.own_warmup:
             return inner
-        from .averagers import Dense, WarmUp
+        from .averagers import WarmUp
 
-        return WarmUp(inner, Dense(collectives), self.options.warmup_steps)
+        return WarmUp(inner, _none(self.options, layers, collectives, seed), self.options.warmup_steps)
 
 
 def build(name: str, **options: Any) -> Compressor:

@@ -14,7 +14,7 @@ keys only, and knows neither models, optimizers nor ranks.
 | `images_per_iteration` | images of one batch of all ranks: `iteration` counts them |
 | `metrics` | those of training in the epoch that `iteration` is in, by name |
 | `memory_format` | order in memory, nchw or nhwc, of the values that compression and search remember |
-| `widths` | layer name -> bits that each layer travels in |
+| `widths` | layer name -> bits of its codes, 32 where it is not encoded |
 | `seed` | seed of the run, also where none was asked for |
 | `world_size` | ranks that wrote it |
 | `ranks` | per rank: `random` (see `random_state`), `buffers` (batch-norm statistics), `exchange` (residuals and all |

@@ -111,6 +111,7 @@ EXTENSIONS = (
     Option("--dist-backend", "auto", None, ("auto", "gloo", "nccl")),
     Option("--threads", None, "N"),
     Option("--dgc-clip", None, "NORM"),
+    Option("--dense-dtype", "float32", None, ("float32", "bfloat16")),
     Option("--compression-scheme", None, "FILE"),
     Option("--search-calibration-steps", 20, "STEPS"),
     Option("--search-target-bits", None, "BITS"),
@@ -178,7 +179,7 @@ def test_every_option_stands_in_the_group_of_its_topic_and_extensions_are_marked
     of = {flag: group.title for group in groups for action in group._group_actions for flag in action.option_strings}
     assert (of["--arch"], of["--image-size"]) == ("data and model",) * 2
     assert (of["--hvd"], of["--device"], of["--threads"]) == ("ranks",) * 3
-    assert (of["--dgc"], of["--dgc-clip"]) == ("gradient compression",) * 2
+    assert (of["--dgc"], of["--dgc-clip"], of["--dense-dtype"]) == ("gradient compression",) * 3
     assert (of["--search"], of["--search-target-bits"]) == ("bit-width search",) * 2
     marked = {flag for flag, action in actions().items() if action.help.startswith("(extension) ")}
     assert marked == {option.spellings for option in EXTENSIONS}
@@ -385,6 +386,21 @@ REFUSED = {
     "--error-feedback": "--error-feedback has no effect with --compression-type none; use ",
     "--bucket-size 64": "--bucket-size has no effect with --compression-type none; use ",
     "--compressor-warmup-steps 9": "--compressor-warmup-steps has no effect with --compression-type none; use ",
+    "--compression-type sanity --dense-dtype bfloat16": (
+        "--dense-dtype has no effect with --compression-type sanity; use none, maxmin, "
+    ),
+    "--compression-type stats --dense-dtype bfloat16": "--dense-dtype has no effect with --compression-type stats; ",
+    "--hvd --dense-dtype bfloat16": (
+        "--dense-dtype bfloat16 with --compression-type none is a sum of bfloat16, which Horovod has not; drop --hvd "
+        "or --dense-dtype, or use a type whose messages are bytes, such as maxmin"
+    ),
+    "--hvd --dense-dtype bfloat16 --powersgd-rank 2": (
+        "--dense-dtype bfloat16 with --powersgd-rank is a sum of bfloat16, which Horovod has not; drop --hvd or "
+    ),
+    "--hvd --dense-dtype bfloat16 --compression-type topk --compressor-warmup-steps 9": (
+        "--dense-dtype bfloat16 with --compressor-warmup-steps is a sum of bfloat16, which Horovod has not; drop one "
+        "of --hvd, --dense-dtype and --compressor-warmup-steps"
+    ),
     "--compression-type stats --error-feedback": "--error-feedback has no effect with --compression-type stats; use ",
     # search
     "--bb-ratio 0.5 --compression-type topk": (
@@ -442,6 +458,10 @@ def test_a_flag_without_effect_is_refused_with_what_it_goes_with(line, capsys):
         "--compression-type topk_rmsprop --efx-randk 0.1 --topk-ratio 0.1 --compressor-warmup-steps 100",
         "--dgc --dgc-clip 1 --nesterov --topk-ratio 0.001 --compressor-warmup-steps 500",
         "--compression-type topk --dgc",
+        "--dense-dtype bfloat16",
+        "--dense-dtype bfloat16 --bb-ratio 0.5 --compression-type maxmin --compressor-warmup-steps 9",
+        "--dense-dtype bfloat16 --hvd --dgc --compressor-warmup-steps 9",
+        "--dense-dtype bfloat16 --hvd --compression-type maxmin",
         "--powersgd-rank 4 --compressor-warmup-steps 10",
         "--compression-type svd --powersgd-rank 2",
         "--bb-ratio 0.9 --bb-num-parallel-steps 3 --hvd",

@@ -139,6 +139,21 @@ def test_bytes_are_those_of_the_codes_and_of_what_is_not_compressed(trained: Sta
         assert metrics["comm.ratio"] == pytest.approx(ratio(dict.fromkeys(COMPRESSED, 4)))
 
 
+@pytest.mark.parametrize("flags", ["", "--compression-type maxmin --error-feedback"])
+def test_in_bfloat16_two_ranks_learn_and_what_is_not_encoded_takes_half(
+    flags: str, pictures: Path, tmp_path: Path
+) -> None:
+    done = stage(tmp_path, pictures, f"--epochs 2 --dense-dtype bfloat16 --hierarchical off {flags}")
+    metrics = done.metrics(1)
+    codes = sum(encoded_bytes(name, 4) for name in COMPRESSED)
+    expected = codes + DENSE_BYTES / 2 if flags else 2 * VALUES
+    assert metrics["comm.bytes_sent"] == pytest.approx(expected)
+    assert metrics["comm.bytes_dense"] == 4 * VALUES
+    assert metrics["train.loss"] < done.metrics(0)["train.loss"]
+    first, second = done.ranks
+    assert all(torch.equal(first.weights[name], second.weights[name]) for name in PARAMETERS)
+
+
 # The raport
 
 

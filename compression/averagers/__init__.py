@@ -10,7 +10,7 @@ One file per way of agreeing:
 
 | on the wire | can the network add it? | averager | bytes sent per rank |
 | --- | --- | --- | --- |
-| float32, half | yes | Dense: all-reduce | 2 (W-1)/W x width x N |
+| float32, half, bfloat16 | yes | Dense, RoundedDense: all-reduce | 2 (W-1)/W x width x N |
 | b-bit codes | no | TwoHop: exchange, decode and add, encode again, gather | 2 (W-1)/W x encoded |
 | codes of any other kind | no | OneHop: one gather | (W-1) x encoded |
 | (index, value) pairs | no, and the mean is denser | TopKAverager: one gather | (W-1) x encoded |
@@ -22,7 +22,7 @@ W ranks, N values, rank R.
 """
 
 from .base import Averager, Averaging
-from .dense import Dense, Sanity
+from .dense import Dense, RoundedDense, Sanity
 from .dgc import DeepGradientCompression
 from .hierarchical import Hierarchical
 from .observed import StatisticsAverager
@@ -44,6 +44,7 @@ __all__ = [
     "RandomKAverager",
     "Residual",
     "RmsScore",
+    "RoundedDense",
     "Sanity",
     "StatisticsAverager",
     "TopKAverager",

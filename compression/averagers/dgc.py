@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..codecs.base import FLOAT32, Floats
 from ..codecs.sparsifiers import TopK
 from ..gradients import Gradients
 from ..layer_state import LayerState
@@ -48,7 +49,7 @@ class DeepGradientCompression(TopKAverager):
     """Top-k of momentum that each rank keeps for itself (Lin et al. 2018, arXiv:1712.01887).
 
     It stands in for the momentum of the layers that it compresses, `without_momentum`: the optimizer's own must be
-    off for them. The others travel in float32 and keep it. Weight decay stays with the optimizer, so it is neither
+    off for them. The others travel as they are and keep it. Weight decay stays with the optimizer, so it is neither
     accumulated nor masked (the paper is silent on it).
 
     Over the first `ramp_steps` the fraction kept falls in four equal stages, to max(ratio, 1/4), 1/16, 1/64 and 1/256
@@ -69,9 +70,10 @@ class DeepGradientCompression(TopKAverager):
         clip: float | None = None,
         ramp_steps: int = 0,
         global_top_k: bool = False,
+        dense: Floats = FLOAT32,
     ) -> None:
         correction = MomentumCorrection(layers, momentum, nesterov, masking)
-        super().__init__(TopK(ratio), layers, collectives, correction, global_top_k=global_top_k)
+        super().__init__(TopK(ratio), layers, collectives, correction, global_top_k=global_top_k, dense=dense)
         self.ratio, self.ramp_steps, self.clip = ratio, ramp_steps, clip
         self.without_momentum = frozenset(layer.name for layer in layers if layer.compressed)
 

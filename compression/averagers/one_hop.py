@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..codecs.base import Codec, Float32
+from ..codecs.base import FLOAT32, Codec, Floats
 from ..gradients import Gradients
 from ..layer_state import LayerState
 from ..layers import Layer
@@ -21,7 +21,7 @@ class OneHop(Averager):
 
     It takes any codec, one per layer, and asks nothing of its messages but their length. Each rank decodes all
     messages and adds them up in rank order, so that all end with the same bits. Layers that are not compressed travel
-    as float32 in the same message.
+    in the same message, as float32 or as `dense` has it.
 
     With error feedback (Karimireddy et al. 2019, arXiv:1901.09847) an encoding's error is added to the next gradient.
     Residuals stay bounded only where the codec is a contraction: |v - decoded| < |v|.
@@ -34,11 +34,12 @@ class OneHop(Averager):
         collectives: Collectives,
         seed: int,
         error_feedback: bool = False,
+        dense: Floats = FLOAT32,
     ) -> None:
         self.collectives, self.seed = collectives, seed
         self.layers = {layer.name: layer for layer in layers}
         self.codecs: dict[str, Codec] = {
-            layer.name: codec_of(layer) if layer.compressed else Float32() for layer in layers
+            layer.name: codec_of(layer) if layer.compressed else dense for layer in layers
         }
         self._sizes = {layer.name: layer.numel for layer in layers}
         self._residual = LayerState({layer.name: layer.numel for layer in layers if layer.compressed})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import randomness
+from ..codecs.base import FLOAT32, Floats
 from ..codecs.low_rank import gains, sides
 from ..gradients import Gradients
 from ..layer_state import LayerState
@@ -59,15 +60,16 @@ class _Stack:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The messages of one group of layers: all left factors and the dense layers first, all right factors second."""
+    """The messages of one group of layers: all left factors first, all right factors second, and the dense layers."""
 
     names: tuple[str, ...]  # of the layers that are factored
     matrices: tuple[_Matrix, ...]
     lefts: tuple[_Stack, ...]
     rights: tuple[_Stack, ...]
-    dense: tuple[tuple[slice, slice], ...]  # (in the gradients, in the message)
+    dense: tuple[tuple[slice, slice], ...]  # (in the gradients, among the dense values)
     first_values: int
     second_values: int
+    dense_values: int
 
 
 class PowerSGD(Averager):
@@ -76,7 +78,7 @@ class PowerSGD(Averager):
     A layer is a matrix M whose rows are its first dimension. One step of subspace iteration, from where the last
     one ended: P = the sum over ranks of M Q^T, made orthonormal; Q = the mean over ranks of P^T M; the average is P Q.
     All layers' P travel in one all-reduce, all Q in another. Layers that do not gain from it, R (rows + cols) >= rows x
-    cols, and those that are not compressed, travel in float32 with P.
+    cols, and those that are not compressed, travel with P in float32, or in a message of their own as `dense` has it.
 
     Error feedback is part of it: each rank keeps what its own part of the average, P P^T M, leaves of M. The paper
     subtracts the average itself. Both add up to the same over the ranks, and only the sum travels, so that the
@@ -89,8 +91,15 @@ class PowerSGD(Averager):
     Finite for every finite sum of gradient and residual: a column of P Q longer than the largest float is cut there.
     """
 
-    def __init__(self, rank: int, layers: Sequence[Layer], collectives: Collectives, seed: int) -> None:
-        self.rank, self.collectives = rank, collectives
+    def __init__(
+        self,
+        rank: int,
+        layers: Sequence[Layer],
+        collectives: Collectives,
+        seed: int,
+        dense: Floats = FLOAT32,
+    ) -> None:
+        self.rank, self.collectives, self.dense = rank, collectives, dense
         self.layers = {layer.name: layer for layer in layers}
         self._seed = seed
         factored = [layer for layer in layers if layer.compressed and gains(*sides(layer.shape), rank)]
@@ -105,7 +114,8 @@ class PowerSGD(Averager):
         inverse_world_size = 1.0 / network.world_size
         residual, compensated = self._residual.allocate(flat.device, plan.names)
         basis, next_basis = self._bases(flat.device, plan.names)
-        first, second = flat.new_empty(plan.first_values), flat.new_empty(plan.second_values)
+        both, second = flat.new_empty(plan.first_values + plan.dense_values), flat.new_empty(plan.second_values)
+        first, dense = both.split([plan.first_values, plan.dense_values])
 
         for matrix in plan.matrices:
             gradient, own = matrix.view(flat, matrix.gradient_at), matrix.view(compensated, matrix.residual_at)
@@ -118,9 +128,9 @@ class PowerSGD(Averager):
         for matrix in plan.matrices:
             own = matrix.view(compensated, matrix.residual_at)
             torch.mm(own, matrix.right(second, matrix.right_at).T, out=matrix.left(first))
-        for span, message_span in plan.dense:
-            torch.mul(flat[span], inverse_world_size, out=first[message_span])
-        network.sum_(first)
+        for span, dense_span in plan.dense:
+            torch.mul(flat[span], inverse_world_size, out=dense[dense_span])
+        self._encoded_bytes += self._add_up(both, first, dense) + second.nbytes
 
         for stack in plan.lefts:
             columns = stack.view(first, self.rank).view(stack.members, stack.side, self.rank)
@@ -137,16 +147,27 @@ class PowerSGD(Averager):
             right = matrix.right(second, matrix.right_at)
             matrix.right(next_basis, matrix.basis_at).copy_(right)
             torch.mm(matrix.left(first), _restored(right), out=matrix.view(flat, matrix.gradient_at))
-        for span, message_span in plan.dense:
-            flat[span] = first[message_span]
-        self._encoded_bytes += first.nbytes + second.nbytes
+        for span, dense_span in plan.dense:
+            flat[span] = dense[dense_span]
+
+    def _add_up(self, both: Tensor, first: Tensor, dense: Tensor) -> int:
+        """Add up the left factors and the dense values, `both` in one buffer, over the ranks. Returns bytes sent."""
+        if self.dense.dtype == both.dtype:
+            self.collectives.sum_(both)
+            return both.nbytes
+        rounded = self.dense.rounded(dense)
+        for message in (first, rounded):
+            if len(message):
+                self.collectives.sum_(message)
+        dense.copy_(rounded)
+        return first.nbytes + rounded.nbytes
 
     def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
-        values = 0
+        nbytes = 0
         for layer in layers:
-            factors = self.rank * sum(sides(layer.shape)) if layer.name in self._residual.spans else layer.numel
-            values += factors
-        return all_reduced(4 * values, world_size)
+            factored = layer.name in self._residual.spans
+            nbytes += 4 * self.rank * sum(sides(layer.shape)) if factored else self.dense.wire_bytes(layer.numel)
+        return all_reduced(nbytes, world_size)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rank": self.rank, **super().state_dict()}
@@ -201,13 +222,13 @@ class PowerSGD(Averager):
             )
             for name in factored
         )
-        dense = []
+        dense, dense_values = [], 0
         for name, start in starts.items():
             if name not in sizes:
                 count = self.layers[name].numel
-                dense.append((slice(start, start + count), slice(first_values, first_values + count)))
-                first_values += count
-        return _Plan(tuple(factored), matrices, lefts, rights, tuple(dense), first_values, second_values)
+                dense.append((slice(start, start + count), slice(dense_values, dense_values + count)))
+                dense_values += count
+        return _Plan(tuple(factored), matrices, lefts, rights, tuple(dense), first_values, second_values, dense_values)
 
     def _stacks(self, side_of: Mapping[str, int]) -> tuple[dict[str, int], tuple[_Stack, ...], int]:
         """One side's factors packed, those of one shape together: the offset of each, the stacks, values in all."""

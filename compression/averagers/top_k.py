@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..codecs.base import FLOAT32, Floats
 from ..codecs.sparsifiers import TopK
 from ..gradients import Gradients
 from ..layer_state import LayerState
@@ -104,8 +105,8 @@ class TopKAverager(Averager):
     """Sparse averaging in one gather, at (W - 1) x encoded bytes a rank.
 
     Each rank sends a top-k of each layer's compensated gradient, and all add up all messages in rank order. Layers that
-    are not compressed travel as float32 in the same message. Not in two hops: the owner of a shard would have to
-    sparsify the mean a second time.
+    are not compressed travel in the same message, as float32 or as `dense` has it. Not in two hops: the owner of a
+    shard would have to sparsify the mean a second time.
 
     `dropped` averages the values that the top-k leaves out, in place, and is added: an alternative to an accumulator
     that remembers them, so that the two exclude each other. With `global_top_k`, the top-k selects over all compressed
@@ -121,10 +122,11 @@ class TopKAverager(Averager):
         score: Score | None = None,
         dropped: Averager | None = None,
         global_top_k: bool = False,
+        dense: Floats = FLOAT32,
     ) -> None:
         if accumulator is not None and dropped is not None:
             raise ValueError("what a top-k drops is either remembered by an accumulator or averaged, not both")
-        self.codec, self.collectives = codec, collectives
+        self.codec, self.collectives, self.dense = codec, collectives, dense
         self.accumulator: Accumulator = accumulator or NoMemory()
         self.score, self.dropped, self.global_top_k = score, dropped, global_top_k
         self.sizes = {layer.name: layer.numel for layer in layers}
@@ -165,9 +167,10 @@ class TopKAverager(Averager):
         scores = compensated if self.score is None else self.score.score(compressed, compensated)
         indices = codec.select(plan, scores.flat, self._starts(scores))
         starts = self._starts(compensated)
-        message = torch.empty(plan.wire_bytes + dense.nbytes, dtype=torch.uint8, device=dense.device)
+        floats = self.dense.encode(dense[None])[0]
+        message = torch.empty(plan.wire_bytes + floats.nbytes, dtype=torch.uint8, device=dense.device)
         codec.encode_plan(plan, compensated.flat, starts, indices, message[: plan.wire_bytes])
-        message[plan.wire_bytes :] = dense.view(torch.uint8)
+        message[plan.wire_bytes :] = floats
         self._encoded_bytes += message.nbytes
         positions = indices + on_device(np.repeat(starts, plan.kept), indices.device)
         self.accumulator.clear_sent(positions)
@@ -177,19 +180,18 @@ class TopKAverager(Averager):
         self, codec: TopK, plan: SparsePlan, received: Tensor, compressed: Gradients, dense: Tensor
     ) -> None:
         """Add the mean of all ranks' sparse values to the gradients; set `dense` to that of the dense ones."""
-        starts, floats = self._starts(compressed), torch.empty_like(dense)
-        inverse_world_size = 1.0 / len(received)
+        starts, inverse_world_size = self._starts(compressed), 1.0 / len(received)
         dense.zero_()
         for row in received:
             codec.decode_plan(plan, row[: plan.wire_bytes], compressed.flat, starts, inverse_world_size)
-            floats.view(torch.uint8).copy_(row[plan.wire_bytes :])
-            dense += floats * inverse_world_size
+            own = row[plan.wire_bytes :].clone()  # where it lies, its floats may not be aligned
+            dense += self.dense.decode(own[None], len(dense))[0] * inverse_world_size
 
     def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
         compressed = [layer for layer in layers if layer.compressed]
         counts = [layer.numel for layer in compressed]
         dense = sum(layer.numel for layer in layers) - sum(counts)
-        gathered = (world_size - 1) * (self._plan(self.codec, counts).wire_bytes + 4 * dense)
+        gathered = (world_size - 1) * (self._plan(self.codec, counts).wire_bytes + self.dense.wire_bytes(dense))
         dropped = self.dropped.sent(compressed, world_size) if self.dropped is not None else Sent()
         return dropped._replace(addressed=dropped.addressed + gathered)
 

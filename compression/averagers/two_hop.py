@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..codecs.base import FLOAT32, Floats
 from ..codecs.quantizer import Quantizer
 from ..gradients import Gradients
 from ..layer_state import LayerState
@@ -39,7 +40,7 @@ class _Group:
 
     chunks: tuple[_Chunk, ...]
     layers: Ints  # their indices
-    encoded: tuple[str, ...]  # the names of those that do not travel as float32
+    encoded: tuple[str, ...]  # their names, but for those of width DENSE
 
 
 class _Messages(NamedTuple):
@@ -67,15 +68,17 @@ class TwoHop(Averager):
     and adds them up in rank order. A rank's values of its own shard do not travel, and are added as they are. Hop two:
     each rank encodes the average of its shard, sends it to all, and decodes it for itself. All decode the same bytes,
     so that all end with the same bits. A rank that is alone encodes everything in both hops. Layers that are not
-    compressed travel as float32 in the same messages. While some gradients are on their way, the next are encoded; the
-    last of a step, which end with the first layer, travel in chunks instead. All messages are posted early.
+    compressed travel in the same messages, as float32 or as `dense` has it; they are added up in float32. While some
+    gradients are on their way, the next are encoded; the last of a step, which end with the first layer, travel in
+    chunks instead. All messages are posted early.
 
     With error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv:1901.09847) the error of the first
     encoding is added to the next gradient, and that of the second to the owner's next average (DoubleSqueeze, Tang
     et al. 2019, arXiv:1905.05957). The encoding is then scaled into a projection: see
     `codecs.quantizer`.
 
-    `widths` gives each compressed layer its own bits; missing ones take the codec's. A dense layer is never cut
+    `widths` gives each compressed layer its own bits; missing ones take the codec's. DENSE stands for a layer that is
+    not encoded, whatever it travels as, and has no residual. A dense layer is never cut
     differently when widths change, so residuals outlive a change of widths.
     """
 
@@ -86,8 +89,10 @@ class TwoHop(Averager):
         collectives: Collectives,
         seed: int,
         error_feedback: bool = False,
+        dense: Floats = FLOAT32,
     ) -> None:
         self.codec, self.collectives, self.seed = codec, collectives, seed
+        self.dense = dense
         self.layers = {layer.name: layer for layer in layers}
         self.shards = self._shards(layers, collectives.world_size)
         self.widths: dict[str, int] = {layer.name: codec.bits if layer.compressed else DENSE for layer in layers}
@@ -104,7 +109,7 @@ class TwoHop(Averager):
             }
 
     def set_widths(self, widths: Mapping[str, int]) -> None:
-        """Bits per layer from now on; DENSE sends a layer in float32. Unnamed layers keep theirs."""
+        """Bits per layer from now on; DENSE sends a layer without encoding it. Unnamed layers keep theirs."""
         for name, bits in widths.items():
             if name not in self.layers or not (self.layers[name].compressed or bits == DENSE):
                 raise ValueError(f"{name} is not a compressed layer of this model")
@@ -219,4 +224,5 @@ class TwoHop(Averager):
     def _plan(
         self, segments: Sequence[Segment], owners: Sequence[int], shards: Mapping[str, Sequence[tuple[int, int]]]
     ) -> Plan:
-        return plan(segments, owners, shards, self.widths, self.codec.shard_bucket_size, self.codec.record_bytes)
+        bits = {name: self.dense.width if width == DENSE else width for name, width in self.widths.items()}
+        return plan(segments, owners, shards, bits, self.codec.shard_bucket_size, self.codec.record_bytes)

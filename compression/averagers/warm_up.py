@@ -9,13 +9,12 @@ from ..gradients import Gradients
 from ..layers import Layer
 from ..streams import run_all
 from .base import Averager, Averaging, Sent
-from .dense import Dense
 
 
 class WarmUp(Averager):
-    """The first steps in float32, then another averager."""
+    """The first steps by an averager that encodes nothing, then by another."""
 
-    def __init__(self, inner: Averager, dense: Dense, steps: int) -> None:
+    def __init__(self, inner: Averager, dense: Averager, steps: int) -> None:
         self.inner, self.dense, self.steps = inner, dense, steps
         self.widths, self.without_momentum = inner.widths, inner.without_momentum
         self._compressed = False

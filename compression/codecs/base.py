@@ -1,10 +1,13 @@
-"""The protocol of codecs, and the codec that changes nothing."""
+"""The protocol of codecs, and those that send every value as a number of its own."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+from ..kernels.reference.arithmetic import to_bfloat16
+from ..layers import BFLOAT16, DENSE
 
 
 class Codec(Protocol):
@@ -38,22 +41,53 @@ def prepared(out: Tensor | None, shape: tuple[int, int], dtype: torch.dtype, dev
     return out
 
 
-@dataclass(frozen=True)
-class Float32:
-    """Values as they are, 4 bytes each."""
+class Floats:
+    """Every value as a number of its own, of `dtype`; `width` is that of records in plans."""
+
+    dtype: ClassVar[torch.dtype]
+    width: ClassVar[int]
 
     def wire_bytes(self, count: int) -> int:
-        return 4 * count
+        return self.width // 8 * count
 
-    def encode(self, values_RN: Tensor, seed: int, out: Tensor | None = None) -> Tensor:
-        wire_RB = values_RN.to(torch.float32).contiguous().view(torch.uint8)
+    def encode(self, values_RN: Tensor, seed: int = 0, out: Tensor | None = None) -> Tensor:
+        wire_RB = self.rounded(values_RN.to(torch.float32)).contiguous().view(torch.uint8)
         if out is None:
             return wire_RB
         return prepared(out, (wire_RB.shape[0], wire_RB.shape[1]), torch.uint8, wire_RB.device).copy_(wire_RB)
 
     def decode(self, wire_RB: Tensor, count: int, out: Tensor | None = None) -> Tensor:
-        values_RN = wire_RB.contiguous().view(torch.float32)
+        values_RN = wire_RB.contiguous().view(self.dtype).to(torch.float32)
         if out is None:
             return values_RN
         shape = (values_RN.shape[0], values_RN.shape[1])
         return prepared(out, shape, torch.float32, values_RN.device).copy_(values_RN)
+
+    def rounded(self, values: Tensor) -> Tensor:
+        """Float32 as the numbers that travel."""
+        return values
+
+
+@dataclass(frozen=True)
+class Float32(Floats):
+    """Values as they are, 4 bytes each."""
+
+    dtype: ClassVar[torch.dtype] = torch.float32
+    width: ClassVar[int] = DENSE
+
+
+FLOAT32 = Float32()
+
+
+@dataclass(frozen=True)
+class BFloat16(Floats):
+    """Values rounded to the nearest bfloat16, 2 bytes each.
+
+    Magnitudes above 3.39e38 become infinite, as rounding has it: such a step is skipped.
+    """
+
+    dtype: ClassVar[torch.dtype] = torch.bfloat16
+    width: ClassVar[int] = BFLOAT16
+
+    def rounded(self, values: Tensor) -> Tensor:
+        return to_bfloat16(values)

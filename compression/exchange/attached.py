@@ -206,7 +206,7 @@ class Attached(ABC):
 
     @property
     def widths(self) -> dict[str, int]:
-        """Bits of every layer, DENSE where it travels as float32. Empty where the compressor has no bits."""
+        """Bits of every layer, DENSE where it is not encoded. Empty where the compressor has no bits."""
         return dict(self.averager.widths)
 
     def set_widths(self, widths: Mapping[str, int]) -> None:

@@ -110,7 +110,7 @@ class Horovod:
         self._first = first  # among all ranks
 
     def sum_(self, values: Tensor) -> None:
-        if values.dtype == torch.bfloat16:  # which Horovod cannot add
+        if values.dtype == torch.bfloat16:  # of gradients in that type, which Horovod cannot add
             wide = values.float()
             self.sum_(wide)
             values.copy_(wide)

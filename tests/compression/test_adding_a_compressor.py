@@ -27,7 +27,9 @@ def example(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.parametrize("options", [{}, {"error_feedback": True}, {"warmup_steps": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"error_feedback": True}, {"warmup_steps": 2}, {"dense_dtype": "bfloat16"}], ids=str
+)
 @pytest.mark.parametrize(
     ("promise", "arguments"),
     [

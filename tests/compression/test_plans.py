@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compression.layers import DENSE, Layer, shard
+from compression.layers import BFLOAT16, DENSE, Layer, shard
 from compression.plans import Segment, mask_owner, plan, plan_of_messages, split_into_chunks
 
 sizes = st.integers(1, 5000)
@@ -12,11 +12,15 @@ bucket_sizes = st.sampled_from([-1, 1, 3, 64, 512, 10_000])
 worlds = st.integers(1, 9)
 
 
-shapes = st.lists(st.tuples(sizes, st.sampled_from([1, 3, 4, 8, DENSE])), min_size=1, max_size=5)
+shapes = st.lists(st.tuples(sizes, st.sampled_from([1, 3, 4, 8, BFLOAT16, DENSE])), min_size=1, max_size=5)
 
 
 def record_bytes(count: int, width: int) -> int:
     return 8 + (count * width + 7) // 8
+
+
+def nbytes_of(count: int, width: int) -> int:
+    return {DENSE: 4 * count, BFLOAT16: 2 * count}.get(width, record_bytes(count, width))
 
 
 def planned(shape, bucket_size, world_size, owners):
@@ -38,7 +42,7 @@ def test_a_plan_covers_every_value_and_every_byte_once(shape, bucket_size, world
     wire = np.zeros(whole.wire_bytes, int)
     for at, count, width, record in zip(whole.position, whole.count, whole.bits, whole.wire_at, strict=True):
         values[at : at + count] += 1
-        wire[record : record + (4 * count if width == DENSE else record_bytes(int(count), int(width)))] += 1
+        wire[record : record + nbytes_of(int(count), int(width))] += 1
     assert (values == 1).all()
     assert (wire == 1).all()
     assert whole.values == total
@@ -54,7 +58,7 @@ def test_chunks_hold_every_record_of_a_plan_once_in_order(shape, bucket_size, wo
     found = []
     for part in parts:
         records = zip(part.count.tolist(), part.bits.tolist(), strict=True)
-        nbytes = [4 * count if width == DENSE else record_bytes(count, width) for count, width in records]
+        nbytes = [nbytes_of(count, width) for count, width in records]
         assert part.wire_at.tolist() == [sum(nbytes[:k]) for k in range(len(nbytes))]
         assert part.wire_bytes == sum(nbytes)
         assert part.values == part.count.sum()

@@ -22,7 +22,7 @@ VALUES = sum(layer.numel for layer in LAYERS)
 
 
 def variants() -> list[tuple[str, dict[str, Any]]]:
-    """Every compressor, plain and with what changes its state: error feedback, warm-up."""
+    """Every compressor, plain and with what changes its state or its messages: error feedback, warm-up, bfloat16."""
     cases = []
     for name, row in COMPRESSORS.items():
         base = {"bucket_size": 64} if "bucket_size" in row.takes else {}
@@ -31,6 +31,8 @@ def variants() -> list[tuple[str, dict[str, Any]]]:
             cases.append((name, {**base, "error_feedback": True}))
         if "warmup_steps" in row.takes:
             cases.append((name, {**base, "warmup_steps": 2}))
+        if "dense_dtype" in row.takes:
+            cases.append((name, {**base, "dense_dtype": "bfloat16"}))
     return cases
 
 
@@ -212,9 +214,16 @@ def test_counted_bytes_are_the_messages_bytes(name: str, options: dict[str, Any]
 
 
 TOP_K_FATES = [("topk", {"bucket_size": 64, "efx_bits": 3}), ("topk", {"bucket_size": 64, "efx_randk": 0.1})]
+ROUNDED = [
+    ("maxmin", {"bucket_size": 64, "error_feedback": True, "dense_dtype": "bfloat16"}),
+    ("topk", {"bucket_size": 64, "efx_bits": 3, "dense_dtype": "bfloat16"}),
+    ("powersgd", {"bucket_size": 10_000, "dense_dtype": "bfloat16"}),  # which leaves it nothing to factor
+]
 
 
-@pytest.mark.parametrize(("name", "options"), [*VARIANTS, *TOP_K_FATES, ("topk", {"big_grad": True})], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"), [*VARIANTS, *TOP_K_FATES, *ROUNDED, ("topk", {"big_grad": True})], ids=str
+)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_it_sends_the_bytes_that_it_promises(name: str, options: dict[str, Any], world_size: int) -> None:
     """The promise is the mean over the ranks, and made by a rank of another world, too."""
@@ -243,11 +252,28 @@ def test_a_row_names_what_there_is(name: str) -> None:
         assert codec(name, **options).wire_bytes(64) > 0
 
 
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_a_row_says_whether_the_network_adds_up(name: str) -> None:
+    class Noted(ThreadCollectives):
+        sums = 0
+
+        def sum_(self, values: torch.Tensor) -> None:
+            self.sums += 1
+            super().sum_(values)
+
+    def work(ranks: ThreadCollectives) -> int:
+        noted = Noted(ranks.rank, ranks._slots, ranks._barrier)
+        average(averager(name, {}, noted), gradient(ranks.rank, 0), 0)
+        return noted.sums
+
+    assert all((sums > 0) == COMPRESSORS[name].all_reduces for sums in run_ranks(2, work))
+
+
 @every_compressor
 def test_one_rank_alone_still_encodes(name: str, options: dict[str, Any]) -> None:
     """So that what a compressor does to training can be studied without a cluster."""
     alone = average(averager(name, options, Solo()), gradient(0, 0), 5)
-    lossless = name in ("none", "stats")
+    lossless = name in ("none", "stats") and "dense_dtype" not in options
     assert torch.equal(alone, gradient(0, 0)) == lossless
 
 

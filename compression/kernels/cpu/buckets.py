@@ -5,9 +5,9 @@ A bucket goes through in tiles that stay in the first-level cache. Every loop ov
 
 import numpy as np
 
-from ...layers import DENSE
+from ...layers import BFLOAT16, DENSE
 from ...limits import HUGE
-from ..reference.arithmetic import FRACTION_BITS, TREE
+from ..reference.arithmetic import BFLOAT16_NAN, FRACTION_BITS, INFINITY, TREE
 from .compiling import inlined, jit
 from .families import (
     ONEBIT,
@@ -22,7 +22,7 @@ from .families import (
     scale_count,
     top_code,
 )
-from .memory import STREAMED, fence, load, load_float, store, store_float, stream, unaligned
+from .memory import STREAMED, fence, load, load_float, load_two, store, store_float, store_two, stream, unaligned
 from .packing import pack, pack_ternary, unpack, unpack_ternary
 from .scratch import TILE
 from .sums import START, add_products, blocks_of, total
@@ -48,6 +48,39 @@ def _stream(values: np.ndarray, count: int, memory: np.ndarray, to: int) -> None
         stream(values, i, memory, to + i)
     for i in range(last, count):
         store(memory, to + i, load(values, i))
+
+
+@inlined
+def _rounded(value: np.float32) -> np.uint16:
+    """The bits of the nearest bfloat16, as `arithmetic.to_bfloat16`."""
+    bits = np.float32(value).view(np.uint32)
+    if bits & np.uint32(0x7FFFFFFF) > np.uint32(INFINITY):
+        return np.uint16(BFLOAT16_NAN)
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@inlined
+def _widened(half: np.uint16) -> np.float32:
+    """The number that the bits of a bfloat16 stand for."""
+    return np.uint32(np.uint32(half) << np.uint32(16)).view(np.float32)
+
+
+@inlined
+def _put_floats(values: np.ndarray, at: int, count: int, bits: int, wire: np.ndarray, record: int) -> None:
+    """Write a record that is not encoded."""
+    if bits == BFLOAT16:
+        for i in range(count):
+            store_two(wire, record + 2 * i, _rounded(load(values, at + i)))
+    else:
+        for i in range(count):
+            store_float(wire, record + 4 * i, load(values, at + i))
+
+
+@inlined
+def _get_rounded(wire: np.ndarray, at: int, count: int, out: np.ndarray, to: int) -> None:
+    """Numbers whose bfloat16 begin at byte `at`."""
+    for i in range(count):
+        store(out, to + i, _widened(load_two(wire, at + 2 * i)))
 
 
 @inlined
@@ -168,10 +201,11 @@ def _encode(
         n, b, record = count[m], bits[m], wire_at[m]
         source, at = values, position[m]
         kept, goal = memory_at[m], target_at[m]  # read once: within loops that store, LLVM could not rely on them
-        if b == DENSE:
-            for i in range(n):
-                store_float(wire, record + 4 * i, load(values, at + i))
-            if decodes:
+        if b >= BFLOAT16:
+            _put_floats(values, at, n, b, wire, record)
+            if decodes and b == BFLOAT16:
+                _get_rounded(wire, record, n, target, goal)
+            elif decodes:
                 for i in range(n):
                     store(target, goal + i, load(values, at + i))
             continue
@@ -251,7 +285,7 @@ def _decode(
     step = TREE if accumulate and family != TERNGRAD else TILE
     for m in range(start, stop):
         n, b, head = count[m], bits[m], wire_at[m]
-        if b != DENSE:
+        if b < BFLOAT16:
             head += 4 * scale_count(family, b)
             for k in range(scale_count(family, b)):
                 scales[k] = load_float(wire, wire_at[m] + 4 * k)
@@ -260,6 +294,8 @@ def _decode(
             if b == DENSE:
                 for i in range(length):
                     store(decoded, i, load_float(wire, head + 4 * (tile + i)))
+            elif b == BFLOAT16:
+                _get_rounded(wire, head + 2 * tile, length, decoded, START)
             else:
                 _get_codes(family, wire, head, tile, length, b, codes)
                 levels(family, codes, length, b, scales, decoded, START)

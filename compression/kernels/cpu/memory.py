@@ -110,6 +110,7 @@ def pointer_to(context: Any, builder: Any, memory: Any, array: Any, at: Any, kin
     return pointer if kind is None else builder.bitcast(pointer, kind.as_pointer())
 
 
+load_two, store_two = _as(types.uint16, ir.IntType(16))
 load_word, store_word = _as(types.uint64, ir.IntType(64))
 load_four, store_four = _as(types.uint32, ir.IntType(32))
 load_float, store_float = _as(types.float32, ir.FloatType())

@@ -6,10 +6,12 @@ Shapes: [Q, M, 4]; [1, M, 1] is one number per row.
 import triton
 import triton.language as tl
 
+from ... import layers
 from ..reference.arithmetic import FRACTION_BITS
 from .pieces import COLUMNS, COUNT, ELEMENT, FIRST, SLOT
-from .records import store_words
+from .records import store_floats
 
+_BFLOAT16 = tl.constexpr(layers.BFLOAT16)
 _FRACTION = tl.constexpr(FRACTION_BITS)
 _UNUSED = tl.constexpr(32 - FRACTION_BITS)
 
@@ -49,16 +51,25 @@ def copy_dense(
     table: tl.tensor,
     pieces: tl.tensor,
     row: tl.tensor,
-    dense: tl.tensor,
+    size: tl.tensor,
     values: tl.tensor,
     record: tl.tensor,
     at: tl.tensor,
 ) -> None:
-    """The bytes of the rows that travel as float32, whose values begin at the pointers `values`, one for each `at`."""
-    if tl.max(dense.to(tl.int32)) > 0:
-        copied = dense & (at < column(table, pieces, row, COUNT).to(tl.int32))
+    """The bytes of the rows that are not encoded: `size` a value, 0 in other rows.
+
+    Their values begin at the pointers `values`, one for each `at`.
+    """
+    if tl.max(size) > 0:
+        copied = (size > 0) & (at < column(table, pieces, row, COUNT).to(tl.int32))
         words = tl.load(values, mask=copied, other=0.0).to(tl.int32, bitcast=True)
-        store_words(record + 4 * (column(table, pieces, row, FIRST) + at), words, copied)
+        store_floats(record + size * (column(table, pieces, row, FIRST) + at), words, size, copied)
+
+
+@triton.jit
+def float_size(bits: tl.tensor) -> tl.tensor:
+    """Bytes a value of rows that are not encoded, 0 of others."""
+    return tl.where(bits >= _BFLOAT16, bits >> 3, 0)
 
 
 @triton.jit

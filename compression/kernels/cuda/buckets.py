@@ -10,13 +10,10 @@ of its threads is done in few of them.
 import triton
 import triton.language as tl
 
-from ... import layers
-from .blocks import column, copy_dense, mask_of, quads, round_at_random, rows, streams
+from .blocks import column, copy_dense, float_size, mask_of, quads, round_at_random, rows, streams
 from .families import divisor, fit, levels, project, scale_count, scaled_positions
 from .pieces import BITS, COUNT, FIRST, LENGTH, POSITION, STATE_AT, WIRE_AT
-from .records import load_words, pack, store_scale, ternary_source, ternary_unpack, unpack
-
-_DENSE = tl.constexpr(layers.DENSE)
+from .records import load_floats, load_words, pack, store_scale, ternary_source, ternary_unpack, unpack
 
 
 @triton.jit(do_not_specialize=["pieces"], do_not_specialize_on_alignment=["wire"])
@@ -41,11 +38,11 @@ def encode(
     count = column(table, pieces, row, COUNT).to(tl.int32)
     bits = column(table, pieces, row, BITS).to(tl.int32)
     record = wire + column(table, pieces, row, WIRE_AT)
-    dense = bits == _DENSE
-    copy_dense(table, pieces, row, dense, values + position, record, quad + four)
+    size = float_size(bits)
+    copy_dense(table, pieces, row, size, values + position, record, quad + four)
 
-    count = tl.where(dense, 0, count)
-    bits = tl.where(dense, 8, bits)
+    count = tl.where(size > 0, 0, count)
+    bits = tl.where(size > 0, 8, bits)
     start, mixed = streams(table, pieces, row, keys)
     mask = mask_of(quad, count, ALIGNED)
     POLICY: tl.constexpr = "" if FAMILY == "terngrad" else "evict_first"  # whether values are read again
@@ -107,8 +104,8 @@ def decode(
     record = wire + column(table, pieces, row, WIRE_AT)
     first = column(table, pieces, row, FIRST)
     length = column(table, pieces, row, LENGTH)
-    mask, dense = mask_of(quad, count, ALIGNED), bits == _DENSE
-    bits = tl.where(dense, 8, bits)
+    mask, size = mask_of(quad, count, ALIGNED), float_size(bits)
+    bits = tl.where(size > 0, 8, bits)
     total = tl.zeros((Q, M, 4), tl.float32)
     if ACCUMULATE:
         total = tl.load(target, mask=mask, other=0.0)
@@ -116,7 +113,7 @@ def decode(
         if rank == own:
             summand = factor * tl.load(target, mask=mask, other=0.0)
         else:
-            summand = factor * _decoded(record, first, quad, length, count, bits, mask, dense, FAMILY)
+            summand = factor * _decoded(record, first, quad, length, count, bits, mask, size, FAMILY)
             record += stride
         added = total + summand
         total = added if ACCUMULATE else tl.where(rank == 0, summand, added)
@@ -132,24 +129,24 @@ def _decoded(
     count: tl.tensor,
     bits: tl.tensor,
     mask: tl.tensor,
-    dense: tl.tensor,
+    size: tl.tensor,
     FAMILY: tl.constexpr,
 ) -> tl.tensor:
     """The pieces' values from the records of one message."""
-    coded, four = mask & (dense == 0), tl.arange(0, 4)[None, None, :]
+    coded, four = mask & (size == 0), tl.arange(0, 4)[None, None, :]
     payload = record + 4 * scale_count(bits, FAMILY)
     if FAMILY == "terngrad":
         codes = ternary_unpack(first, quad + four, length, payload, coded)
     else:
-        codes = unpack(first, tl.where(dense, 0, count), quad, bits, payload)
+        codes = unpack(first, tl.where(size > 0, 0, count), quad, bits, payload)
     if FAMILY == "quantile":
         decoded = load_words(record + 4 * codes, coded).to(tl.float32, bitcast=True)
     else:
         scale, second = _scales(record, count > 0, FAMILY)
         decoded = levels(codes, scale, second, bits, FAMILY)
-    if tl.max(dense.to(tl.int32)) > 0:
-        words = load_words(record + 4 * (first + quad + four), mask & dense)
-        decoded = tl.where(dense, words.to(tl.float32, bitcast=True), decoded)
+    if tl.max(size) > 0:
+        floats = load_floats(record + size * (first + quad + four), size, mask & (size > 0))
+        decoded = tl.where(size > 0, floats, decoded)
     return decoded
 
 

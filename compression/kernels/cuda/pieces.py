@@ -8,7 +8,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...layers import DENSE
 from ...plans import Plan, select
 
 # Columns of a table, as in a plan. BUCKET: the piece's bucket, LENGTH: that one's values, FIRST: the index in it of the
@@ -19,7 +18,7 @@ COLUMNS = tl.constexpr(10)
 LONGEST = 16384  # values of a bucket that one program encodes
 SHORTEST = 8  # values that a row of a program has room for
 WARP = 512  # values that a warp works on, and a program where one row does not hold more
-PIECE = 512  # values of a bucket that are decoded together, or sent as float32: a tile of ternary codes is five of them
+PIECE = 512  # values of a bucket that are decoded together, or sent as floats: a tile of ternary codes is five of them
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,8 @@ def _kept(plan: Plan, device: torch.device, whole: bool) -> Pieces:
 
 
 def _make(plan: Plan, device: torch.device, whole: bool) -> Pieces:
-    kept = (plan.bits == DENSE) | (plan.count <= LONGEST) | (not whole)
-    uncut = kept & (plan.bits != DENSE) & whole
+    kept = plan.dense | (plan.count <= LONGEST) | (not whole)
+    uncut = kept & ~plan.dense & whole
     width = _power_of_two(int(np.where(uncut, plan.count, np.minimum(plan.count, PIECE)).max(initial=SHORTEST)))
     cuts = -(-plan.count // width) * kept
     bucket = np.repeat(np.arange(len(cuts)), cuts)

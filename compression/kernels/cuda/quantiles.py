@@ -12,19 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import layers, limits
-from ...layers import DENSE
+from ... import limits
 from ...plans import Plan
 from ...streams import on_device
 from ..reference import arithmetic
 from ..reference.arithmetic import HISTOGRAM_BITS
-from .blocks import column, copy_dense, mask_of, quads, round_at_random, rows, streams
+from .blocks import column, copy_dense, float_size, mask_of, quads, round_at_random, rows, streams
 from .pieces import BITS, BUCKET, COUNT, FIRST, POSITION, WIRE_AT
 from .records import pack, store_words
 
 MOST = 256  # buckets whose histograms are held at once, in 64 MB
 
-_DENSE, _LIMIT = tl.constexpr(layers.DENSE), tl.constexpr(limits.LIMIT)
+_LIMIT = tl.constexpr(limits.LIMIT)
 _CODE = tl.constexpr(2.0**arithmetic.FRACTION_BITS)
 _BINS, _LEVELS = tl.constexpr(1 << HISTOGRAM_BITS), tl.constexpr(256)  # room for a histogram and for a table
 _LARGEST, _SMALLEST = tl.constexpr(0x7FFFFFFF), tl.constexpr(-0x80000000)
@@ -90,11 +89,11 @@ def codes(
     bits = column(table, pieces, row, BITS).to(tl.int32)
     record = wire + column(table, pieces, row, WIRE_AT)
     first = column(table, pieces, row, FIRST)
-    dense = bits == _DENSE
-    copy_dense(table, pieces, row, dense, values + position, record, quad + four)
+    size = float_size(bits)
+    copy_dense(table, pieces, row, size, values + position, record, quad + four)
 
     count = _count(table, pieces, row)
-    bits = tl.where(dense, 8, bits)
+    bits = tl.where(size > 0, 8, bits)
     mask = mask_of(quad, count, ALIGNED)
     vectors = tl.load(values + position, mask=mask, other=0.0)
     levels = tables + column(table, pieces, row, BUCKET) * _LEVELS
@@ -119,7 +118,7 @@ def level_tables(
     for each in range(M):
         row = tl.program_id(0) * M + each
         bits = column(table, pieces, row, BITS).to(tl.int32)
-        if (row < pieces) & (bits != _DENSE) & (column(table, pieces, row, FIRST) == 0):
+        if (row < pieces) & (float_size(bits) == 0) & (column(table, pieces, row, FIRST) == 0):
             words = tl.load(tables + column(table, pieces, row, BUCKET) * _LEVELS + level).to(tl.int32, bitcast=True)
             store_words(wire + column(table, pieces, row, WIRE_AT) + 4 * level, words, level < (1 << bits))
 
@@ -127,8 +126,8 @@ def level_tables(
 @triton.jit
 def _count(table: tl.tensor, pieces: tl.tensor, row: tl.tensor) -> tl.tensor:
     """Values of each piece that have codes."""
-    dense = column(table, pieces, row, BITS).to(tl.int32) == _DENSE
-    return tl.where(dense, 0, column(table, pieces, row, COUNT).to(tl.int32))
+    size = float_size(column(table, pieces, row, BITS).to(tl.int32))
+    return tl.where(size > 0, 0, column(table, pieces, row, COUNT).to(tl.int32))
 
 
 @triton.jit
@@ -174,7 +173,7 @@ def shifts_of(ends: Tensor) -> Tensor:
 
 def tables_of(plan: Plan, ends: Tensor, shifts: Tensor, counts: Tensor) -> Tensor:
     """The levels of each bucket, float32 [S, 256], as `Quantile` takes them from `counts`, int32 [S, 2^16]."""
-    top = (1 << np.where(plan.bits == DENSE, 1, plan.bits))[:, None] - 1
+    top = (1 << np.where(plan.dense, 1, plan.bits))[:, None] - 1
     level = np.arange(_LEVELS.value)
     ranks = np.minimum(level, top) * (plan.count[:, None] - 1) // top
     bins = torch.searchsorted(counts.cumsum(1), on_device(ranks + 1, counts.device))

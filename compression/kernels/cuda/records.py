@@ -11,6 +11,7 @@ import triton.language as tl
 from ..reference import arithmetic
 
 _TILE = tl.constexpr(arithmetic.TERNARY_TILE)
+_INFINITY, _NAN = tl.constexpr(arithmetic.INFINITY), tl.constexpr(arithmetic.BFLOAT16_NAN)  # as bits
 
 
 @triton.jit
@@ -36,6 +37,25 @@ def load_words(at: tl.tensor, mask: tl.tensor) -> tl.tensor:
     for byte in tl.static_range(1, 4):
         words |= tl.load(at + byte, mask=mask, other=0).to(tl.int32) << (8 * byte)
     return words
+
+
+@triton.jit
+def store_floats(at: tl.tensor, words: tl.tensor, size: tl.tensor, mask: tl.tensor) -> None:
+    """Floats, given as their bits, of `size` bytes each: as they are, or rounded as `arithmetic.to_bfloat16`."""
+    upper = (words + 0x7FFF + ((words >> 16) & 1)) >> 16
+    upper = tl.where((words & 0x7FFFFFFF) > _INFINITY, _NAN, upper)
+    words = tl.where(size == 2, upper, words)
+    for byte in tl.static_range(4):
+        tl.store(at + byte, (words >> (8 * byte)).to(tl.uint8), mask=mask & (byte < size))
+
+
+@triton.jit
+def load_floats(at: tl.tensor, size: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """The values that `store_floats` wrote."""
+    words = tl.load(at, mask=mask, other=0).to(tl.int32)
+    for byte in tl.static_range(1, 4):
+        words |= tl.load(at + byte, mask=mask & (byte < size), other=0).to(tl.int32) << (8 * byte)
+    return tl.where(size == 2, words << 16, words).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from ...limits import TINY
 
 TREE = 512  # values that one tree of additions sums
 INFINITY = 0x7F800000  # its bits
+BFLOAT16_NAN = 0x7FC0  # the bits of the one that is sent
 TERNARY_TILE = 2560  # codes that are packed together, five to a byte
 FRACTION_BITS = 23  # of a position, when it is rounded: with 8 bits before the point it fits an int32
 HISTOGRAM_BITS = 16  # of the number of bins that quantiles are taken from
@@ -88,6 +89,16 @@ def leading_power(vectors_MK: Tensor) -> Tensor:
     """The largest power of two that is no larger than the largest magnitude: [M, 1]. Dividing by it is exact."""
     largest = vectors_MK.abs().amax(1, keepdim=True)
     return (largest.view(torch.int32) & INFINITY).view(torch.float32).clamp_min(TINY)
+
+
+def to_bfloat16(values: Tensor) -> Tensor:
+    """The nearest bfloat16, of two the one whose last bit is zero; every NaN is the same.
+
+    Written out, since what becomes of a NaN is otherwise the processor's business.
+    """
+    bits = values.contiguous().view(torch.int32)
+    upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return torch.where(values.isnan(), BFLOAT16_NAN, upper).to(torch.int16).view(torch.bfloat16)
 
 
 def ordered(bits: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ... import randomness
-from ...layers import DENSE
+from ...layers import BFLOAT16
 from ...limits import HUGE
 from ...plans import Plan
 from ...streams import on_device
 from ..protocols import Definition
-from .arithmetic import FRACTION_BITS, tree_sum
+from .arithmetic import FRACTION_BITS, to_bfloat16, tree_sum
 
 
 def encode(
@@ -33,8 +33,9 @@ def encode(
         at = _spans(plan.wire_at[group], _record_bytes(quantizer, plan, group), wire.device)
         vectors = values[_spans(plan.position[group], int(plan.count[group[0]]), values.device)]
         bits = int(plan.bits[group[0]])
-        if bits == DENSE:
-            wire[at] = vectors.contiguous().view(torch.uint8).reshape(len(group), -1)
+        if bits >= BFLOAT16:
+            floats = to_bfloat16(vectors) if bits == BFLOAT16 else vectors.contiguous()
+            wire[at] = floats.view(torch.uint8).reshape(len(group), -1)
             continue
         if residual is not None:
             state = _spans(plan.state_at[group], vectors.shape[1], values.device)
@@ -62,8 +63,8 @@ def decode(
     for group in _groups(plan):
         count, bits = int(plan.count[group[0]]), int(plan.bits[group[0]])
         record = wire[_spans(plan.wire_at[group], _record_bytes(quantizer, plan, group), wire.device)]
-        if bits == DENSE:
-            values = _floats(record)
+        if bits >= BFLOAT16:
+            values = _floats(record, torch.bfloat16 if bits == BFLOAT16 else torch.float32)
         else:
             kind = quantizer.with_bits(bits)
             head = 4 * kind.scale_count
@@ -146,12 +147,15 @@ def _between(kind: Definition, vectors_MK: Tensor, scales_MS: Tensor) -> tuple[T
 
 def _record_bytes(quantizer: Definition, plan: Plan, group: np.ndarray) -> int:
     count, bits = int(plan.count[group[0]]), int(plan.bits[group[0]])
-    return 4 * count if bits == DENSE else quantizer.record_bytes(count, bits)
+    return count * bits // 8 if bits >= BFLOAT16 else quantizer.record_bytes(count, bits)
 
 
-def _floats(nbytes_MB: Tensor) -> Tensor:
-    """uint8 [M, 4 K] -> float32 [M, K]. Flattened first: torch refuses a [1, B] slice whose stride is odd."""
-    return nbytes_MB.reshape(-1).view(torch.float32).reshape(nbytes_MB.shape[0], -1)
+def _floats(nbytes_MB: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The floats that lie there: uint8 [M, B] -> float32 [M, K].
+
+    Flattened first: torch refuses a [1, B] slice whose stride is odd.
+    """
+    return nbytes_MB.reshape(-1).view(dtype).to(torch.float32).reshape(nbytes_MB.shape[0], -1)
 
 
 def _groups(plan: Plan) -> list[np.ndarray]:

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import compression
 from compression import Metered, Solo
 from compression.averagers import PowerSGD
+from compression.codecs.base import BFloat16
 from compression.gradients import Gradients
 from compression.layers import layers_of
 from tests.support.threads import ThreadCollectives, run_ranks
@@ -121,6 +122,33 @@ def test_ranks_average_as_one_rank_that_sees_the_mean_would() -> None:
     for averages in run_ranks(3, work):
         for seen, wanted in zip(averages, expected, strict=True):
             assert torch.allclose(seen, wanted, atol=1e-3)
+
+
+def test_in_bfloat16_only_what_is_not_factored_is_rounded() -> None:
+    """It travels in a message of its own, which the network adds up."""
+
+    def work(ranks: ThreadCollectives) -> tuple[Tensor, Tensor, list[int]]:
+        class Noted(ThreadCollectives):
+            sums: list[int]
+
+            def sum_(self, values: Tensor) -> None:
+                self.sums.append(values.nbytes)
+                super().sum_(values)
+
+        noted = Noted(ranks.rank, ranks._slots, ranks._barrier)
+        noted.sums = []
+        exact, rounded = low_rank(noted), PowerSGD(RANK, LAYERS, noted, seed=7, dense=BFloat16())
+        plain, seen = (average(bound, gradient(0, ranks.rank)) for bound in (exact, rounded))
+        return plain, seen, noted.sums
+
+    dense = {name: layer.numel for name, layer in zip(SHAPES, LAYERS, strict=True) if name not in FACTORED}
+    lefts, rights = 4 * RANK * (16 + 30 + 30), 4 * RANK * (54 + 40 + 40)
+    for plain, seen, sums in run_ranks(2, work):
+        assert sums == [lefts + 4 * sum(dense.values()), rights, lefts, 2 * sum(dense.values()), rights]
+        for name in SHAPES:
+            parts = [(gradient(0, rank)[span(name)] * 0.5).bfloat16() for rank in range(2)]
+            expected = plain[span(name)] if name in FACTORED else (parts[0] + parts[1]).float()
+            assert torch.equal(seen[span(name)], expected)
 
 
 class Model(nn.Module):

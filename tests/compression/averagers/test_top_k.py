@@ -83,6 +83,21 @@ def test_a_rank_sends_its_records_and_the_dense_layers_once(ratio: float) -> Non
     assert on_ranks(3, work, ratio=ratio) == [expected] * 3
 
 
+@pytest.mark.parametrize("name", ["topk", "dgc"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_in_bfloat16_dense_layers_take_half_the_bytes_and_are_added_up_in_float32(name: str, world_size: int) -> None:
+    def work(bound: TopKAverager, rank: int) -> tuple[Tensor, int]:
+        return average(bound, gradient(rank)), bound.encoded_bytes
+
+    exact = on_ranks(world_size, work, name, ratio=0.25)
+    rounded = on_ranks(world_size, work, name, ratio=0.25, dense_dtype="bfloat16")
+    expected = mean([gradient(rank).bfloat16().float() for rank in range(world_size)])
+    for (plain, four), (seen, two) in zip(exact, rounded, strict=True):
+        assert four - two == 2 * DENSE_VALUES
+        for name, place in PLACES.items():
+            assert torch.equal(seen[place], (plain if name in COMPRESSED else expected)[place])
+
+
 @pytest.mark.parametrize(("name", "steps"), [("topk", 1000), ("topk_rmsprop", 200)])
 def test_with_error_feedback_what_was_applied_follows_the_sum_of_gradients(name: str, steps: int) -> None:
     """Applied updates and residuals add up to all gradients, and residuals stay bounded."""

@@ -7,8 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from compression import DENSE, Collectives, Solo, averagers, build, codec
-from compression.averagers import TwoHop
+from compression import DENSE, Collectives, Metered, Solo, averagers, build, codec
+from compression.averagers import Averager, TwoHop
+from compression.codecs.base import BFloat16
 from compression.exchange.engine import Engine
 from compression.gradients import Gradients
 from compression.layers import layers_of
@@ -24,7 +25,7 @@ def two_hop(ranks: Collectives, bits: int, feedback: bool = False, seed: int = 0
     return TwoHop(codec("maxmin", bits=bits, bucket_size=64), LAYERS, ranks, seed, feedback)
 
 
-def average(bound: TwoHop, values: torch.Tensor, step: int) -> torch.Tensor:
+def average(bound: Averager, values: torch.Tensor, step: int) -> torch.Tensor:
     flat = values.clone()
     bound.average_(Gradients(flat, ("weight", "bias"), (0, 2000)), step)
     return flat
@@ -49,6 +50,39 @@ def test_layers_that_are_not_compressed_travel_exactly() -> None:
     averages = run_ranks(4, lambda ranks: average(two_hop(ranks, 2), GRADIENTS[ranks.rank], 0))
     expected = sum(0.25 * GRADIENTS[rank, 2000:] for rank in range(4))
     assert torch.equal(averages[0][2000:], expected)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_in_bfloat16_they_are_added_up_in_float32(world_size: int) -> None:
+    """What an owner has of its own shard is not rounded before the sum; one rank alone sends itself everything."""
+
+    def work(ranks: ThreadCollectives) -> torch.Tensor:
+        bound = TwoHop(codec("maxmin", bits=2, bucket_size=64), LAYERS, ranks, 0, dense=BFloat16())
+        owners = [rank for rank, (start, stop) in enumerate(bound.shards["bias"]) if stop > start]
+        assert len(owners) == 1  # it is one bucket
+        return torch.cat([average(bound, GRADIENTS[ranks.rank], 0)[2000:], torch.tensor(owners)])
+
+    *_, first = averages = run_ranks(world_size, work)
+    assert all(torch.equal(first, other) for other in averages)
+    total, owner = torch.zeros(40), int(first[-1])
+    for rank in range(world_size):
+        own = GRADIENTS[rank, 2000:]
+        total += (own if rank == owner and world_size > 1 else own.bfloat16().float()) * (1.0 / world_size)
+    assert torch.equal(first[:-1], total.bfloat16().float())
+
+
+def test_in_bfloat16_every_layer_without_codes_takes_half_the_bytes_and_is_told_as_before() -> None:
+    bound = TwoHop(codec("maxmin", bits=4, bucket_size=64), LAYERS, Solo(), 0, True, BFloat16())
+    sizes = []
+    for widths in ({}, {"weight": DENSE}):
+        bound.set_widths(widths)
+        before = bound.encoded_bytes
+        average(bound, GRADIENTS[0], 0)
+        sizes.append(bound.encoded_bytes - before)
+    assert sizes == [80 + codec("maxmin", bits=4, bucket_size=64).wire_bytes(2000), 80 + 4000]
+    assert bound.widths == {"weight": DENSE, "bias": DENSE}
+    with pytest.raises(ValueError, match="bits=16"):
+        bound.set_widths({"weight": 16})
 
 
 def test_residuals_account_for_every_loss() -> None:
@@ -146,6 +180,18 @@ def test_warm_up_steps_are_float32_and_then_compressed() -> None:
         return [torch.equal(average(bound, GRADIENTS[ranks.rank], step), exact) for step in range(4)]
 
     assert run_ranks(2, work) == [[True, True, False, False]] * 2
+
+
+def test_warm_up_steps_in_bfloat16_take_half_the_bytes() -> None:
+    def work(ranks: ThreadCollectives) -> list[float]:
+        network = Metered(ranks)
+        options = {"bits": 2, "bucket_size": 64, "warmup_steps": 2, "dense_dtype": "bfloat16"}
+        bound = build("maxmin", **options).averager(LAYERS, network, 0)
+        for step in range(2):
+            average(bound, GRADIENTS[ranks.rank], step)
+        return [network.traffic.bytes_sent, bound.encoded_bytes]
+
+    assert run_ranks(2, work) == [[2 * 2 * VALUES, 2 * 2 * VALUES]] * 2
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

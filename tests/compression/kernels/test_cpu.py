@@ -7,23 +7,24 @@ from hypothesis import strategies as st
 
 from compression import COMPRESSORS, codec, plans
 from compression.kernels import cpu, reference
-from compression.layers import DENSE, Layer, shard
+from compression.layers import BFLOAT16, DENSE, Layer, shard
 from compression.plans import Plan, Segment
 from compression.randomness import stream_keys
 
-SIZES = (5000, 1, 513, 64, 4097)
+SIZES = (5000, 1, 513, 64, 4097, 700)
 QUANTIZERS = [name for name, row in COMPRESSORS.items() if row.quantizer is not None]
 MOST = float(torch.finfo(torch.float32).max)
 ODD = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-40, 3e38, -3e38, MOST, -MOST, float("inf"), -float("inf"), float("nan")]
 
 
 def widths_of(name: str, shift: int) -> tuple[int, ...]:
-    """Widths for the layers of SIZES: different ones where the quantizer has several, and one layer in float32."""
+    """Widths for the layers of SIZES: different ones where the quantizer has several, and two layers as floats."""
     row = COMPRESSORS[name]
     if not row.has_bits:
-        return (codec(name).bits,) * 3 + (DENSE, codec(name).bits)
+        return (codec(name).bits,) * 3 + (DENSE, codec(name).bits, BFLOAT16)
     spread = 9 - row.min_bits
-    return tuple(DENSE if k == 3 else (3 * k + shift) % spread + row.min_bits for k in range(len(SIZES)))
+    floats = {3: DENSE, 5: BFLOAT16}
+    return tuple(floats.get(k, (3 * k + shift) % spread + row.min_bits) for k in range(len(SIZES)))
 
 
 def planned(

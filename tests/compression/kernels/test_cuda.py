@@ -25,7 +25,7 @@ from torch import Tensor
 
 from compression import codec, kernels, plans
 from compression.kernels import reference
-from compression.layers import DENSE, Layer, shard
+from compression.layers import BFLOAT16, DENSE, Layer, shard
 from compression.plans import Plan, Segment
 from compression.randomness import stream_keys
 from tests.support.quantizers import train_mid_rise
@@ -87,7 +87,7 @@ def _interpret_without_gpu() -> None:
 
 
 def layers_for(family: str) -> st.SearchStrategy[Layers]:
-    width = st.sampled_from([*WIDTHS[family], DENSE])
+    width = st.sampled_from([*WIDTHS[family], DENSE, BFLOAT16])
     return st.lists(st.tuples(st.integers(1, 300), width, st.sampled_from(sorted(KINDS))), min_size=1, max_size=5)
 
 
@@ -163,6 +163,7 @@ def test_sums_over_ranks_are_encoded_with_the_same_bits(
 ) -> None:
     wide = max(WIDTHS[family])
     layers = [(700, wide, "normal"), (130, DENSE, "normal"), (64, min(WIDTHS[family]), "negative"), (9, wide, "zero")]
+    layers.append((90, BFLOAT16, "NaN"))
     for feedback in (False, True):
         assert gpu.submit(differences_of_sums, family, layers, 100, messages, rank, feedback).result() == []
 
@@ -189,7 +190,7 @@ def test_triton_and_torch_give_the_same_bits(gpu: Executor, family: str, feedbac
 
 @pytest.mark.parametrize("family", WIDTHS)
 def test_every_width_and_kind_of_values_in_one_launch(gpu: Executor, family: str) -> None:
-    widths = [*WIDTHS[family], DENSE]
+    widths = [*WIDTHS[family], DENSE, BFLOAT16]
     for step in (1, 4):
         layers = [(92 - step * index, widths[index % len(widths)], kind) for index, kind in enumerate(KINDS)]
         assert gpu.submit(differences, family, layers, 64, 2, True, True).result() == []
@@ -202,12 +203,13 @@ def test_buckets_of_several_trees_and_tiles(gpu: Executor, family: str) -> None:
 
 
 def test_dense_layers_alone_keep_their_bits(gpu: Executor) -> None:
-    layers = [(2100, DENSE, "NaN"), (1, DENSE, "huge")]
+    layers = [(2100, DENSE, "NaN"), (1, DENSE, "huge"), (1101, BFLOAT16, "NaN"), (3, BFLOAT16, "infinite")]
     assert gpu.submit(differences, "maxmin", layers, 8, 1, True, False).result() == []
 
 
 def test_buckets_too_long_for_a_program_go_beside_those_that_are_not(gpu: Executor) -> None:
     layers = [(40, 3, "normal"), (300, 3, "negative"), (300, DENSE, "normal"), (300, 5, "huge"), (256, 4, "zero")]
+    layers.append((260, BFLOAT16, "normal"))
     assert gpu.submit(differences_where_256_is_long, layers).result() == []
 
 
