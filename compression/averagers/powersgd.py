@@ -141,11 +141,11 @@ class PowerSGD(Averager):
         self._encoded_bytes += first.nbytes + second.nbytes
 
     def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
-        values = 0
-        for layer in layers:
-            factors = self.rank * sum(sides(layer.shape)) if layer.name in self._residual.spans else layer.numel
-            values += factors
-        return all_reduced(4 * values, world_size)
+        factored = [layer for layer in layers if layer.name in self._residual.spans]
+        rows, cols = (self.rank * sum(sides(layer.shape)[side] for layer in factored) for side in (0, 1))
+        dense = sum(layer.numel for layer in layers if layer.name not in self._residual.spans)
+        first = all_reduced(4 * (rows + dense), world_size)
+        return first.then(all_reduced(4 * cols, world_size)) if factored else first
 
     def state_dict(self) -> dict[str, Any]:
         return {"rank": self.rank, **super().state_dict()}
