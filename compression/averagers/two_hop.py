@@ -21,6 +21,7 @@ from ..streams import Meanwhile, Phases, run_all
 from .base import Averager, Averaging, Sent
 
 CHUNK_BYTES = 3 * 2**19  # of all shards, where nothing follows that could be encoded meanwhile
+CHUNK_RANKS = 24  # with more, chunks grow, so that no message gets shorter: each costs time, whatever its length
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,8 @@ class TwoHop(Averager):
 
     def _chunk_count(self, all_shards: Plan) -> int:
         """How many chunks a CPU sends these layers in: more than one where the first layer, a step's last, is there."""
-        return max(1, all_shards.wire_bytes // CHUNK_BYTES) if 0 in all_shards.layers else 1
+        nbytes = CHUNK_BYTES * max(1.0, len(all_shards.message_bytes) / CHUNK_RANKS)
+        return max(1, int(all_shards.wire_bytes / nbytes)) if 0 in all_shards.layers else 1
 
     def _plan(
         self, segments: Sequence[Segment], owners: Sequence[int], shards: Mapping[str, Sequence[tuple[int, int]]]

@@ -265,6 +265,15 @@ def test_messages_of_all_chunks_are_promised(world_size: int, monkeypatch: pytes
     assert promised.rounds == 2
 
 
+def test_with_many_ranks_there_are_fewer_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message costs time however short it is."""
+    layers = layers_of([("weight", (100, 1024))], 64)
+    monkeypatch.setattr(averagers.two_hop, "CHUNK_BYTES", 8000)
+    bound = TwoHop(codec("maxmin", bits=4, bucket_size=64), layers, Solo(), 0)
+    chunks = {ranks: bound.sent(layers, ranks).messages / (2 * (ranks - 1)) for ranks in (2, 24, 48, 480)}
+    assert chunks == {2: 8, 24: 8, 48: 4, 480: 1}
+
+
 @pytest.mark.parametrize("feedback", [False, True])
 def test_averages_may_be_under_way_at_one_time(feedback: bool) -> None:
     def work(ranks: ThreadCollectives) -> tuple[torch.Tensor, torch.Tensor]:
