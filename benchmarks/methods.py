@@ -28,15 +28,19 @@ from torch import Tensor
 
 import compression
 from benchmarks.ranks import kernel_bytes
-from compression import Metered, TorchDistributed
+from compression import Layer, Metered, TorchDistributed
+from compression.averagers import Averager
+from compression.costs import in_buffers
 from compression.exchange.pipeline import Pipeline
 from compression.gradients import Gradients
 from compression.layers import layers_of
+from compression.network.hosts import find_hosts
+from compression.network.inside import Levels
+from compression.network.shared_memory import inside_of
 from image_classification.allocator import keep_freed_memory
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-BUCKET_BYTES, FIRST_BUCKET_BYTES = 25 * 2**20, 2**20  # at which DDP closes a bucket
 TINY = {"weight": (32, 64), "bias": (32,)}
 
 
@@ -82,17 +86,9 @@ class Workload:
 
 
 def bucketed(shapes: Shapes) -> Iterator[list[str]]:
-    """Names by bucket as DDP groups them: last parameters first, closed once full, the first one sooner."""
-    names: list[str] = []
-    nbytes, limit = 0, FIRST_BUCKET_BYTES
-    for name in reversed(list(shapes)):
-        names.append(name)
-        nbytes += 4 * torch.Size(shapes[name]).numel()
-        if nbytes >= limit:
-            yield names
-            names, nbytes, limit = [], 0, BUCKET_BYTES
-    if names:
-        yield names
+    """Names by bucket as DDP groups them."""
+    for layers in in_buffers(layers_of(shapes.items(), bucket_size=0)):
+        yield [layer.name for layer in layers]
 
 
 # Methods: each is bound to the gradients once, and then makes one exchange a call and returns the bytes that it sent.
@@ -140,21 +136,44 @@ def ours(name: str, **options: Any) -> Method:
         compressor = compression.build(name, **options)
         layers = layers_of(work.shapes.items(), compressor.bucket_size)
         network = Metered(TorchDistributed(dist.new_group(), dist.new_group()))
-        averager = compressor.averager(layers, network, seed=0)
-        pipeline, steps = Pipeline(averager, layers, work.flat.device), itertools.count()
-
-        def run() -> float:
-            before, step = network.traffic.bytes_sent, next(steps)
-            pipeline.clear()
-            for average in [pipeline.submit(bucket, step) for bucket in work.buckets]:
-                average.wait()
-            pipeline.check()
-            averager.settle(True)
-            return network.traffic.bytes_sent - before
-
-        return run
+        return bucket_by_bucket(work, layers, compressor.averager(layers, network, seed=0), network)
 
     return bind
+
+
+def in_levels(name: str, **options: Any) -> Method:
+    """The same in two levels. Bytes are those between hosts."""
+
+    def bind(work: Workload) -> Exchange:
+        compressor = compression.build(name, **options)
+        layers = layers_of(work.shapes.items(), compressor.bucket_size)
+        hosts, rank = find_hosts(TorchDistributed()), dist.get_rank()
+        host, place = hosts.inside[hosts.of[rank]], hosts.between[hosts.place(rank)]
+        inside, between = (
+            TorchDistributed(*(dist.new_group(ranks, use_local_synchronization=True) for _ in range(2)))
+            for ranks in (host, place)
+        )
+        network = Metered(between)
+        levels = Levels(inside_of(inside, work.flat.device, len(work.flat)), network)
+        return bucket_by_bucket(work, layers, compressor.hierarchical(layers, levels, seed=0), network)
+
+    return bind
+
+
+def bucket_by_bucket(work: Workload, layers: Sequence[Layer], averager: Averager, network: Metered) -> Exchange:
+    """The exchange of an averager, whose bytes `network` counts."""
+    pipeline, steps = Pipeline(averager, layers, work.flat.device), itertools.count()
+
+    def run() -> float:
+        before, step = network.traffic.bytes_sent, next(steps)
+        pipeline.clear()
+        for average in [pipeline.submit(bucket, step) for bucket in work.buckets]:
+            average.wait()
+        pipeline.check()
+        averager.settle(True)
+        return network.traffic.bytes_sent - before
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -220,6 +239,7 @@ METHODS: dict[str, Method] = {
     "none": ours("none"),
     "maxmin-8": ours("maxmin", bits=8),
     "maxmin-4": ours("maxmin", bits=4),
+    "maxmin-4-levels": in_levels("maxmin", bits=4),
     "maxmin-4-feedback": ours("maxmin", bits=4, error_feedback=True),
     "maxmin-2": ours("maxmin", bits=2),
     "norm_uniform-4": ours("norm_uniform", bits=4),

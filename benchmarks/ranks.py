@@ -23,8 +23,11 @@ def over_links(ranks: int, mbit: float | None, command: Sequence[str]) -> list[s
         return hosts.run(command, timeout_s=PATIENCE_SECONDS)
 
 
-def over_loopback(ranks: int, command: Sequence[str]) -> list[str]:
-    """The same without hosts and links. Raises ChildProcessError where a rank fails."""
+def over_loopback(ranks: int, command: Sequence[str], ranks_per_host: int = 0) -> list[str]:
+    """The same without hosts and links; with `ranks_per_host`, ranks take one another for ranks of several hosts.
+
+    Raises ChildProcessError where a rank fails.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -34,7 +37,7 @@ def over_loopback(ranks: int, command: Sequence[str]) -> list[str]:
         outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(ranks)]
         processes = []
         for rank, output in enumerate(outputs):
-            environment = os.environ | common | {"RANK": str(rank)}
+            environment = os.environ | common | {"RANK": str(rank)} | _place(rank, ranks_per_host)
             processes.append(subprocess.Popen(command, env=environment, stdout=output))
             stack.callback(processes[-1].wait)
             stack.callback(processes[-1].kill)
@@ -44,6 +47,14 @@ def over_loopback(ranks: int, command: Sequence[str]) -> list[str]:
         for output in outputs:
             output.seek(0)
         return [output.read() for output in outputs]
+
+
+def _place(rank: int, ranks_per_host: int) -> dict[str, str]:
+    """A rank's place on its host, as torchrun tells it."""
+    if not ranks_per_host:
+        return {}
+    host, place = divmod(rank, ranks_per_host)
+    return {"LOCAL_RANK": str(place), "LOCAL_WORLD_SIZE": str(ranks_per_host), "GROUP_RANK": str(host)}
 
 
 def kernel_bytes() -> int | None:

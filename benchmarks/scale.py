@@ -2,89 +2,93 @@
 
     python benchmarks/scale.py [--ranks 2 4 8 16] [--values 500000 4000000] [--repeat 25]
 
-All ranks run on this machine and talk over its loopback. The model adds up what one rank does:
+All ranks run on this machine and talk over its loopback; where their number is even and 4 or more, also as hosts of two
+ranks each, which average in two levels. The model, and what it leaves out, is `compression.costs`. Runs can tell rounds
+from messages, since a ring has as many of both, two hops two rounds, and a gather one; over a loopback, where a message
+needs a processor and no time on the way, rounds are found to cost next to nothing beside. Where ranks share fewer
+cores, everything but the start takes that many times as long.
 
-    seconds = start + messages x latency + bytes / bandwidth + values x codec
-
-Start: until all ranks are awake and have begun, once for an exchange. Messages: 2 (W - 1) for each bucket of gradients,
-whether a ring passes them on or two hops exchange and gather them. Bytes: those counted, 2 (W - 1) / W x those that
-stand for the gradient. Values, where there is a codec: 3 - 1 / W times through it, to encode the others' shards, to
-decode and add one shard from the others, to encode its mean and to decode all. Where W ranks share fewer cores,
-everything but the start takes W / cores times as long.
-
-Start, latency and bandwidth are common to all methods, and each codec has its own speed: fitted by least squares of
-relative errors, none negative. The check leaves out all runs of one number of ranks and predicts them from the others.
-The last table gives each rank a machine of its own, and its link at most the bandwidth that was fitted. Nothing
-overlaps in it, and its latency is the loopback's: a real network adds its own, twice to two hops, and to a ring at
-every message.
+The check leaves out all runs of one number of ranks, in one level and two, and predicts them from the others. The last
+table gives each rank a core of its own, eight ranks a host, and each host a link. It has the loopback's time of a
+round, to which a real network adds its latency, and lets the host's memory serve all its ranks at one rank's speed.
 """
 
 import argparse
+import math
 import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 
-import numpy as np
 import torch
-from scipy.optimize import nnls
 
+from benchmarks.bfloat16 import BFloat16
 from benchmarks.exchange import row_of
-from benchmarks.methods import TINY, Shapes, bucketed, command, parse
+from benchmarks.methods import TINY, Shapes, command, parse
 from benchmarks.ranks import over_loopback
 from benchmarks.search import machine
-from image_classification.models import build
+from compression import Layer, Solo, build
+from compression.averagers import Averager
+from compression.costs import Cluster, Costs, Run, bound, in_buffers, load_of
+from compression.layers import layers_of
+from image_classification.models import build as build_model
 
-METHODS = ("float32", "maxmin-4", "maxmin-4-feedback")
-CODECS = METHODS[1:]
 SIDE = 256  # of the square layers that make up a gradient
-FAR = (2, 8, 32, 128, 512, 1024)  # numbers of ranks to extrapolate to
-LINKS_MBIT = (1_000, 10_000)
+PAIR = 2  # ranks a host, where hosts are measured
+FAR = (2, 8, 32, 128)  # numbers of hosts to extrapolate to
+RANKS_PER_HOST = 8  # there
+LINKS_MBIT = (10_000, 100_000)
 
 
 @dataclass(frozen=True)
-class Run:
-    """One method's exchange at one number of ranks. `sharing`: ranks to a core, at least 1."""
+class Method:
+    """A method as the tables call it: its name among the benchmarks', its codec's, and the compressor that promises.
+
+    Without a compressor it is the all-reduce in bfloat16.
+    """
+
+    measured: str
+    codec: str | None
+    compressor: str | None
+    options: Mapping[str, float]
+    hierarchical: bool = False
+
+    def promise(self, shapes: Shapes, cluster: Cluster) -> tuple[Averager, list[list[Layer]]]:
+        """The averager, and the layers by buffer."""
+        if self.compressor is None:
+            layers = layers_of(shapes.items(), 0)
+            return BFloat16(Solo()), list(in_buffers(layers))
+        compressor = build(self.compressor, **self.options)
+        layers = layers_of(shapes.items(), compressor.bucket_size)
+        return bound(compressor, layers, cluster, self.hierarchical), list(in_buffers(layers))
+
+    def run(self, shapes: Shapes, cluster: Cluster) -> Run:
+        """Its exchange of a gradient."""
+        return Run(cluster, load_of(*self.promise(shapes, cluster), cluster), self.codec)
+
+
+METHODS = {
+    "float32": Method("float32", None, "none", {}),
+    "bfloat16": Method("bfloat16-hook", "bfloat16", None, {}),
+    "maxmin-4": Method("maxmin-4", "maxmin-4", "maxmin", {"bits": 4}),
+    "maxmin-4, two levels": Method("maxmin-4-levels", "maxmin-4", "maxmin", {"bits": 4}, hierarchical=True),
+    "topk-0.01": Method("topk-0.01", "topk-0.01", "topk", {"ratio": 0.01}),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One method's exchange. `memory` is in units of the gradient."""
 
     method: str
-    ranks: int
     values: int
-    buckets: int
-    nbytes: float
-    sharing: float = 1.0
-
-    @property
-    def terms(self) -> list[float]:
-        """The factors of the model's coefficients: 1, messages, bytes, and values through each codec."""
-        messages = 2 * (self.ranks - 1) * self.buckets
-        coded = [(3 - 1 / self.ranks) * self.values * (self.method == codec) for codec in CODECS]
-        return [1.0, *(self.sharing * term for term in (messages, self.nbytes, *coded))]
-
-
-@dataclass(frozen=True)
-class Model:
-    """Seconds to start, of a message, of a byte, and of a value of each codec."""
-
-    start: float
-    message: float
-    byte: float
-    codecs: tuple[float, ...]
-
-    @classmethod
-    def fit(cls, seconds: Mapping[Run, float]) -> "Model":
-        """The least squares of relative errors, with no coefficient below 0."""
-        terms = np.array([run.terms for run in seconds]) / np.array([*seconds.values()])[:, None]
-        start, message, byte, *codecs = nnls(terms, np.ones(len(terms)))[0].tolist()
-        return cls(start, message, byte, tuple(codecs))
-
-    def seconds(self, run: Run, link_mbit: float = float("inf")) -> float:
-        """Seconds that the model predicts for a run, where no link carries more than `link_mbit`."""
-        byte = max(self.byte, 8e-6 / link_mbit)
-        return float(np.dot(run.terms, (self.start, self.message, byte, *self.codecs)))
+    run: Run
+    seconds: float
+    memory: float
 
 
 def square_layers(values: int) -> Shapes:
@@ -96,51 +100,75 @@ def numel(shapes: Shapes) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
-def measure(ranks: int, sizes: Sequence[int], repeat: int) -> tuple[dict[Run, float], dict[Run, float]]:
-    """(seconds, memory in units of the gradient) of every method and size."""
+def measure(cluster: Cluster, sizes: Sequence[int], repeat: int) -> Iterator[Measured]:
+    """Every method and size: in two levels where hosts have several ranks, else flat.
+
+    Raises ValueError where bytes that are counted are not those that are promised.
+    """
+    hierarchical = cluster.ranks_per_host > 1
+    methods = {name: method for name, method in METHODS.items() if method.hierarchical == hierarchical}
     gradients = [square_layers(values) for values in sizes]
-    outputs = over_loopback(ranks, command(gradients, METHODS, repeat))
-    sharing = max(1.0, ranks / len(os.sched_getaffinity(0)))
-    seconds, memory = {}, {}
+    start = command(gradients, [method.measured for method in methods.values()], repeat)
+    outputs = over_loopback(cluster.ranks, start, cluster.ranks_per_host if hierarchical else 0)
     for shapes, measured in zip(gradients, parse(outputs), strict=True):
-        for method in METHODS:
-            row = row_of(measured[method])
-            assert row.counted is not None
-            run = Run(method, ranks, numel(shapes), len(list(bucketed(shapes))), row.counted, sharing)
-            seconds[run], memory[run] = row.seconds, row.memory / (4 * run.values)
-    return seconds, memory
+        for name, method in methods.items():
+            row = row_of(measured[method.measured])
+            averager, buffers = method.promise(shapes, cluster)
+            promised = sum(averager.bytes_sent(buffer, cluster.ranks) for buffer in buffers)
+            if row.counted is None or not math.isclose(row.counted, promised):
+                raise ValueError(f"{name} promises {promised} bytes a rank on {cluster}, and sent {row.counted}")
+            run, values = method.run(shapes, cluster), numel(shapes)
+            yield Measured(name, values, run, row.seconds, row.memory / (4 * values))
+
+
+def clusters(ranks: int) -> Iterator[Cluster]:
+    """The arrangements of so many ranks on this machine."""
+    sharing = max(1.0, ranks / len(os.sched_getaffinity(0)))
+    yield Cluster(ranks, ranks_per_core=sharing)
+    if ranks % PAIR == 0 and ranks > PAIR:
+        yield Cluster(ranks // PAIR, PAIR, ranks_per_core=sharing)
 
 
 def predicted(seconds: Mapping[Run, float]) -> dict[Run, float]:
-    """Every run, by the model that is fitted to the runs of all other numbers of ranks."""
-    models = {ranks: Model.fit({run: s for run, s in seconds.items() if run.ranks != ranks})
-              for ranks in {run.ranks for run in seconds}}  # fmt: skip
-    return {run: models[run.ranks].seconds(run) for run in seconds}
+    """Every run, by costs that are fitted to the runs of all other numbers of ranks."""
+    costs = {ranks: Costs.fit({run: s for run, s in seconds.items() if run.cluster.ranks != ranks})
+             for ranks in {run.cluster.ranks for run in seconds}}  # fmt: skip
+    return {run: costs[run.cluster.ranks].seconds(run) for run in seconds}
 
 
-def measured_table(
-    seconds: Mapping[Run, float], memory: Mapping[Run, float], prediction: Mapping[Run, float]
-) -> Iterator[str]:
-    yield "| ranks | method | million values | memory, gradients | seconds | predicted unseen | predicted / measured |"
+def measured_table(found: Sequence[Measured], prediction: Mapping[Run, float]) -> Iterator[str]:
+    yield "| hosts x ranks | method | million values | memory, gradients | seconds | predicted unseen | x measured |"
     yield "| ---: | --- | ---: | ---: | ---: | ---: | ---: |"
-    for run, took in seconds.items():
-        cells = [f"{run.ranks} | {run.method} | {run.values / 1e6:.2f} | {memory[run]:.2f}"]
-        cells += [f"{took:.4f} | {prediction[run]:.4f} | {prediction[run] / took:.2f}"]
+    for each in found:
+        cluster, said = each.run.cluster, prediction[each.run]
+        cells = [f"{cluster.hosts} x {cluster.ranks_per_host} | {each.method} | {each.values / 1e6:.2f}"]
+        cells += [f"{each.memory:.2f} | {each.seconds:.4f} | {said:.4f} | {said / each.seconds:.2f}"]
         yield f"| {' | '.join(cells)} |"
 
 
-def extrapolated_table(model: Model, shapes: Shapes, bytes_per_value: Mapping[str, float]) -> Iterator[str]:
-    """Seconds of the gradient's exchange at many ranks. `bytes_per_value`: what stands for a value, once."""
-    columns = [(method, mbit) for mbit in LINKS_MBIT for method in METHODS]
-    yield f"| ranks | {' | '.join(f'{method}, {mbit // 1000} Gbit/s' for method, mbit in columns)} |"
-    yield f"|{' ---: |' * (1 + len(columns))}"
-    values, buckets = numel(shapes), len(list(bucketed(shapes)))
-    for ranks in FAR:
-        cells = [str(ranks)]
-        for method, mbit in columns:
-            nbytes = 2 * (ranks - 1) / ranks * bytes_per_value[method] * values
-            cells.append(f"{model.seconds(Run(method, ranks, values, buckets, nbytes), mbit):.3f}")
-        yield f"| {' | '.join(cells)} |"
+def extrapolated_table(costs: Costs, shapes: Shapes) -> Iterator[str]:
+    """Every method's exchange of a gradient on many hosts."""
+    links = "".join(f" s at {mbit // 1000} Gbit/s |" for mbit in LINKS_MBIT)
+    yield f"| ranks | method | MB on a host's link |{links} messages | s for rounds and messages |"
+    yield f"| ---: | --- | ---: |{' ---: |' * len(LINKS_MBIT)} ---: | ---: |"
+    for hosts in FAR:
+        for name, method in METHODS.items():
+            run = method.run(shapes, Cluster(hosts, RANKS_PER_HOST))
+            cells = [f"{run.cluster.ranks} | {name} | {run.load.link / 1e6:.1f}"]
+            for mbit in LINKS_MBIT:
+                linked = replace(run, cluster=replace(run.cluster, link_mbit=mbit))
+                cells.append(f"{costs.seconds(linked):.3f}")
+            cells.append(f"{run.load.messages:,.0f} | {costs.seconds_of_messages(run):.3f}")
+            yield f"| {' | '.join(cells)} |"
+
+
+def in_words(costs: Costs) -> Iterator[str]:
+    """The costs that were fitted."""
+    yield f"{1e3 * costs.start:.1f} ms to start, {1e6 * costs.per_round:.0f} us a round, "
+    yield f"{1e6 * costs.per_message:.0f} us a message, {1e9 * costs.per_byte:.3f} ns a byte sent, "
+    yield f"{1e9 * costs.per_copied_byte:.3f} ns a byte copied inside a host"
+    for name, codec in costs.codecs.items():
+        yield f"; {name}: {1e9 * codec.per_value:.2f} ns a value encoded, {1e9 * codec.per_byte:.2f} a byte decoded"
 
 
 def main() -> None:
@@ -155,26 +183,20 @@ def main() -> None:
 
     print(f"{machine()}, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, torch {torch.__version__}; "
           f"median of {flags.repeat} turns\n")  # fmt: skip
-    over_loopback(1, command([TINY], METHODS, 0))  # compiles, which else all ranks would do at once
-    seconds: dict[Run, float] = {}
-    memory: dict[Run, float] = {}
-    for ranks in flags.ranks:
-        took, held = measure(ranks, flags.values, flags.repeat)
-        seconds |= took
-        memory |= held
-    print("\n".join(measured_table(seconds, memory, predicted(seconds))))
+    flat = [method.measured for method in METHODS.values() if not method.hierarchical]
+    over_loopback(1, command([TINY], flat, 0))  # compiles, which else all ranks would do at once
+    arrangements = [cluster for ranks in flags.ranks for cluster in clusters(ranks)]
+    found = [each for cluster in arrangements for each in measure(cluster, flags.values, flags.repeat)]
+    seconds = {each.run: each.seconds for each in found}
+    print("\n".join(measured_table(found, predicted(seconds))))
 
-    model = Model.fit(seconds)
-    speeds = ", ".join(f"{name} {1e9 * each:.2f} ns a value" for name, each in zip(CODECS, model.codecs, strict=True))
-    common = f"{1e3 * model.start:.1f} ms to start, {1e6 * model.message:.0f} us a message"
-    print(f"\nfitted: {common}, {1e9 * model.byte:.3f} ns a byte; {speeds}")
-    largest = {run.method: run for run in seconds if run.ranks == max(flags.ranks)}
-    per_value = {
-        method: run.nbytes * run.ranks / (2 * (run.ranks - 1)) / run.values for method, run in largest.items()
-    }
-    shapes = {name: tuple(parameter.shape) for name, parameter in build("resnet50").named_parameters()}
-    print("\nseconds for ResNet-50's gradient, a machine for each rank, extrapolated\n")
-    print("\n".join(extrapolated_table(model, shapes, per_value)))
+    costs = Costs.fit(seconds)
+    print(f"\nfitted: {''.join(in_words(costs))}")
+    for mbit in LINKS_MBIT:
+        print(f"a message takes as long as {costs.per_message * mbit * 125:.0f} KB at {mbit // 1000} Gbit/s")
+    shapes = {name: tuple(parameter.shape) for name, parameter in build_model("resnet50").named_parameters()}
+    print(f"\nResNet-50's gradient, {RANKS_PER_HOST} ranks a host, a core for each, extrapolated\n")
+    print("\n".join(extrapolated_table(costs, shapes)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The base of all averagers: one operation, its stages, its promise of bytes, and the state that it settles."""
+"""The base of all averagers: one operation, its stages, its promise of what it sends, and the state that it settles."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,21 +17,28 @@ Averaging = Callable[[Gradients], Phases]
 
 
 class Sent(NamedTuple):
-    """Bytes that a rank sends to average some layers once, the mean over ranks.
+    """Bytes and messages that a rank sends to average some layers once, the mean over ranks.
 
-    `addressed`: in messages to each of the others, of which all get as much. `circulated`: in all-reduces, whose
-    messages a ring passes on to one neighbor.
+    `addressed`: bytes in messages to each of the others, of which all get as much. `circulated`: bytes in all-reduces,
+    whose messages a ring passes on to one neighbor. `rounds`: the most messages of a chain in which each waits for the
+    one before. Messages to all of the others are one round, an all-reduce is 2 (W - 1) of a message each.
     """
 
     addressed: float = 0.0
     circulated: float = 0.0
+    messages: float = 0.0
+    rounds: float = 0.0
 
     @property
     def total(self) -> float:
         return self.addressed + self.circulated
 
-    def from_host(self, world_size: int, ranks_per_host: float) -> float:
-        """Bytes that a host puts on its link, the mean over hosts: what its ranks send to those of other hosts."""
+    def then(self, other: "Sent") -> "Sent":
+        """Both, one after the other."""
+        return Sent(*(sum(parts) for parts in zip(self, other, strict=True)))
+
+    def from_host(self, world_size: int, ranks_per_host: int) -> float:
+        """Bytes that a host of so many ranks puts on its link: what they send to those of other hosts."""
         if world_size == ranks_per_host:
             return 0.0
         elsewhere = (world_size - ranks_per_host) / (world_size - 1)
@@ -70,7 +77,7 @@ class Averager(ABC):
 
     @abstractmethod
     def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
-        """The promise of bytes: what a rank of `world_size` sends to average these layers once, warm-up aside."""
+        """The promise of bytes and messages, in one call of `average_` for these layers, warm-up aside."""
 
     def bytes_sent(self, layers: Sequence[Layer], world_size: int) -> float:
         """Bytes that a rank of `world_size` sends to average these layers once, the mean over ranks; warm-up aside."""
@@ -118,4 +125,10 @@ class Averager(ABC):
 
 def all_reduced(nbytes: float, world_size: int) -> Sent:
     """What a rank sends to all-reduce a tensor of `nbytes`: each part of it goes round twice."""
-    return Sent(circulated=2 * (world_size - 1) / world_size * nbytes)
+    turns = 2 * (world_size - 1)
+    return Sent(circulated=turns / world_size * nbytes, messages=turns, rounds=turns)
+
+
+def gathered(nbytes: float, world_size: int) -> Sent:
+    """What a rank sends for all to have its message of `nbytes`: one to each of the others."""
+    return Sent(addressed=(world_size - 1) * nbytes, messages=world_size - 1, rounds=int(world_size > 1))

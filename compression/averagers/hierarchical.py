@@ -80,6 +80,12 @@ class Hierarchical(Averager):
 
     def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
         """What crosses the links, as a mean over all ranks, on hosts of as many ranks as this one."""
+        by_place = self.sent_by_place(layers, world_size)
+        mean = Sent(*(sum(parts) / len(by_place) for parts in zip(*by_place, strict=True)))
+        return mean._replace(rounds=max(sent.rounds for sent in by_place))
+
+    def sent_by_place(self, layers: Sequence[Layer], world_size: int) -> list[Sent]:
+        """What the owner at each place sends to those of the other hosts, [ranks a host]."""
         places = self.levels.inside.world_size
         sent = []
         for place in range(places):
@@ -87,8 +93,9 @@ class Hierarchical(Averager):
             owner = self._bind(own, Solo(), 0)
             if self.widths:
                 owner.set_widths({layer.name: self.widths[layer.name] for layer in layers})
-            sent.append(owner.sent([layer for layer in own if layer.numel], world_size // places))
-        return Sent(*(sum(parts) / places for parts in zip(*sent, strict=True)))
+            held = [layer for layer in own if layer.numel]
+            sent.append(owner.sent(held, world_size // places) if held else Sent())
+        return sent
 
     def average_(self, gradients: Gradients, step: int) -> None:
         run_all(self.post(gradients, step)(gradients))

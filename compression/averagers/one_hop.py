@@ -11,7 +11,7 @@ from ..layer_state import LayerState
 from ..layers import Layer
 from ..network.collectives import Collectives
 from ..randomness import stream_key
-from .base import Averager, Sent
+from .base import Averager, Sent, gathered
 
 _HOP = 1  # of the streams of random numbers
 
@@ -62,7 +62,7 @@ class OneHop(Averager):
 
     def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
         message = sum(self.codecs[layer.name].wire_bytes(layer.numel) for layer in layers)
-        return Sent(addressed=(world_size - 1) * message)
+        return gathered(message, world_size)
 
     def _encode(self, name: str, values: Tensor, step: int) -> Tensor:
         """This rank's message of one layer, uint8 [wire_bytes]; its error becomes the pending residual."""

@@ -1,5 +1,6 @@
 """Averaging of gradients as products of two thin matrices, which the network can add (PowerSGD)."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -163,11 +164,14 @@ class PowerSGD(Averager):
         return first.nbytes + rounded.nbytes
 
     def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
-        nbytes = 0
-        for layer in layers:
-            factored = layer.name in self._residual.spans
-            nbytes += 4 * self.rank * sum(sides(layer.shape)) if factored else self.dense.wire_bytes(layer.numel)
-        return all_reduced(nbytes, world_size)
+        factored = [layer for layer in layers if layer.name in self._residual.spans]
+        rows, cols = (self.rank * sum(sides(layer.shape)[side] for layer in factored) for side in (0, 1))
+        dense = sum(layer.numel for layer in layers if layer.name not in self._residual.spans)
+        messages = [4 * (rows + dense)]
+        if self.dense.dtype != torch.float32:
+            messages = [nbytes for nbytes in (4 * rows, self.dense.wire_bytes(dense)) if nbytes]
+        messages += [4 * cols] if factored else []
+        return functools.reduce(Sent.then, (all_reduced(nbytes, world_size) for nbytes in messages))
 
     def state_dict(self) -> dict[str, Any]:
         return {"rank": self.rank, **super().state_dict()}

@@ -42,4 +42,6 @@ class RandomKAverager(Averager):
         flat[positions] = sample
 
     def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
+        if not layers:
+            return Sent()
         return all_reduced(4 * sum(self.codec.kept(layer.numel) for layer in layers), world_size)

@@ -20,7 +20,7 @@ from ..limits import LIMIT
 from ..network.collectives import Collectives
 from ..sparse_plans import SparsePlan
 from ..streams import on_device
-from .base import Averager, Sent
+from .base import Averager, Sent, gathered
 
 
 class Accumulator(Protocol):
@@ -191,9 +191,8 @@ class TopKAverager(Averager):
         compressed = [layer for layer in layers if layer.compressed]
         counts = [layer.numel for layer in compressed]
         dense = sum(layer.numel for layer in layers) - sum(counts)
-        gathered = (world_size - 1) * (self._plan(self.codec, counts).wire_bytes + self.dense.wire_bytes(dense))
-        dropped = self.dropped.sent(compressed, world_size) if self.dropped is not None else Sent()
-        return dropped._replace(addressed=dropped.addressed + gathered)
+        kept = gathered(self._plan(self.codec, counts).wire_bytes + self.dense.wire_bytes(dense), world_size)
+        return kept if self.dropped is None else kept.then(self.dropped.sent(compressed, world_size))
 
     def _sort(self, gradients: Gradients) -> tuple[Gradients, Tensor]:
         """The compressed layers, in place, and a copy of the values of the others."""

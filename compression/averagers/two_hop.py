@@ -22,6 +22,7 @@ from ..streams import Meanwhile, Phases, run_all
 from .base import Averager, Averaging, Sent
 
 CHUNK_BYTES = 3 * 2**19  # of all shards, where nothing follows that could be encoded meanwhile
+CHUNK_RANKS = 24  # with more, chunks grow, so that no message gets shorter: each costs time, whatever its length
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,14 @@ class TwoHop(Averager):
     def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
         segments = [Segment(layer, 0, 0) for layer in layers]
         encoded = self._plan(segments, range(world_size), self._shards(layers, world_size))
-        return Sent(addressed=2 * (world_size - 1) / world_size * encoded.wire_bytes)
+        chunks = split_into_chunks(encoded, self._chunk_count(encoded))
+        messages = sum(nbytes > 0 for chunk in chunks for nbytes in chunk.message_bytes)
+        both_hops = 2 * (world_size - 1) / world_size
+        return Sent(
+            addressed=both_hops * encoded.wire_bytes,
+            messages=both_hops * messages,
+            rounds=2 * (world_size > 1 and messages > 0),
+        )
 
     @property
     def _alone(self) -> bool:
@@ -211,8 +219,7 @@ class TwoHop(Averager):
         all_shards = self._plan(segments, range(self.collectives.world_size), self.shards)
         own_shard = self._plan(own_segments, [rank], self.shards)
         # A GPU encodes faster than it launches, and gets one launch a hop.
-        in_chunks = gradients.flat.device.type == "cpu" and 0 in all_shards.layers
-        count = max(1, all_shards.wire_bytes // CHUNK_BYTES) if in_chunks else 1
+        count = self._chunk_count(all_shards) if gradients.flat.device.type == "cpu" else 1
         chunks = [
             _Chunk(every if self._alone else drop_message(every, rank), owned, every, mask_owner(every, rank))
             for every, owned in zip(*(split_into_chunks(each, count) for each in (all_shards, own_shard)), strict=True)
@@ -220,6 +227,11 @@ class TwoHop(Averager):
         ]
         encoded = tuple(layer.name for layer in layers if self.widths[layer.name] != DENSE)
         return _Group(tuple(chunks), all_shards.layers, encoded)
+
+    def _chunk_count(self, all_shards: Plan) -> int:
+        """How many chunks a CPU sends these layers in: more than one where the first layer, a step's last, is there."""
+        nbytes = CHUNK_BYTES * max(1.0, len(all_shards.message_bytes) / CHUNK_RANKS)
+        return max(1, int(all_shards.wire_bytes / nbytes)) if 0 in all_shards.layers else 1
 
     def _plan(
         self, segments: Sequence[Segment], owners: Sequence[int], shards: Mapping[str, Sequence[tuple[int, int]]]

@@ -161,8 +161,8 @@ def _say_what_flat_costs(exchange: Attached, compressor: Compressor) -> None:
     hosts, world_size = exchange.hosts, exchange.collectives.world_size
     if exchange.levels is not None or exchange.collectives.rank != 0 or hosts.count in (1, world_size):
         return
-    ranks = world_size / hosts.count
-    flat = exchange.averager.sent(exchange.layers, world_size).from_host(world_size, ranks)
+    sent = exchange.averager.sent(exchange.layers, world_size)
+    flat = sum(sent.from_host(world_size, ranks) for ranks in hosts.sizes) / hosts.count
     if not flat:
         return
     line = f"gradients are averaged in one level over {hosts}: a host puts about {flat / 1e6:.1f} MB a step on its link"

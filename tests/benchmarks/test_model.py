@@ -1,6 +1,7 @@
-"""Arithmetic of the exchange benchmarks around measurements: buckets, medians, tables, and the model of scale."""
+"""Arithmetic of the exchange benchmarks around measurements: buckets, medians, tables, and predictions of scale."""
 
 import math
+import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
 
@@ -12,21 +13,25 @@ from hypothesis import strategies as st
 
 from benchmarks.exchange import Row, draw, mbit, row_of, table
 from benchmarks.methods import Measured, Turn, Workload, bucketed
-from benchmarks.scale import METHODS, Model, Run, predicted
+from benchmarks.ranks import over_loopback
+from benchmarks.scale import METHODS, clusters, extrapolated_table, predicted, square_layers
+from compression.costs import CodecCosts, Costs, Run
 from image_classification.models import build
 
-TRUE = Model(start=2e-3, message=5e-5, byte=1e-9, codecs=(3e-9, 4e-9))
+CODECS = {name: CodecCosts(2e-9, 1e-9) for name in ("bfloat16", "maxmin-4", "topk-0.01")}
+TRUE = Costs(2e-3, 1e-4, 5e-5, 1e-9, 3e-10, CODECS)
 
 
 def runs() -> list[Run]:
-    """Every method at some numbers of ranks on two cores, with a small and a large gradient."""
-    found = []
-    for ranks in (2, 4, 8, 16):
-        for values, buckets in ((500_000, 1), (8_000_000, 2)):
-            for method, nbytes in zip(METHODS, (4.0, 0.52, 0.52), strict=True):
-                sent = 2 * (ranks - 1) / ranks * nbytes * values
-                found.append(Run(method, ranks, values, buckets, sent, sharing=ranks / 2))
-    return found
+    """Every method at some numbers of ranks on this machine, with a small and a large gradient."""
+    return [
+        method.run(square_layers(values), cluster)
+        for ranks in (2, 4, 8, 16)
+        for cluster in clusters(ranks)
+        for values in (500_000, 8_000_000)
+        for method in METHODS.values()
+        if method.hierarchical == (cluster.ranks_per_host > 1)
+    ]
 
 
 def test_buckets_are_those_that_ddp_makes() -> None:
@@ -87,20 +92,32 @@ def test_no_rate_is_a_choice() -> None:
     assert [mbit("none"), mbit("100")] == [None, 100.0]
 
 
-def test_the_model_finds_the_coefficients_that_made_the_runs() -> None:
-    found = Model.fit({run: TRUE.seconds(run) for run in runs()})
-    coefficients = [(model.start, model.message, model.byte, *model.codecs) for model in (found, TRUE)]
-    assert coefficients[0] == pytest.approx(coefficients[1])
-
-
 def test_a_prediction_has_not_seen_its_number_of_ranks() -> None:
-    seconds = {run: TRUE.seconds(run) * (3 if run.ranks == 8 else 1) for run in runs()}
+    seconds = {run: TRUE.seconds(run) * (3 if run.cluster.ranks == 8 else 1) for run in runs()}
     for run, said in predicted(seconds).items():
-        if run.ranks == 8:
+        if run.cluster.ranks == 8:
             assert said == pytest.approx(TRUE.seconds(run))
 
 
-def test_a_slow_link_costs_its_bytes_and_a_fast_one_nothing() -> None:
-    run = Run("float32", 2, 1_000_000, 1, nbytes=4e6)
-    assert TRUE.seconds(run, link_mbit=8) == pytest.approx(TRUE.start + 2 * TRUE.message + 4.0)
-    assert TRUE.seconds(run, link_mbit=1e6) == TRUE.seconds(run)
+def test_hosts_are_measured_where_there_are_pairs() -> None:
+    shapes = {ranks: [(each.hosts, each.ranks_per_host) for each in clusters(ranks)] for ranks in (2, 3, 4, 8)}
+    assert shapes == {2: [(2, 1)], 3: [(3, 1)], 4: [(4, 1), (2, 2)], 8: [(8, 1), (4, 2)]}
+
+
+def test_the_extrapolation_has_every_method_up_to_1024_ranks() -> None:
+    """Megabytes are of all eight ranks of a host: flat, most of what all of them send."""
+    _, _, *lines = extrapolated_table(TRUE, {"weight": (512, 512)})
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [(row[0], row[1]) for row in rows] == [(n, name) for n in ("16", "64", "256", "1024") for name in METHODS]
+    last = {row[1]: row for row in rows[-len(METHODS) :]}
+    assert float(last["float32"][2]) == pytest.approx(2 * 1023 / 1024 * 4 * 512 * 512 / 1e6, abs=0.05)
+    assert float(last["maxmin-4"][2]) == pytest.approx(8 * float(last["maxmin-4, two levels"][2]), abs=0.5)
+    assert all(float(row[4]) <= float(row[3]) for row in rows)
+
+
+def test_ranks_over_loopback_learn_their_hosts() -> None:
+    script = "import os; print(*(os.environ[k] for k in ('RANK', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'GROUP_RANK')))"
+    outputs = over_loopback(4, [sys.executable, "-c", script], ranks_per_host=2)
+    assert [output.split() for output in outputs] == [
+        ["0", "0", "2", "0"], ["1", "1", "2", "0"], ["2", "0", "2", "1"], ["3", "1", "2", "1"],
+    ]  # fmt: skip

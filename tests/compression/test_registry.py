@@ -12,7 +12,7 @@ from compression.averagers import Averager
 from compression.exchange.flat_gradient import FlatGradient
 from compression.gradients import Gradients
 from compression.layers import layers_of
-from tests.support.threads import ThreadCollectives, run_ranks
+from tests.support.threads import Counting, ThreadCollectives, run_ranks
 
 SHAPES = {"conv": (7, 5, 3, 3), "norm": (7,), "wide": (130, 40), "small": (2, 3), "fc": (11, 64), "bias": (11,)}
 LAYERS = layers_of(SHAPES.items(), 64)
@@ -239,6 +239,45 @@ def test_it_sends_the_bytes_that_it_promises(name: str, options: dict[str, Any],
     promised = averager(name, options, Solo()).bytes_sent(LAYERS, world_size)
     assert sum(run_ranks(world_size, work)) / world_size == pytest.approx(promised)
     assert (promised == 0) == (name == "sanity" or world_size == 1)
+
+
+@pytest.mark.parametrize(("name", "options"), [*VARIANTS, *TOP_K_FATES, ("topk", {"big_grad": True})], ids=str)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 13])
+def test_it_sends_as_many_messages_as_it_promises(name: str, options: dict[str, Any], world_size: int) -> None:
+    """Those of no bytes are not sent. The promise is the mean over the ranks, and of rounds the most."""
+
+    def work(ranks: ThreadCollectives) -> tuple[int, int]:
+        network = Counting.of(ranks)
+        step = options.get("warmup_steps", 0)
+        gradients = FlatGradient(LAYERS).join([Gradients(gradient(ranks.rank, step), NAMES, OFFSETS)])
+        averager(name, options, network).average_(gradients, step)
+        return network.messages, network.rounds
+
+    promised = averager(name, options, Solo()).sent(LAYERS, world_size)
+    messages, rounds = zip(*run_ranks(world_size, work), strict=True)
+    assert sum(messages) / world_size == pytest.approx(promised.messages)
+    assert max(rounds) == promised.rounds
+    assert (promised.messages == 0) == (name == "sanity" or world_size == 1)
+
+
+@pytest.mark.parametrize("shapes", [{"bias": (5,)}, {"tiny": (2, 2), "bias": (3,)}, {"wide": (40, 65)}], ids=str)
+@pytest.mark.parametrize(("name", "options"), [*VARIANTS, *TOP_K_FATES], ids=str)
+def test_a_buffer_of_few_layers_has_no_more_messages_than_promised(
+    name: str, options: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """Layers that are all small or all large, of which one kind of message may not be there."""
+    layers = layers_of(shapes.items(), 64)
+    starts = tuple(sum(layer.numel for layer in layers[:index]) for index in range(len(layers)))
+
+    def work(ranks: ThreadCollectives) -> int:
+        network = Counting.of(ranks)
+        flat = torch.ones(sum(layer.numel for layer in layers))
+        bound = build(name, **options).averager(layers, network, 5)
+        bound.average_(Gradients(flat, tuple(shapes), starts), options.get("warmup_steps", 0))
+        return network.messages
+
+    promised = build(name, **options).averager(layers, Solo(), 5).sent(layers, 3)
+    assert sum(run_ranks(3, work)) / 3 == pytest.approx(promised.messages)
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)

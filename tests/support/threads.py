@@ -51,6 +51,33 @@ class ThreadCollectives(Blocking):
         return torch.cat(self.collect(message.clone()))
 
 
+class Counting(ThreadCollectives):
+    """Counts the messages that leave this rank, and the rounds in which it waits; an all-reduce is a ring's."""
+
+    messages = rounds = 0
+
+    @classmethod
+    def of(cls, ranks: ThreadCollectives) -> "Counting":
+        """In place of another network, which is no longer to be used."""
+        return cls(ranks.rank, ranks._slots, ranks._barrier)
+
+    def sum_(self, values: Tensor) -> None:
+        self._count([True] * 2 * (self.world_size - 1), 2 * (self.world_size - 1))
+        super().sum_(values)
+
+    def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
+        self._count([size > 0 for other, size in enumerate(sizes) if other != self.rank])
+        return super().exchange(messages, sizes)
+
+    def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
+        self._count([len(message) > 0] * (self.world_size - 1))
+        return super().gather(message, sizes)
+
+    def _count(self, sent: list[bool], rounds: int = 1) -> None:
+        self.messages += sum(sent)
+        self.rounds += rounds if self.world_size > 1 else 0
+
+
 def within(seconds: float, work: Callable[[], Result]) -> Result:
     """The result of `work()`, or its exception. TimeoutError where it takes longer: waiting has no other end."""
     outcome: Future[Result] = Future()

@@ -6,15 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from compression import COMPRESSORS, DENSE, Layer, Metered, Solo, build
+from compression import COMPRESSORS, DENSE, Collectives, Layer, Metered, Solo, build
 from compression.averagers import Averager, Hierarchical, TwoHop
+from compression.averagers.base import Sent
 from compression.exchange.flat_gradient import FlatGradient
 from compression.gradients import Gradients
 from compression.layers import layers_of, owned_slices
 from compression.network.hosts import Hosts
 from compression.network.inside import Levels as Networks
 from compression.network.inside import OverNetwork
-from tests.support.threads import Levels, ThreadCollectives, run_hosts, run_ranks
+from tests.support.threads import Counting, Levels, ThreadCollectives, run_hosts, run_ranks
 
 SHAPES = {"conv": (13, 3, 3, 3), "norm": (13,), "wide": (40, 65), "bias": (40,), "fc": (7, 91)}  # odd sizes
 LAYERS = layers_of(SHAPES.items(), 64)
@@ -47,9 +48,13 @@ def hosts_of(grid: tuple[int, int]) -> Hosts:
     return Hosts.named([rank % grid[0] for rank in range(grid[0] * grid[1])])
 
 
-def bound(levels: Levels, name: str, options: Mapping[str, Any]) -> Averager:
-    networks = Networks(OverNetwork(levels.inside), levels.between)
-    return build(name, **options).hierarchical(LAYERS, networks, seed=3)
+def bound(
+    levels: Levels, name: str, options: Mapping[str, Any], between: Collectives | None = None
+) -> Hierarchical:
+    networks = Networks(OverNetwork(levels.inside), between or levels.between)
+    averager = build(name, **options).hierarchical(LAYERS, networks, seed=3)
+    assert isinstance(averager, Hierarchical)
+    return averager
 
 
 def gradient(rank: int, step: int) -> torch.Tensor:
@@ -280,3 +285,32 @@ def test_noise_of_owners_is_independent() -> None:
 
     first, second = run_hosts(hosts_of((2, 2)), work)[0].chunk(2)
     assert not torch.equal(first, second)
+
+
+@every_variant
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_owners_send_what_is_promised(name: str, options: dict[str, Any], grid: tuple[int, int]) -> None:
+    """The owners of one place, as a mean over hosts; and all ranks, as a mean over them."""
+
+    def work(levels: Levels) -> tuple[int, float, float, float]:
+        network = Counting.of(levels.between)
+        between = Metered(network)
+        averager = bound(levels, name, options, between)
+        averager.average_(laid_out(gradient(0, 0)), step=options.get("warmup_steps", 0))
+        return levels.inside.rank, between.traffic.bytes_sent, network.messages, network.rounds
+
+    def promised(levels: Levels) -> tuple[Sent, list[Sent]]:
+        averager = bound(levels, name, options)
+        return averager.sent(LAYERS, grid[0] * grid[1]), averager.sent_by_place(LAYERS, grid[0] * grid[1])
+
+    hosts = hosts_of(grid)
+    counted, (all_ranks, by_place) = run_hosts(hosts, work), run_hosts(hosts, promised)[0]
+    for place, sent in enumerate(by_place):
+        _, nbytes, messages, rounds = zip(*(each for each in counted if each[0] == place), strict=True)
+        assert sum(nbytes) / grid[0] == pytest.approx(sent.total)
+        assert sum(messages) / grid[0] == pytest.approx(sent.messages)
+        assert max(rounds) == sent.rounds
+    _, nbytes, messages, rounds = zip(*counted, strict=True)
+    assert sum(nbytes) / len(counted) == pytest.approx(all_ranks.total)
+    assert sum(messages) / len(counted) == pytest.approx(all_ranks.messages)
+    assert max(rounds) == all_ranks.rounds

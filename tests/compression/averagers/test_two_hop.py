@@ -14,7 +14,7 @@ from compression.exchange.engine import Engine
 from compression.gradients import Gradients
 from compression.layers import layers_of
 from compression.network.collectives import PostedExchange, PostedGather
-from tests.support.threads import ThreadCollectives, run_ranks
+from tests.support.threads import Counting, ThreadCollectives, run_ranks
 
 LAYERS = layers_of([("weight", (40, 50)), ("bias", (40,))], 64)
 VALUES = 2040
@@ -293,6 +293,31 @@ def test_only_what_ends_with_the_first_layer_travels_in_chunks(monkeypatch: pyte
     ]
     weight, bias = 2000 // 2 + 8 * 32, 4 * 40  # bytes
     assert chunks == [(weight + bias) // 100, weight // 100, 1]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_messages_of_all_chunks_are_promised(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records are cut nowhere, so that some messages of some chunks are empty; chunks do not wait for one another."""
+    monkeypatch.setattr(averagers.two_hop, "CHUNK_BYTES", 70)
+
+    def work(ranks: ThreadCollectives) -> int:
+        network = Counting.of(ranks)
+        average(two_hop(network, bits=4), GRADIENTS[0], 0)
+        return network.messages
+
+    promised = two_hop(Solo(), bits=4).sent(LAYERS, world_size)
+    assert sum(run_ranks(world_size, work)) / world_size == pytest.approx(promised.messages)
+    assert promised.messages > 10 * (world_size - 1)
+    assert promised.rounds == 2
+
+
+def test_with_many_ranks_there_are_fewer_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message costs time however short it is."""
+    layers = layers_of([("weight", (100, 1024))], 64)
+    monkeypatch.setattr(averagers.two_hop, "CHUNK_BYTES", 8000)
+    bound = TwoHop(codec("maxmin", bits=4, bucket_size=64), layers, Solo(), 0)
+    chunks = {ranks: bound.sent(layers, ranks).messages / (2 * (ranks - 1)) for ranks in (2, 24, 48, 480)}
+    assert chunks == {2: 8, 24: 8, 48: 4, 480: 1}
 
 
 @pytest.mark.parametrize("feedback", [False, True])
