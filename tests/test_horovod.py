@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,9 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
 
-def horovodrun(ranks: int, *program: str) -> subprocess.CompletedProcess[str]:
+def horovodrun(ranks: int, *program: str, hosts: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     horovodrun = str(Path(sys.executable).parent / "horovodrun")
-    return run([horovodrun, "-np", str(ranks), "--gloo", sys.executable, *program])
+    return run([horovodrun, "-np", str(ranks), "--gloo", *hosts, sys.executable, *program])
 
 
 def torchrun(ranks: int, *program: str) -> subprocess.CompletedProcess[str]:

@@ -205,4 +205,4 @@ class Attached(ABC):
 def _described(position: Mapping[str, int] | None) -> str:
     if position is None:
         return "flat"
-    return "as place {place} of host {host} of {hosts} hosts x {ranks_per_host} ranks".format(**position)
+    return "in two levels, as number {number} at place {place} of {hosts} hosts x {ranks_per_host}".format(**position)

@@ -145,7 +145,6 @@ def _say_what_flat_costs(exchange: Attached, compressor: Compressor) -> None:
     line = f"gradients are averaged in one level over {hosts}: a host puts about {flat / 1e6:.1f} MB a step on its link"
     if compressor.encodes:
         one_rank = compressor.averager(exchange.layers, Solo(), 0).sent(exchange.layers, hosts.count)
-        line += f"; in two levels it would be {one_rank.total / 1e6:.1f} MB"
-        if hosts.ranks_per_host is None:
-            line += ", which need as many ranks on each host"
+        need = ", which need as many ranks on each host," if hosts.ranks_per_host is None else ""
+        line += f"; in two levels{need} it would be {one_rank.total / 1e6:.1f} MB"
     _log.warning(line)

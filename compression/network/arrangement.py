@@ -20,15 +20,17 @@ class Arrangement:
 
     @property
     def position(self) -> dict[str, int] | None:
-        """What this rank's state depends on: the hosts' number and size, its host and its place; None where flat."""
+        """What this rank's state depends on: the hosts' number and size, its place, and its number among the ranks of
+        that place; None where flat.
+        """
         if self.levels is None:
             return None
         inside, between = self.levels
         return {
             "hosts": between.world_size,
             "ranks_per_host": inside.world_size,
-            "host": between.rank,
             "place": inside.rank,
+            "number": between.rank,
         }
 
 
@@ -41,15 +43,19 @@ def in_levels(hierarchical: bool | None, hosts: Hosts, encodes: bool) -> bool:
         return False
     why_not = None
     if hosts.count == 1:
-        why_not = f"all {len(hosts.of)} ranks are on one host, and nothing crosses a link; leave it out, or give " \
+        why_not = (
+            f"all {len(hosts.of)} ranks are on one host, and nothing crosses a link; leave it out, or give "
             "`ranks_per_host` to take one host as several"
+        )
     elif hosts.ranks_per_host is None:
         why_not = f"there are {hosts}; start as many ranks on each, or average flat"
     elif hosts.ranks_per_host == 1:
-        why_not = f"there are {hosts}, one rank each, and nothing to add up inside; average flat"
+        why_not = f"there are {hosts}, and nothing to add up inside; average flat"
     elif not encodes:
-        why_not = "this compressor encodes nothing, and two levels would only change its rounding; choose one that " \
-            "encodes, or average flat"
+        why_not = (
+            "this compressor encodes nothing, and two levels would only change its rounding; choose one that encodes, "
+            "or average flat"
+        )
     if hierarchical and why_not:
         raise ValueError(f"`hierarchical` needs several hosts with as many ranks each, two or more: {why_not}")
     return why_not is None
@@ -68,7 +74,7 @@ def hosts_of_levels(collectives: Collectives, inside: Collectives, between: Coll
         ranks == hosts.inside[hosts.of[rank]]
         and place == hosts.place(rank)
         and others == hosts.between[place]
-        and number == hosts.of[rank]
+        and number == others.index(rank)
         for rank, (ranks, place, others, number) in enumerate(known)
     )
     if not fits:

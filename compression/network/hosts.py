@@ -64,8 +64,8 @@ class Hosts:
 
     @property
     def between(self) -> list[list[int]]:
-        """The ranks of each place, one of every host. Hosts must have as many ranks each."""
-        return [list(ranks) for ranks in zip(*self.inside, strict=True)]
+        """The ranks of each place, one of every host, in order. Hosts must have as many ranks each."""
+        return [sorted(ranks) for ranks in zip(*self.inside, strict=True)]
 
     @property
     def ring_edges(self) -> int:

@@ -17,7 +17,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class SharedMemory:
 
     Each rank copies a piece of its buffer into a slot of its own, adds up the slices that it owns from the slots of
     all, and later copies the averages of all owners from theirs. Pieces are numbered when buffers are posted, in one
-    order on all ranks, and a piece waits for those before it in its slot alone: several buffers can be under way.
+    order on all ranks, and take each step in that order: several buffers can be under way.
 
     2 slots of at most 2^23 values for what comes in and the R-th part of that for what goes out: at most 1.25 gradients
     a rank, less where buffers are smaller.
@@ -97,8 +97,9 @@ class SharedMemory:
 
     def close(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)  # the mapping goes with the last tensor of it
+            os.close(self._fd)
             self._fd = -1
+            del self._counters, self.incoming, self.outgoing, self._mapped  # which goes with its last tensor
 
     def tell(self, counter: int, pieces: int) -> None:
         """Let the others know that this rank is through with so many pieces."""
@@ -107,17 +108,18 @@ class SharedMemory:
         with _FENCE:
             self._counters[self.rank, counter] = pieces
 
-    def reached(self, counter: int, pieces: int) -> Callable[[], bool]:
-        """Whether all ranks are through with so many pieces, or one has died, which `check` tells."""
+    def turn(self, own: int, piece: int, others: int, pieces: int) -> Iterator[Until]:
+        """Wait for a piece's turn in one of this rank's steps: all before it are through with that step, and all ranks
+        are through with another one of so many pieces.
+
+        Raises RuntimeError where a rank has died.
+        """
+        counters = self._counters
 
         def ready() -> bool:
-            return bool((self._counters[:, counter] >= pieces).all()) or self._has_lost_a_rank()
+            in_turn = counters[self.rank, own] == piece and (counters[:, others] >= pieces).all()
+            return bool(in_turn) or self._has_lost_a_rank()
 
-        return ready
-
-    def until(self, counter: int, pieces: int) -> Iterator[Until]:
-        """Wait until all ranks are through with so many pieces. Raises RuntimeError where one has died."""
-        ready = self.reached(counter, pieces)
         if not ready():
             yield Until(ready)
         if self._dead is not None:
@@ -151,11 +153,11 @@ class _Posted:
         own = flat.new_empty(sum(stop - start for start, stop in self._spans[rank]))
         at = 0
         for k, piece in enumerate(flat.split(memory.piece), start=self._first_in):
-            yield from memory.until(_SUMMED, k + 1 - SLOTS)
+            yield from memory.turn(_IN, k, _SUMMED, k + 1 - SLOTS)
             slots = memory.incoming[k % SLOTS]
             torch.mul(piece, 1.0 / memory.world_size, out=slots[rank, : len(piece)])
             memory.tell(_IN, k + 1)
-            yield from memory.until(_IN, k + 1)
+            yield from memory.turn(_SUMMED, k, _IN, k + 1)
             first = (k - self._first_in) * memory.piece
             for start, stop in _within(self._spans[rank], first, first + len(piece)):
                 _add_up(slots[:, start - first : stop - first], own[at : at + stop - start])
@@ -167,12 +169,12 @@ class _Posted:
         memory, rank = self._memory, self._memory.rank
         sizes = [sum(stop - start for start, stop in part) for part in self._spans]
         for k, first in enumerate(range(0, max(sizes), memory.part), start=self._first_out):
-            yield from memory.until(_TAKEN, k + 1 - SLOTS)
+            yield from memory.turn(_OUT, k, _TAKEN, k + 1 - SLOTS)
             slots = memory.outgoing[k % SLOTS]
             values = own[first : first + memory.part]
             slots[rank, : len(values)].copy_(values)
             memory.tell(_OUT, k + 1)
-            yield from memory.until(_OUT, k + 1)
+            yield from memory.turn(_TAKEN, k, _OUT, k + 1)
             for place, part in enumerate(self._spans):
                 at = 0
                 for start, stop in _some_of(part, first, first + memory.part):
