@@ -169,8 +169,11 @@ class Lab:
             # `ip netns exec` shows this as /etc/hosts. Horovod asks it for the address that others are to reach.
             settings = _settings(namespace)
             settings.mkdir(parents=True)
-            known = [f"{address(host)} {socket.gethostname()}", "127.0.0.1 localhost"]
-            known += [f"{address(other)} {host_name(other)}" for other in range(self.hosts)]
+            # An address is looked up too, and means its first name.
+            known = [f"{address(other)} {host_name(other)}" for other in range(self.hosts)]
+            if not self.own_names:
+                known.insert(0, f"{address(host)} {socket.gethostname()}")
+            known.append("127.0.0.1 localhost")
             (settings / "hosts").write_text("\n".join(known) + "\n")
             _call("ip", "-n", namespace, "link", "set", "lo", "up")
             peer = ("peer", "name", port, "netns", switch)
