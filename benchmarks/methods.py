@@ -6,6 +6,10 @@ first and brings the sums back, as torch's hook does on GPUs; over gloo that one
 called as DDP calls them, without DDP's own copies; its PowerSGD hook gets all gradients in one bucket, since with
 several it waits forever over gloo.
 
+Methods of two levels have several hosts of as many ranks each: a host's ranks add up in memory that they share, the
+owners of slices average over the hosts, and hand the averages out. `levels-bfloat16` is what a user would take in place
+of codes: the same inside, and gloo's all-reduce of bfloat16 between hosts.
+
 Run as a program it is a rank, and is told in its argument what to do. It imports little: many ranks start at once.
 """
 
@@ -34,36 +38,52 @@ from compression.costs import in_buffers
 from compression.exchange.pipeline import Pipeline
 from compression.gradients import Gradients
 from compression.layers import layers_of
-from compression.network.hosts import find_hosts
+from compression.network.collectives import Traffic
+from compression.network.hosts import Hosts, find_hosts
 from compression.network.inside import Levels
 from compression.network.shared_memory import inside_of
 from image_classification.allocator import keep_freed_memory
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+BUCKET_BYTES, FIRST_BUCKET_BYTES = 25 * 2**20, 2**20  # at which DDP closes a bucket
 TINY = {"weight": (32, 64), "bias": (32,)}
 
 
+class Counted(NamedTuple):
+    """Bytes that a rank sends, and those of them for ranks of other hosts. None: nobody counts."""
+
+    sent: float | None
+    crossing: float | None
+
+
 class Turn(NamedTuple):
-    """One exchange on one rank: bytes sent by our count (None: nobody counts) and by the kernel's."""
+    """One exchange on one rank: its bytes by our count, as in `Counted`, and its host's by the kernel's."""
 
     seconds: float
-    counted: float | None
+    sent: float | None
+    crossing: float | None
     kernel: float | None
 
 
 class Measured(NamedTuple):
-    """One method on one rank: its turns, and the most memory that it held beside the gradients, in bytes."""
+    """One method on one rank: its turns, and the most memory that it held beside the gradients, in bytes.
+
+    Memory that the ranks of a host share counts once a host, in equal parts.
+    """
 
     turns: list[Turn]
     peak: float
 
 
 class Workload:
-    """One rank's gradients, in one flat buffer: its buckets follow one another in the order in which DDP sends them."""
+    """One rank's gradients, in one flat buffer: its buckets follow one another in the order in which DDP sends them.
 
-    def __init__(self, shapes: Shapes, rank: int) -> None:
-        self.shapes = shapes
+    `hosts`: of all ranks.
+    """
+
+    def __init__(self, shapes: Shapes, rank: int, hosts: Hosts) -> None:
+        self.shapes, self.hosts = shapes, hosts
         generator = torch.Generator().manual_seed(rank)
         parts = list(bucketed(shapes))
         self._given = torch.randn(sum(map(self.numel, shapes)), generator=generator)
@@ -91,9 +111,9 @@ def bucketed(shapes: Shapes) -> Iterator[list[str]]:
         yield [layer.name for layer in layers]
 
 
-# Methods: each is bound to the gradients once, and then makes one exchange a call and returns the bytes that it sent.
+# Methods: each is bound to the gradients once, and then makes one exchange a call and counts the bytes that it sent.
 
-Exchange = Callable[[], float | None]
+Exchange = Callable[[], Counted]
 Method = Callable[[Workload], Exchange]
 
 
@@ -103,10 +123,10 @@ def all_reduce(kind: torch.dtype) -> Method:
     def bind(work: Workload) -> Exchange:
         flats = [bucket.flat.to(kind) for bucket in work.buckets]
 
-        def run() -> float:
+        def run() -> Counted:
             for pending in [dist.all_reduce(flat, async_op=True) for flat in flats]:
                 pending.wait()
-            return ring_bytes(flats)
+            return ring(work, sum(flat.nbytes for flat in flats))
 
         return run
 
@@ -116,7 +136,7 @@ def all_reduce(kind: torch.dtype) -> Method:
 def bfloat16_hook(work: Workload) -> Exchange:
     """The bfloat16 that a user of float32 gradients has: each bucket rounded, summed up, and copied back."""
 
-    def run() -> float:
+    def run() -> Counted:
         flats, sums = [bucket.flat for bucket in work.buckets], []
         for flat in flats:
             rounded = flat.to(torch.bfloat16).div_(dist.get_world_size())
@@ -124,7 +144,7 @@ def bfloat16_hook(work: Workload) -> Exchange:
         for flat, (rounded, pending) in zip(flats, sums, strict=True):
             pending.wait()
             flat.copy_(rounded)
-        return ring_bytes(flats) / 2
+        return ring(work, work.flat.nbytes / 2)
 
     return run
 
@@ -135,43 +155,44 @@ def ours(name: str, **options: Any) -> Method:
     def bind(work: Workload) -> Exchange:
         compressor = compression.build(name, **options)
         layers = layers_of(work.shapes.items(), compressor.bucket_size)
-        network = Metered(TorchDistributed(dist.new_group(), dist.new_group()))
-        return bucket_by_bucket(work, layers, compressor.averager(layers, network, seed=0), network)
+        network = Metered(TorchDistributed(dist.new_group(), dist.new_group()), hosts=work.hosts.of)
+        return exchange_of(work, layers, compressor.averager(layers, network, seed=0), network.traffic)
 
     return bind
 
 
-def in_levels(name: str, **options: Any) -> Method:
-    """The same in two levels. Bytes are those between hosts."""
+def ours_in_levels(name: str, **options: Any) -> Method:
+    """One of this program's compressors in two levels."""
 
     def bind(work: Workload) -> Exchange:
-        compressor = compression.build(name, **options)
+        compressor, traffic = compression.build(name, **options), Traffic()
         layers = layers_of(work.shapes.items(), compressor.bucket_size)
-        hosts, rank = find_hosts(TorchDistributed()), dist.get_rank()
-        host, place = hosts.inside[hosts.of[rank]], hosts.between[hosts.place(rank)]
-        inside, between = (
-            TorchDistributed(*(dist.new_group(ranks, use_local_synchronization=True) for _ in range(2)))
-            for ranks in (host, place)
-        )
-        network = Metered(between)
-        levels = Levels(inside_of(inside, work.flat.device, len(work.flat)), network)
-        return bucket_by_bucket(work, layers, compressor.hierarchical(layers, levels, seed=0), network)
+        return exchange_of(work, layers, compressor.hierarchical(layers, levels_of(work, traffic), seed=0), traffic)
 
     return bind
 
 
-def bucket_by_bucket(work: Workload, layers: Sequence[Layer], averager: Averager, network: Metered) -> Exchange:
-    """The exchange of an averager, whose bytes `network` counts."""
+def levels_of(work: Workload, traffic: Traffic) -> Levels:
+    """This rank's two networks, as `attach` makes them."""
+    hosts, rank = work.hosts, dist.get_rank()
+    inside, between = (
+        TorchDistributed(*(dist.new_group(ranks, use_local_synchronization=True) for _ in range(2)))
+        for ranks in (hosts.inside[hosts.of[rank]], hosts.between[hosts.place(rank)])
+    )
+    return Levels(inside_of(inside, work.flat.device, work.flat.numel()), Metered(between, traffic))
+
+
+def exchange_of(work: Workload, layers: Sequence[Layer], averager: Averager, traffic: Traffic) -> Exchange:
     pipeline, steps = Pipeline(averager, layers, work.flat.device), itertools.count()
 
-    def run() -> float:
-        before, step = network.traffic.bytes_sent, next(steps)
+    def run() -> Counted:
+        sent, crossing, step = traffic.bytes_sent, traffic.bytes_between_hosts, next(steps)
         pipeline.clear()
         for average in [pipeline.submit(bucket, step) for bucket in work.buckets]:
             average.wait()
         pipeline.check()
         averager.settle(True)
-        return network.traffic.bytes_sent - before
+        return Counted(traffic.bytes_sent - sent, traffic.bytes_between_hosts - crossing)
 
     return run
 
@@ -203,10 +224,10 @@ def torch_fp16(work: Workload) -> Exchange:
 
     buckets = [Bucket(bucket, work.shapes) for bucket in work.buckets]
 
-    def run() -> float:
+    def run() -> Counted:
         for future in [default_hooks.fp16_compress_hook(dist.group.WORLD, bucket) for bucket in buckets]:  # type: ignore
             future.wait()
-        return ring_bytes([bucket.buffer() for bucket in buckets]) / 2
+        return ring(work, work.flat.nbytes / 2)
 
     return run
 
@@ -218,16 +239,18 @@ def torch_powersgd(work: Workload) -> Exchange:
     state.iter = state.start_powerSGD_iter  # the steps before it are plain all-reduces
     bucket = Bucket(work.whole, work.shapes)
 
-    def run() -> None:
+    def run() -> Counted:
         powerSGD_hook(state, bucket).wait()
+        return Counted(None, None)
 
     return run
 
 
-def ring_bytes(tensors: Sequence[Tensor]) -> float:
-    """Bytes that a rank sends to all-reduce the tensors."""
-    world = dist.get_world_size()
-    return 2 * (world - 1) / world * sum(tensor.nbytes for tensor in tensors)
+def ring(work: Workload, nbytes: float) -> Counted:
+    """The count of a ring all-reduce of so many bytes: a rank sends to the next one alone."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sent = 2 * (world - 1) / world * nbytes
+    return Counted(sent, sent if work.hosts.of[rank] != work.hosts.of[(rank + 1) % world] else 0.0)
 
 
 METHODS: dict[str, Method] = {
@@ -239,7 +262,6 @@ METHODS: dict[str, Method] = {
     "none": ours("none"),
     "maxmin-8": ours("maxmin", bits=8),
     "maxmin-4": ours("maxmin", bits=4),
-    "maxmin-4-levels": in_levels("maxmin", bits=4),
     "maxmin-4-feedback": ours("maxmin", bits=4, error_feedback=True),
     "maxmin-2": ours("maxmin", bits=2),
     "norm_uniform-4": ours("norm_uniform", bits=4),
@@ -250,23 +272,34 @@ METHODS: dict[str, Method] = {
     "powersgd-4": ours("powersgd", rank=4),
 }
 
+OF_LEVELS = "levels-"
+"""The beginning of the names of methods of two levels; what follows names the method between hosts."""
+
+METHODS_IN_LEVELS: dict[str, Method] = {
+    f"{OF_LEVELS}bfloat16": ours_in_levels("none", dense_dtype="bfloat16"),
+    f"{OF_LEVELS}maxmin-4": ours_in_levels("maxmin", bits=4),
+    f"{OF_LEVELS}topk-0.01": ours_in_levels("topk", ratio=0.01),
+    f"{OF_LEVELS}powersgd-4": ours_in_levels("powersgd", rank=4),
+}
+
 
 # Measuring
 
 
-def measure(shapes: Shapes, methods: Sequence[str], repeat: int) -> dict[str, Measured]:
+def measure(shapes: Shapes, methods: Sequence[str], repeat: int, hosts: Hosts) -> dict[str, Measured]:
     """Every method's exchanges on this rank, all methods in each turn, after a first one that is not timed.
 
     Memory is that first one's, with what stays in it, once a tiny exchange has compiled what there is to compile.
     """
-    tiny, work = Workload(TINY, dist.get_rank()), Workload(shapes, dist.get_rank())
+    tiny, work = (Workload(gradient, dist.get_rank(), hosts) for gradient in (TINY, shapes))
     exchanges, peaks = {}, {}
     for name in methods:
-        METHODS[name](tiny)()
+        method = (METHODS | METHODS_IN_LEVELS)[name]
+        method(tiny)()
         before = start_of_peak()
-        exchanges[name] = METHODS[name](work)
+        exchanges[name] = method(work)
         exchanges[name]()
-        peaks[name] = memory("VmHWM") - before
+        peaks[name] = peak_since(before)
     turns: dict[str, list[Turn]] = {name: [] for name in methods}
     for _ in range(repeat):
         for name, exchange in exchanges.items():
@@ -276,25 +309,56 @@ def measure(shapes: Shapes, methods: Sequence[str], repeat: int) -> dict[str, Me
 
 
 def timed(exchange: Exchange) -> Turn:
+    """One exchange. The ranks of a host read one counter: nobody sends before all have read it."""
     dist.barrier()
-    before, start = kernel_bytes(), time.perf_counter()
+    before = kernel_bytes()
+    dist.barrier()
+    start = time.perf_counter()
     counted = exchange()
     seconds = time.perf_counter() - start
     dist.barrier()  # by now all bytes have arrived
     after = kernel_bytes()
-    return Turn(seconds, counted, None if before is None or after is None else after - before)
+    return Turn(seconds, *counted, None if before is None or after is None else after - before)
 
 
-def start_of_peak() -> int:
-    """Bytes in memory now, all that is free given back; from here on the kernel looks for the most."""
+class Memory(NamedTuple):
+    """Bytes of this process in memory: all of them, those that others may share, and its part of those.
+
+    The part is a page's size over the number of processes that have it (Pss): over the ranks of a host the parts add up
+    to the memory that they share, counted once.
+    """
+
+    resident: int
+    shared: int
+    part: int
+
+    @classmethod
+    def now(cls, resident: str) -> "Memory":
+        """`resident` is VmRSS for what is there now, VmHWM for the most that was."""
+        shared = memory("status", "RssShmem")
+        return cls(memory("status", resident), shared, memory("smaps_rollup", "Pss_Shmem"))
+
+
+def start_of_peak() -> Memory:
+    """The memory now, all that is free given back; from here on the kernel looks for the most."""
+    dist.barrier()  # what ranks share is divided by those that have it
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return memory("VmRSS")
+    before = Memory.now("VmRSS")
+    dist.barrier()
+    return before
 
 
-def memory(field: str) -> int:
-    """A number of /proc/self/status, in bytes."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+def peak_since(before: Memory) -> float:
+    """The most bytes in memory since then, beyond those before; of shared ones, which stay, this rank's part."""
+    dist.barrier()
+    resident, shared, part = (a - b for a, b in zip(Memory.now("VmHWM"), before, strict=True))
+    return resident - shared + part
+
+
+def memory(file: str, name: str) -> int:
+    """A number of a file of /proc/self, in bytes."""
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self", file).read_text(), re.MULTILINE)
     assert found is not None
     return 1024 * int(found[1])
 
@@ -309,7 +373,8 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()  # as the program does
     dist.init_process_group("gloo")
-    json.dump([measure(shapes, methods, repeat) for shapes in gradients], sys.stdout)
+    hosts = find_hosts(TorchDistributed())
+    json.dump([measure(shapes, methods, repeat, hosts) for shapes in gradients], sys.stdout)
     dist.destroy_process_group()
 
 

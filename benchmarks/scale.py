@@ -21,17 +21,17 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 
 import torch
 
-from benchmarks.bfloat16 import BFloat16
 from benchmarks.exchange import row_of
 from benchmarks.methods import TINY, Shapes, command, parse
 from benchmarks.ranks import over_loopback
 from benchmarks.search import machine
-from compression import Layer, Solo, build
+from compression import Layer, build
 from compression.averagers import Averager
 from compression.costs import Cluster, Costs, Run, bound, in_buffers, load_of
 from compression.layers import layers_of
@@ -53,15 +53,12 @@ class Method:
 
     measured: str
     codec: str | None
-    compressor: str | None
-    options: Mapping[str, float]
+    compressor: str
+    options: Mapping[str, Any]
     hierarchical: bool = False
 
     def promise(self, shapes: Shapes, cluster: Cluster) -> tuple[Averager, list[list[Layer]]]:
         """The averager, and the layers by buffer."""
-        if self.compressor is None:
-            layers = layers_of(shapes.items(), 0)
-            return BFloat16(Solo()), list(in_buffers(layers))
         compressor = build(self.compressor, **self.options)
         layers = layers_of(shapes.items(), compressor.bucket_size)
         return bound(compressor, layers, cluster, self.hierarchical), list(in_buffers(layers))
@@ -73,9 +70,9 @@ class Method:
 
 METHODS = {
     "float32": Method("float32", None, "none", {}),
-    "bfloat16": Method("bfloat16-hook", "bfloat16", None, {}),
+    "bfloat16": Method("bfloat16-hook", "bfloat16", "none", {"dense_dtype": "bfloat16"}),
     "maxmin-4": Method("maxmin-4", "maxmin-4", "maxmin", {"bits": 4}),
-    "maxmin-4, two levels": Method("maxmin-4-levels", "maxmin-4", "maxmin", {"bits": 4}, hierarchical=True),
+    "maxmin-4, two levels": Method("levels-maxmin-4", "maxmin-4", "maxmin", {"bits": 4}, hierarchical=True),
     "topk-0.01": Method("topk-0.01", "topk-0.01", "topk", {"ratio": 0.01}),
 }
 
@@ -109,7 +106,7 @@ def measure(cluster: Cluster, sizes: Sequence[int], repeat: int) -> Iterator[Mea
     methods = {name: method for name, method in METHODS.items() if method.hierarchical == hierarchical}
     gradients = [square_layers(values) for values in sizes]
     start = command(gradients, [method.measured for method in methods.values()], repeat)
-    outputs = over_loopback(cluster.ranks, start, cluster.ranks_per_host if hierarchical else 0)
+    outputs = over_loopback(cluster.ranks, start, cluster.ranks_per_host)
     for shapes, measured in zip(gradients, parse(outputs), strict=True):
         for name, method in methods.items():
             row = row_of(measured[method.measured])

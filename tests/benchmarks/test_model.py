@@ -16,6 +16,7 @@ from benchmarks.methods import Measured, Turn, Workload, bucketed
 from benchmarks.ranks import over_loopback
 from benchmarks.scale import METHODS, clusters, extrapolated_table, predicted, square_layers
 from compression.costs import CodecCosts, Costs, Run
+from compression.network.hosts import Hosts
 from image_classification.models import build
 
 CODECS = {name: CodecCosts(2e-9, 1e-9) for name in ("bfloat16", "maxmin-4", "topk-0.01")}
@@ -45,7 +46,7 @@ def test_buckets_are_those_that_ddp_makes() -> None:
 @given(st.lists(st.tuples(st.integers(1, 700), st.integers(1, 700)), min_size=1, max_size=12))
 @settings(deadline=None, max_examples=25)
 def test_every_value_lies_in_one_bucket(shapes: list[tuple[int, int]]) -> None:
-    work = Workload({str(k): shape for k, shape in enumerate(shapes)}, rank=0)
+    work = Workload({str(k): shape for k, shape in enumerate(shapes)}, 0, Hosts.single(1))
     for bucket in work.buckets:
         bucket.flat.add_(1000)
     assert (work.flat > 500).all()
@@ -56,29 +57,37 @@ def test_every_value_lies_in_one_bucket(shapes: list[tuple[int, int]]) -> None:
 
 
 def test_ranks_have_gradients_of_their_own() -> None:
-    first, second = (Workload({"weight": (8, 8)}, rank).flat for rank in range(2))
+    first, second = (Workload({"weight": (8, 8)}, rank, Hosts.separate(2)).flat for rank in range(2))
     assert not torch.equal(first, second)
 
 
 def test_a_turn_takes_as_long_as_its_slowest_rank() -> None:
-    fast = Measured([Turn(1.0, 10.0, 11.0), Turn(9.0, 10.0, 11.0), Turn(2.0, 10.0, 11.0)], peak=5.0)
-    slow = Measured([Turn(3.0, 30.0, 31.0), Turn(4.0, 30.0, 31.0), Turn(4.0, 30.0, 31.0)], peak=7.0)
-    assert row_of([fast, slow]) == Row(seconds=4.0, counted=20.0, kernel=21.0, memory=7.0)
+    fast = Measured([Turn(seconds, 10.0, 8.0, 11.0) for seconds in (1.0, 9.0, 2.0)], peak=5.0)
+    slow = Measured([Turn(seconds, 30.0, 20.0, 31.0) for seconds in (3.0, 4.0, 4.0)], peak=7.0)
+    assert row_of([fast, slow]) == Row(seconds=4.0, counted=20.0, crossing=14.0, kernel=21.0, memory=7.0)
+
+
+def test_a_hosts_bytes_are_those_that_its_ranks_send_to_other_hosts() -> None:
+    """Every rank of a host reads the counter of the one link."""
+    ranks = [Measured([Turn(1.0, 30.0, crossing, 31.0)], peak=5.0) for crossing in (0.0, 30.0, 0.0, 30.0)]
+    row = row_of(ranks, ranks_per_host=2)
+    assert (row.counted, row.crossing, row.kernel) == (30.0, 30.0, 31.0)
 
 
 def test_the_table_leaves_out_what_nobody_counted() -> None:
-    rows = {"float32": Row(0.5, 2e6, None, 100.0), "hook": Row(0.25, None, None, 300.0)}
+    rows = {"float32": Row(0.5, 2e6, 1e6, None, 100.0), "hook": Row(0.25, None, None, None, 300.0)}
     assert list(table({"no limit": rows}, nbytes=200)) == [
-        "| method | MB sent | by the kernel | memory | no limit, s | x float32 |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-        "| float32 | 2.00 |  | 0.50 | 0.500 | 1.00 |",
-        "| hook |  |  | 1.50 | 0.250 | 2.00 |",
+        "| method | MB sent | MB on a host's link | by the kernel | memory | no limit, s | x float32 |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| float32 | 2.00 | 1.00 |  | 0.50 | 0.500 | 1.00 |",
+        "| hook |  |  |  | 1.50 | 0.250 | 2.00 |",
     ]
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
-    rates = {"no limit": {"float32": Row(0.5, 1.0, 1.0, 1.0)}, "100 Mbit/s": {"float32": Row(5.0, 1.0, 1.0, 1.0)}}
-    draw({2: rates, 4: rates}, tmp_path / "picture.png")
+    fast, slow = (Row(seconds, 1.0, 1.0, 1.0, 1.0) for seconds in (0.5, 5.0))
+    rates = {"no limit": {"float32": fast}, "100 Mbit/s": {"float32": slow}}
+    draw({"2 ranks": rates, "2 hosts x 2 ranks": rates}, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 

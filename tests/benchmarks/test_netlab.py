@@ -7,10 +7,11 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.netlab import available, lab
+from benchmarks.netlab import available, lab, ranks_on
 
 WHY_NOT = available()
 needs_lab = pytest.mark.skipif(WHY_NOT is not None, reason=f"no network namespaces here: {WHY_NOT}")
@@ -82,6 +83,49 @@ def test_every_rank_finds_itself_in_the_environment():
 
 
 @needs_lab
+@pytest.mark.parametrize(
+    ("ranks_per_host", "order", "expected"),
+    [
+        (2, None, ["0 4 0 2 0 2", "1 4 1 2 0 2", "2 4 0 2 1 2", "3 4 1 2 1 2"]),
+        (2, [2, 0, 1, 3], ["0 4 1 2 0 2", "1 4 0 2 1 2", "2 4 0 2 0 2", "3 4 1 2 1 2"]),
+        ([2, 1], None, ["0 3 0 2 0 2", "1 3 1 2 0 2", "2 3 0 1 1 2"]),
+    ],
+    ids=["2 hosts x 2", "shuffled", "2 + 1"],
+)
+def test_several_ranks_of_a_host_share_its_link(ranks_per_host: Any, order: Any, expected: list[str]):
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"]
+    show = python(
+        "import os, subprocess, sys; print(*[os.environ[name] for name in sys.argv[1:]]);"
+        "print(subprocess.check_output(['ip', '-br', 'addr', 'show', 'eth0'], text=True).split()[2])",
+        *names,
+    )
+    with lab(hosts=2) as hosts:
+        outputs = hosts.run(show, timeout_s=900, ranks_per_host=ranks_per_host, order=order)
+    assert outputs == [f"{line}\n10.77.0.{int(line.split()[4]) + 1}/24\n" for line in expected]
+
+
+@needs_lab
+def test_a_launcher_is_started_once_on_every_host_and_finds_no_rank():
+    show = python("import os, socket; print(socket.gethostname(), os.environ.get('RANK'), os.environ['NODE'])")
+    with lab(hosts=2, own_names=True) as hosts:
+        outputs = hosts.launch(show, timeout_s=900, environment=lambda host: {"NODE": f"node {host}"})
+    assert outputs == ["host0 None node 0\n", "host1 None node 1\n"]
+
+
+@needs_lab
+def test_hosts_know_one_another_by_name():
+    show = python("import socket; print(socket.getfqdn(), *map(socket.gethostbyname, ('host0', 'host1')))")
+    with lab(hosts=2, own_names=True) as hosts:
+        assert hosts.launch(show, timeout_s=900) == [f"{own} 10.77.0.1 10.77.0.2\n" for own in ("host0", "host1")]
+
+
+def test_ranks_are_where_the_order_puts_them_each_of_them_once():
+    assert [rank.host for rank in ranks_on([2, 2], [3, 0, 1, 2])] == [0, 1, 1, 0]
+    with pytest.raises(ValueError, match=r"^`order` holds each of 3 ranks once, got \[0, 1, 1\]$"):
+        ranks_on([2, 1], [0, 1, 1])
+
+
+@needs_lab
 def test_the_machines_name_means_an_address_that_the_others_can_reach():
     with lab(hosts=2) as hosts:
         own = python("import socket; print(socket.gethostbyname(socket.gethostname()))")
@@ -150,6 +194,19 @@ def test_a_rank_that_fails_ends_the_run_and_is_named():
 def test_ranks_that_do_not_end_are_stopped_and_named():
     with lab(hosts=2) as hosts, pytest.raises(TimeoutError, match=r"^ranks \[1\] of 2 not done after 0.5 s: "):
         hosts.run(["sh", "-c", "[ $RANK = 0 ] || exec sleep 3600"], timeout_s=0.5)
+
+
+@needs_lab
+def test_a_launcher_that_fails_is_named_by_its_host():
+    with lab(hosts=2) as hosts, pytest.raises(ChildProcessError, match=r"^host 1 of 2 ended with status 7: "):
+        hosts.launch(["sh", "-c", "[ $NODE = 1 ] && exit 7; exec sleep 3600"], timeout_s=900,
+                     environment=lambda host: {"NODE": str(host)})  # fmt: skip
+
+
+@needs_lab
+def test_ranks_are_given_for_every_host_or_for_all():
+    with lab(hosts=2) as hosts, pytest.raises(ValueError, match=r"one for each of 2 hosts, got \[1, 2, 1\]$"):
+        hosts.run(["true"], timeout_s=900, ranks_per_host=[1, 2, 1])
 
 
 @needs_lab
