@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""torchvision's IMG_EXTENSIONS, in any case of letters. Files that end otherwise are ignored."""
+"""torchvision's IMG_EXTENSIONS, in any case of letters. Files that end otherwise are ignored, and so are files and
+folders whose names begin with a dot: what editors, notebooks and macOS leave beside images may end like them."""
 
 _LAYOUT = "expected DIR/train/CLASS/* and DIR/val/CLASS/*"
 
@@ -64,7 +65,7 @@ def list_splits(root: Path, num_classes: int) -> tuple[Split, Split]:
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:
-    names = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
+    names = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_hidden(entry.name)))
     if not names:
         raise ValueError(f"{folder} holds no class folders; {_LAYOUT}")
     return names
@@ -90,15 +91,23 @@ def _list_images(folder: Path, classes: tuple[str, ...]) -> Split:
 
 def _images_below(folder: Path, name: str) -> list[bytes]:
     """CLASS/FILE of every image in a class folder and the folders below it."""
+    walked: list[tuple[str, list[str]]] = []
+    for parent, folders, files in os.walk(folder / name, followlinks=True, onerror=_raise):
+        folders[:] = [each for each in folders if not _is_hidden(each)]  # which os.walk goes down into
+        walked.append((parent, files))
     found: list[bytes] = []
-    for parent, _, files in sorted(os.walk(folder / name, followlinks=True, onerror=_raise)):
+    for parent, files in sorted(walked):
         below = os.path.relpath(parent, folder)
         found.extend(
             os.fsencode(os.path.join(below, file))
             for file in sorted(files)
-            if file.lower().endswith(IMAGE_SUFFIXES)
+            if file.lower().endswith(IMAGE_SUFFIXES) and not _is_hidden(file)
         )
     return found
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _raise(error: OSError) -> None:
