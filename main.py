@@ -565,6 +565,7 @@ def build_data(
         device=ranks.device,
         skip_bad_images=flags.skip_bad_images,
         training=not flags.evaluate or flags.search,
+        validation=not flags.training_only,
     )
     return classification.data.build(options)
 
@@ -767,7 +768,7 @@ class Run:
                     Path(flags.save_weights).parent.mkdir(parents=True, exist_ok=True)
             ended = saved and (flags.evaluate or self.epoch >= flags.epochs)
             start = classification.logs.END if ended else (self.epoch, self.iteration)
-            self.log = build_logger(flags, ranks, self.iterations or len(self.train_loader), start)
+            self.log = build_logger(flags, ranks, self.iterations or len(self.train_loader) or 1, start)
             self.log.parameters({name: value for name, value in vars(flags).items() if name != "given"})
             if ranks.rank == 0 and not flags.evaluate:
                 path, writers = self.workspace / STATISTICS, self.log.tensorboard_writers

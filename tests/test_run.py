@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 
 from image_classification import checkpoints
 from image_classification.logs import records
-from tests.support.program import SMALL, Rank, compiled_code_goes_to, run_well, tiny
+from tests.support.program import SMALL, Rank, compiled_code_goes_to, run, run_well, tiny
 
 COMPRESSED = {"3.weight": 16 * 32 * 9, "5.weight": 32 * 48 * 9, "10.weight": 48 * 64}
 PARAMETERS = dict(tiny(3).named_parameters())
@@ -344,6 +345,27 @@ def test_saved_weights_are_those_of_the_checkpoint_and_load_as_pretrained(
     saved = checkpoints.load_weights(weights)
     assert saved.keys() == rank.weights.keys()
     assert all(torch.equal(saved[name], rank.weights[name]) for name in saved)
+
+
+@pytest.mark.parametrize(
+    ("missing", "flags", "metric"),
+    [("train", "--evaluate", "val.top1"), ("val", "--training-only --epochs 1 --search --popsize 1", "train.loss")],
+)
+def test_what_neither_trains_nor_validates_needs_no_such_folder(
+    missing: str, flags: str, metric: str, trained: Stage, pictures: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(pictures, tmp_path / "pictures", ignore=shutil.ignore_patterns(missing))
+    weights = ("--pretrained-weights", trained.workspace / "checkpoint.pth.tar")
+    done = stage(tmp_path / "work", folder, flags, *weights, "--prof", 2, "--tensorboard-dir", tmp_path / "events")
+    assert metric in done.metrics()
+
+
+def test_a_search_on_a_checkpoint_needs_training_images(trained: Stage, pictures: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pictures, tmp_path / "pictures", ignore=shutil.ignore_patterns("train"))
+    weights = trained.workspace / "checkpoint.pth.tar"
+    [rank] = run(folder, *SMALL, "--search", "--evaluate", "--pretrained-weights", weights, "--workspace", tmp_path)
+    assert rank.status == 2
+    assert rank.err.splitlines()[-1].startswith(f"main.py: error: data folder {folder} has no folder train; expected")
 
 
 FILES = {

@@ -124,6 +124,32 @@ def test_any_file_name_is_found_again(tmp_path, name):
     assert all(train.path(index).is_file() for index in range(len(train)))
 
 
+@pytest.mark.parametrize("backend", ["pytorch", "dali-cpu"])
+@pytest.mark.parametrize(("other", "needed"), [("train", {"training": False}), ("val", {"validation": False})])
+def test_a_split_that_is_not_needed_may_be_missing_and_is_not_looked_into(tmp_path, backend, other, needed):
+    root = write_folder(tmp_path)
+    whole = batches_of(options(root, backend))
+    for image in (root / other).rglob("*.jpg"):
+        image.unlink()
+    without_images = batches_of(options(root, backend, **needed))
+    for folder in (root / other).iterdir():
+        folder.rmdir()
+    without_classes = batches_of(options(root, backend, **needed))
+    (root / other).rmdir()
+    position = ("train", "val").index(other)
+    for found in (without_images, without_classes, batches_of(options(root, backend, **needed))):
+        assert found[position] == []
+        assert same(found[1 - position], whole[1 - position])
+
+
+@pytest.mark.parametrize("needed", [{"train": False}, {"val": False}])
+def test_where_both_splits_are_there_they_name_the_same_classes_whether_needed_or_not(tmp_path, needed):
+    write_folder(tmp_path, classes=3)
+    shutil.rmtree(tmp_path / "val" / "class0")  # else class1 would be scored as class0
+    with pytest.raises(ValueError, match=r"name different classes: only train has class0, only val has none; give"):
+        list_splits(tmp_path, 10, **needed)
+
+
 def leave_hidden_names(root):
     """What macOS, notebooks and editors leave in every folder, some of it named like an image or a class."""
     for split in ("train", "val"):
