@@ -68,6 +68,13 @@ FLAG_OF = {option: flag for flag, option in OPTIONS.items()} | {
     "without_momentum": "dgc",
 }
 
+# How ranks are started so that they know of each other.
+START = {
+    compression.TORCHRUN: "torchrun, once a host: torchrun --nnodes HOSTS --nproc_per_node RANKS --rdzv_backend c10d "
+    "--rdzv_endpoint FIRST_HOST:29500 main.py ...",
+    compression.HOROVODRUN: "horovodrun -np {size} python main.py --hvd ...",
+}
+
 STATISTICS = "gradient_stats.jsonl"  # in the workspace, of --compression-type stats
 
 
@@ -345,20 +352,30 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     read = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, absent))))
     given = {name: value for name, value in read.items() if value is not absent}
     flags = argparse.Namespace(**defaults | given, given=tuple(sorted(given)))
+    launcher = launcher_of(flags)
     try:
-        flags.local_rank = from_environment(launcher_of(flags).local_rank, count_or_none, flags.local_rank)
+        flags.local_rank = from_environment(launcher.local_rank, count_or_none, flags.local_rank)
         if (flags.search or flags.compression_scheme) and "compression_type" not in given:
             flags.compression_type = "maxmin"
         check(flags, {name for name, value in given.items() if value != defaults[name]})
-        check_world(flags, from_environment(launcher_of(flags).size, count, 1))
+        check_world(flags, from_environment(launcher.size, count, 1))
     except ValueError as error:
         parser.error(str(error))
+    if apart := launcher.apart():
+        if apart.rank != 0:  # the first one says it
+            parser.exit(2)
+        parser.error(in_flags(way_together(apart), flags))
     return flags
 
 
 def launcher_of(flags: argparse.Namespace) -> compression.Launcher:
     """The launcher that the flags count on."""
     return compression.HOROVODRUN if flags.hvd else compression.TORCHRUN
+
+
+def way_together(apart: compression.network.launchers.Apart) -> str:
+    """Why processes would train apart, and the command that starts them together."""
+    return f"{apart.message} {START[apart.launcher].format(size=apart.size)}"
 
 
 def from_environment(name: str, kind: Callable[[str], int], default: int) -> int:
@@ -1146,6 +1163,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             threads=flags.threads,
             ranks_per_host=flags.ranks_per_host,
         ) as ranks:
+            if apart := launcher.apart(joined=ranks.size):
+                if apart.rank == 0:
+                    complain(way_together(apart))
+                return 2
             shared = {name: value for name, value in vars(flags).items() if name != "local_rank"}
             ranks.check_equal_across_ranks(shared, "the flags")
             if "compression_type" not in flags.given and (flags.search or flags.compression_scheme) and ranks.rank == 0:

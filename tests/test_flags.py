@@ -122,7 +122,10 @@ REGISTERED = tuple(name for name, row in compression.COMPRESSORS.items() if row.
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in ("LOCAL_RANK", "WORLD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_SIZE"):
+    for name in (
+        "RANK", "LOCAL_RANK", "WORLD_SIZE", "HOROVOD_RANK", "HOROVOD_LOCAL_RANK", "HOROVOD_SIZE",
+        "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -473,6 +476,11 @@ def test_search_and_schemes_quantize_by_maxmin_where_no_type_is_given():
 
 # Launchers
 
+TORCHRUN = (
+    "torchrun, once a host: torchrun --nnodes HOSTS --nproc_per_node RANKS --rdzv_backend c10d --rdzv_endpoint "
+    "FIRST_HOST:29500 main.py ..."
+)
+
 
 def test_the_launchers_environment_wins_over_its_flag(monkeypatch, capsys):
     assert parse("--local_rank 3").local_rank == 3
@@ -494,6 +502,30 @@ def test_the_total_batch_is_a_multiple_of_all_ranks_batches(monkeypatch, capsys)
     flags = parse("-b 64 --optimizer-batch-size 320 --hvd")
     with pytest.raises(ValueError, match=r"= 3 x 64 = 192$"):
         main.check_world(flags, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rank", "size", "starter", "command"),
+    [
+        ([], "HOROVOD_RANK", "HOROVOD_SIZE", "horovodrun", "use horovodrun -np 3 python main.py --hvd ..."),
+        (["--hvd"], "RANK", "WORLD_SIZE", "torchrun", "drop --hvd, or use horovodrun -np 3 python main.py --hvd ..."),
+        ([], "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "srun", f"where that is meant, or use {TORCHRUN}"),
+        ([], "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "mpirun", f"where that is meant, or use {TORCHRUN}"),
+    ],
+)
+def test_processes_that_would_train_apart_are_refused_and_the_first_says_it_for_all(
+    arguments, rank, size, starter, command, monkeypatch, capsys
+):
+    monkeypatch.setenv(size, "3")
+    monkeypatch.setenv(rank, "0")
+    line = error(capsys, ["DIR", *arguments])
+    assert line.startswith(f"{starter} started 3 processes")
+    assert line.endswith(command)
+    monkeypatch.setenv(rank, "1")
+    with pytest.raises(SystemExit) as stopped:
+        main.parse(["DIR", *arguments])
+    assert stopped.value.code == 2
+    assert capsys.readouterr() == ("", "")
 
 
 def test_help_is_not_an_error(capsys):
