@@ -220,8 +220,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="go on from this checkpoint; the word auto takes the newest good one of --workspace and "
         "starts anew where there is none")
     add("--pretrained-weights", metavar="PATH", type=text,
-        help="start from these weights: a state dict, a checkpoint of this program, a .safetensors file or "
-        "torchvision's")
+        help="start from these weights: a state dict, a .safetensors file, or a checkpoint of this program, of "
+        "torchvision's or of timm's")
 
     add = precision.add_argument
     add("--fp16", action="store_true",
@@ -311,6 +311,8 @@ def build_parser() -> argparse.ArgumentParser:
               help="probability that a training image is flipped")
     extension(model, "--skip-bad-images", action="store_true",
               help="leave out images that cannot be read, and say which, in place of stopping")
+    extension(run, "--reset-head", action="store_true",
+              help="with --pretrained-weights: draw the final classifier anew, for other classes than they know")
     extension(run, "--save-weights", metavar="FILE", type=text,
               help="write the model's weights alone after each epoch, or after --evaluate, as FILE.safetensors")
     extension(run, "--deterministic", action="store_true", help="deterministic kernels only")
@@ -442,6 +444,7 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
     refuse(Path(flags.checkpoint_filename).name != flags.checkpoint_filename,
            f"--checkpoint-filename {flags.checkpoint_filename} is a path, and a name is needed; "
            "choose the folder with --workspace")
+    goes_with("reset_head", flags.pretrained_weights, "--pretrained-weights")
     check_files(flags)
 
     # compression
@@ -547,13 +550,17 @@ def search_space(flags: argparse.Namespace) -> tuple[Callable[[int], Any], range
     return codec.with_bits, range(flags.search_min_bits, flags.search_max_bits + 1)
 
 
-def build_model(flags: argparse.Namespace, seed: int) -> nn.Module:
-    """The network with its first weights: seeded, then those of --pretrained-weights."""
+def build_model(
+    flags: argparse.Namespace, seed: int, tell: Callable[[str], None] = lambda line: None
+) -> nn.Module:
+    """The network with its first weights: seeded, then those of --pretrained-weights, of which a line may be told."""
     classification.reproducibility.seed_everything(seed)
     model = classification.models.build(flags.arch, flags.model_config, flags.num_classes)
     if flags.pretrained_weights:
         path = Path(flags.pretrained_weights)
-        classification.checkpoints.load_into(model, classification.checkpoints.load_weights(path), path)
+        weights = classification.checkpoints.load_weights(path, tell)
+        head = classification.models.head_of(model)
+        classification.checkpoints.load_into(model, weights, path, head=head, reset_head=flags.reset_head)
     return model
 
 
@@ -691,6 +698,8 @@ class Run:
         self._build_data_and_model()
         self._build_exchange_and_optimizer()
         self._resume(saved)
+        if flags.evaluate and not flags.pretrained_weights and not self.resumed:
+            self.say("random weights are scored: no --pretrained-weights were given, and no checkpoint to --resume")
         self._open_logs(saved)
 
     def _build_data_and_model(self) -> None:
@@ -704,7 +713,7 @@ class Run:
             classification.reproducibility.use_deterministic_kernels()
         with self.ranks.fail_together():
             self.train_loader, self.val_loader = build_data(flags, self.seed, self.ranks)
-            self.module = build_model(flags, self.seed)
+            self.module = build_model(flags, self.seed, self.say)
             self.module.train(not flags.evaluate or flags.search)
             classification.models.check_input_shape(self.module, flags.batch_size, flags.image_size)
             self.compressor = compressor_of(flags)
@@ -791,6 +800,11 @@ class Run:
                 path, writers = self.workspace / STATISTICS, self.log.tensorboard_writers
                 if compression.observe(self.exchange.averager, path, self.exchange.step, writers):
                     self.written.append(path)
+
+    def say(self, line: str) -> None:
+        """One line for who started the run, on standard error."""
+        if self.ranks.rank == 0:
+            print(line, file=sys.stderr)
 
     # The epochs
 

@@ -104,11 +104,14 @@ EXTENSIONS = (
     Option("--crop-scale", 0.08, "SHARE"),
     Option("--hflip", 0.5, "P"),
     Option("--skip-bad-images"),
+    Option("--reset-head"),
     Option("--save-weights", None, "FILE"),
     Option("--deterministic"),
     Option("--compile"),
     Option("--device", "auto", None, ("auto", "cpu", "cuda")),
     Option("--dist-backend", "auto", None, ("auto", "gloo", "nccl")),
+    Option("--hierarchical", "auto", None, ("auto", "on", "off")),
+    Option("--ranks-per-host", None, "N"),
     Option("--threads", None, "N"),
     Option("--dgc-clip", None, "NORM"),
     Option("--compression-scheme", None, "FILE"),
@@ -259,7 +262,7 @@ RANGES = {
     COUNT: (
         "1 1000", "0 -1 1.5 x",
         "--num-classes --epochs -b/--batch-size --print-freq/-p --bb-num-parallel-steps --powersgd-rank --popsize "
-        "--image-size --search-calibration-steps --threads",
+        "--image-size --search-calibration-steps --ranks-per-host --threads",
     ),
     OR_OFF: ("1 1000 -1", "0 -2 1e3", "--run-epochs --optimizer-batch-size --prof --bucket-size"),
     NATURAL: ("0 3", "-1 0.5", "-j/--workers --warmup --compressor-warmup-steps --local_rank/--local-rank "
@@ -346,6 +349,8 @@ REFUSED = {
     # run control
     "--evaluate --training-only": "--evaluate and --training-only exclude each other; drop one",
     "--no-checkpoints --gather-checkpoints": "--no-checkpoints and --gather-checkpoints exclude each other; drop one",
+    "--reset-head": f"--reset-head {WITHOUT} --pretrained-weights",
+    "--reset-head --resume c.pth": f"--reset-head {WITHOUT} --pretrained-weights",
     "--no-checkpoints --checkpoint-filename x": f"--checkpoint-filename {WITHOUT} checkpoints; drop --no-checkpoints",
     "--checkpoint-filename model_best.pth.tar": (
         "--checkpoint-filename model_best.pth.tar is a name that copies of checkpoints get; choose another name"
@@ -440,6 +445,7 @@ def test_a_flag_without_effect_is_refused_with_what_it_goes_with(line, capsys):
         "--evaluate --resume c.pth --epochs 3 --lr 0.5 --gather-checkpoints --label-smoothing 0.1",
         "--resume auto --pretrained-weights w.pth --run-epochs 10",
         "--resume auto --no-checkpoints --checkpoint-filename other.pth",
+        "--resume auto --pretrained-weights w.pth --reset-head --num-classes 37",
         "--compression-type maxmin --quantization-bits 1 --bucket-size -1 --error-feedback --big-grad",
         "--compression-type topk --topk-ratio 0.001 --error-feedback --quantization-bits 4 --bucket-size 1024",
         "--compression-type topk_rmsprop --efx-randk 0.1 --topk-ratio 0.1 --compressor-warmup-steps 100",
