@@ -1042,11 +1042,12 @@ class Snapshot:
         flags, ranks = self.flags, self.ranks
         own = {
             "random": classification.checkpoints.random_state(),
-            "buffers": {name: buffer.cpu() for name, buffer in run.module.named_buffers()},
+            "buffers": {name: buffer.cpu().clone() for name, buffer in run.module.named_buffers()},
             "exchange": run.exchange.state_dict(),
         }
         everyone = ranks.control.collect(own)
-        with ranks.fail_together():
+        averaged = classification.training.averaged_batch_norm(run.module, ranks.sum)  # what validation scores
+        with averaged, ranks.fail_together():
             if ranks.rank == 0:
                 content = {
                     "epoch": run.epoch,

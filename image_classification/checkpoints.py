@@ -8,7 +8,8 @@ keys only, and knows neither models, optimizers nor ranks.
 | `epoch` | epochs done, which is also the number of the next one |
 | `iteration` | batches done of that next one: the sampler's position |
 | `arch`, `num_classes` | the network that the weights fit |
-| `state_dict` | the model's parameters and buffers, those of rank 0 |
+| `state_dict` | the model's parameters, and its buffers as validation scores them: batch-norm statistics are averages |
+| | over the ranks |
 | `best_prec1` | the best top-1 so far, percent |
 | `optimizer` | momentum, master weights, loss scale; the schedule is a function of the epoch and has no state |
 | `images_per_iteration` | images of one batch of all ranks: `iteration` counts them |

@@ -118,12 +118,15 @@ def test_ranks_end_with_the_same_parameters_bit_for_bit(name: str, request: pyte
     assert not torch.equal(first.weights["1.running_mean"], second.weights["1.running_mean"])  # each has its own images
 
 
-def test_the_checkpoint_holds_the_weights_of_rank_0_and_the_buffers_of_both(trained: Stage) -> None:
+def test_the_checkpoint_holds_the_averaged_statistics_and_the_buffers_of_both_ranks(trained: Stage) -> None:
     saved = trained.checkpoint()
-    assert all(torch.equal(saved["state_dict"][name], value) for name, value in trained.ranks[0].weights.items())
+    assert saved["state_dict"].keys() == trained.ranks[0].weights.keys()
+    assert all(torch.equal(saved["state_dict"][name], trained.ranks[0].weights[name]) for name in PARAMETERS)
     for rank, own in zip(trained.ranks, saved["ranks"], strict=True):
         assert own["buffers"].keys() == {name for name in rank.weights if name not in PARAMETERS}
         assert all(torch.equal(own["buffers"][name], rank.weights[name]) for name in own["buffers"])
+    for name in ("1.running_mean", "1.running_var", "6.running_mean", "6.running_var"):
+        assert torch.equal(saved["state_dict"][name], sum(rank.weights[name] for rank in trained.ranks) / 2)
 
 
 def test_the_table_of_a_checkpoints_keys_is_what_is_saved(trained: Stage) -> None:
