@@ -24,6 +24,7 @@ if "attach" not in dir(sys.modules.get("compression")):
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
@@ -988,13 +989,16 @@ class Run:
                 self.written.append(self.snapshot.path)
 
     def _save_weights(self) -> None:
-        """Write the weights that validation scores, with batch-norm statistics averaged over the ranks."""
+        """Write the weights that validation scores, in float32 where a step rounds them to half precision.
+
+        Batch-norm statistics are averaged over the ranks.
+        """
         if self.flags.save_weights:
             path = Path(self.flags.save_weights)
             averaged = classification.training.averaged_batch_norm(self.module, self.ranks.sum)
             with averaged, self.ranks.fail_together():
                 if self.ranks.rank == 0:
-                    classification.checkpoints.save_weights(self.module, path)
+                    classification.checkpoints.save_weights(self.module, path, self.optimizer.masters)
                     self.written.append(path)
 
     def close(self) -> None:
@@ -1006,6 +1010,26 @@ class Run:
 
 
 # Resume
+
+MEMORY_RESTS_ON = ("name", "error_feedback", "bucket_size", "rank")
+"""Settings of a compressor without which what it remembered means nothing, or something else."""
+
+
+def settings_of(compressor: compression.Compressor) -> dict[str, Any]:
+    """The name and the options of a compressor, as a checkpoint keeps them."""
+    return {"name": compressor.name, **dataclasses.asdict(compressor.options)}
+
+
+def in_words(settings: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Some settings of a compressor, as users write them."""
+    words = []
+    for name in names:
+        value, flag = settings[name], spelled(FLAG_OF.get(name, name))
+        if name == "name":
+            words.append(CHOSEN_BY.get(value, f"--compression-type {value}"))
+        else:
+            words.append({True: flag, False: f"no {flag}"}[value] if isinstance(value, bool) else f"{flag} {value}")
+    return " ".join(words)
 
 
 class Snapshot:
@@ -1061,6 +1085,7 @@ class Snapshot:
                     "best_prec1": run.best,
                     "optimizer": run.optimizer.state_dict(),
                     "widths": run.exchange.widths,
+                    "compressor": settings_of(run.compressor),
                     "seed": run.seed,
                     "world_size": ranks.size,
                     "ranks": everyone,
@@ -1072,25 +1097,30 @@ class Snapshot:
     def restore(self, run: Run, saved: Mapping[str, Any]) -> None:
         """Let a run go on where a checkpoint ends. Each rank's own state is restored on as many ranks.
 
-        Raises ValueError where the checkpoint does not fit the model, the optimizer or the compressor.
+        An evaluation takes the weights and buffers, in whatever precision it computes, and of the rest what a search
+        needs: the flags of training may be others, or none. Raises ValueError where the checkpoint does not fit the
+        model, the optimizer or the compressor.
         """
         flags, ranks = self.flags, self.ranks
-        classification.checkpoints.load_into(run.module, saved["state_dict"], "of the checkpoint")
-        run.optimizer.load_state_dict(saved["optimizer"])
+        weights = classification.checkpoints.full_precision(saved, saved["state_dict"])
+        classification.checkpoints.load_into(run.module, weights, "of the checkpoint")
         run.epoch, run.iteration, run.best = saved["epoch"], saved["iteration"], saved["best_prec1"]
-        chosen = flags.compression_scheme or ("quantization_bits" in flags.given and not flags.search)
-        if saved["widths"] and run.exchange.widths and not chosen:
-            run.exchange.set_widths(saved["widths"])
         alike = saved["world_size"] == ranks.size
         own = saved["ranks"][ranks.rank if alike else 0]
         exchange, order = own["exchange"], saved.get("memory_format", flags.memory_format)
+        if flags.evaluate:
+            run.optimizer.set_masters(weights)
+            recorded = exchange["recorded"] if flags.search else {}
+            exchange = {"step": exchange["step"], "averager": {}, "recorded": recorded}
+        else:
+            exchange = exchange | {"averager": self._restore_what_compressors_shape(run, saved, own, alike)}
         remembers = any(exchange["averager"].values()) or exchange["recorded"] or exchange.get("late")
         refuse(
-            remembers and order != flags.memory_format and not flags.evaluate,
+            remembers and order != flags.memory_format,
             f"the checkpoint holds values in {order} order that compression or search remember, and --memory-format "
             f"is {flags.memory_format}; resume with --memory-format {order}",
         )
-        run.exchange.load_state_dict(exchange | {"averager": self._remembered(run, saved, alike)}, ranks_alike=alike)
+        run.exchange.load_state_dict(exchange, ranks_alike=alike)
         for name, buffer in run.module.named_buffers():
             if alike or not buffer.is_floating_point():
                 buffer.copy_(own["buffers"][name])
@@ -1098,12 +1128,50 @@ class Snapshot:
                 buffer.copy_(sum(rank["buffers"][name] for rank in saved["ranks"]) / saved["world_size"])
         if alike:
             classification.checkpoints.set_random_state(own["random"])
-        elif ranks.rank == 0:
-            print(
+        elif not flags.evaluate:
+            run.say(
                 f"the checkpoint is of {saved['world_size']} ranks, and these are {ranks.size}: residuals and "
-                "random states are dropped, and batch-norm statistics become their averages",
-                file=sys.stderr,
+                "random states are dropped, and batch-norm statistics become their averages"
             )
+
+    def _restore_what_compressors_shape(
+        self, run: Run, saved: Mapping[str, Any], own: Mapping[str, Any], alike: bool
+    ) -> Mapping[str, Any]:
+        """Restore the optimizer and bit widths. Returns the averager's state, as far as this run can use it.
+
+        Another compressor than the checkpoint's begins anew, and one line says what is dropped, or kept all the same.
+        """
+        flags = self.flags
+        now = settings_of(run.compressor) | {"seed": run.seed}
+        was = saved.get("compressor", {}) | {"seed": saved["seed"]}  # earlier code did not say which compressor
+        changed = [name for name in now if was.get(name, now[name]) != now[name]]
+        changed = ["name"] if "name" in changed else changed
+        useless = [name for name in changed if name in MEMORY_RESTS_ON]
+        if run.exchange.levels is not None and "big_grad" in changed:  # another rank of each host owns the layers
+            useless.append("big_grad")
+        dropped = []
+
+        optimizer, momentum = saved["optimizer"], run.optimizer.state_dict()["momentum"]
+        if useless and "dgc" in (was["name"], now["name"]) and momentum.keys() != optimizer["momentum"].keys():
+            optimizer = optimizer | {"momentum": {n: optimizer["momentum"].get(n, new) for n, new in momentum.items()}}
+            dropped.append("momentum that --dgc keeps by itself")
+        run.optimizer.load_state_dict(optimizer)
+
+        chosen = flags.compression_scheme or ("quantization_bits" in flags.given and not flags.search)
+        if saved["widths"] and run.exchange.widths and not chosen:
+            if not {"name", "bucket_size"} & {*useless}:
+                run.exchange.set_widths(saved["widths"])
+            elif saved["widths"] != run.exchange.widths:
+                dropped.append("bit widths")
+
+        remembered = {} if useless else self._remembered(run, saved, alike)
+        if useless and alike and any(own["exchange"]["averager"].values()):
+            dropped.append("what compression remembered")
+        kept = [name for name in changed if name in ("big_grad", "seed")] if any(remembered.values()) else []
+        if dropped or kept:
+            names, fate = (useless, "dropped: " + ", ".join(dropped)) if dropped else (kept, "residuals are kept")
+            run.say(f"the checkpoint is of {in_words(was, names)}, and this run of {in_words(now, names)}; {fate}")
+        return remembered
 
     def _remembered(self, run: Run, saved: Mapping[str, Any], alike: bool) -> Mapping[str, Any]:
         """What the averager of this rank's position remembered, whichever rank had it; nothing where none had it.

@@ -16,6 +16,7 @@ keys only, and knows neither models, optimizers nor ranks.
 | `metrics` | those of training in the epoch that `iteration` is in, by name |
 | `memory_format` | order in memory, nchw or nhwc, of the values that compression and search remember |
 | `widths` | layer name -> bits that each layer travels in |
+| `compressor` | its `name`, and its options: what compression remembers is of use to the same one only |
 | `seed` | seed of the run, also where none was asked for |
 | `world_size` | ranks that wrote it |
 | `ranks` | per rank: `random` (see `random_state`), `buffers` (batch-norm statistics), `exchange` (residuals and all |
@@ -293,10 +294,14 @@ def load_into(
     model.load_state_dict(dict(state), strict=False)
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a model's parameters and buffers as a `.safetensors` file, atomically."""
+def save_weights(model: nn.Module, path: Path, masters: Mapping[str, Tensor] | None = None) -> None:
+    """Write a model's parameters and buffers as a `.safetensors` file, atomically.
+
+    `masters` are float32 values of some parameters, written in place of the half-precision ones.
+    """
     from safetensors.torch import save as to_bytes
 
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    state = {**model.state_dict(), **(masters or {})}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with replacing(path) as file:
         file.write(to_bytes(tensors))
