@@ -24,6 +24,7 @@ if "attach" not in dir(sys.modules.get("compression")):
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
@@ -67,6 +68,13 @@ FLAG_OF = {option: flag for flag, option in OPTIONS.items()} | {
     "iterations": "prof",
     "late_steps": "bb_num_parallel_steps",
     "without_momentum": "dgc",
+}
+
+# How ranks are started so that they know of each other.
+START = {
+    compression.TORCHRUN: "torchrun, once a host: torchrun --nnodes HOSTS --nproc_per_node RANKS --rdzv_backend c10d "
+    "--rdzv_endpoint FIRST_HOST:29500 main.py ...",
+    compression.HOROVODRUN: "horovodrun -np {size} python main.py --hvd ...",
 }
 
 STATISTICS = "gradient_stats.jsonl"  # in the workspace, of --compression-type stats
@@ -214,8 +222,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="go on from this checkpoint; the word auto takes the newest good one of --workspace and "
         "starts anew where there is none")
     add("--pretrained-weights", metavar="PATH", type=text,
-        help="start from these weights: a state dict, a checkpoint of this program, a .safetensors file or "
-        "torchvision's")
+        help="start from these weights: a state dict, a .safetensors file, or a checkpoint of this program, of "
+        "torchvision's or of timm's")
 
     add = precision.add_argument
     add("--fp16", action="store_true",
@@ -305,6 +313,8 @@ def build_parser() -> argparse.ArgumentParser:
               help="probability that a training image is flipped")
     extension(model, "--skip-bad-images", action="store_true",
               help="leave out images that cannot be read, and say which, in place of stopping")
+    extension(run, "--reset-head", action="store_true",
+              help="with --pretrained-weights: draw the final classifier anew, for other classes than they know")
     extension(run, "--save-weights", metavar="FILE", type=text,
               help="write the model's weights alone after each epoch, or after --evaluate, as FILE.safetensors")
     extension(run, "--deterministic", action="store_true", help="deterministic kernels only")
@@ -349,20 +359,30 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     read = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, absent))))
     given = {name: value for name, value in read.items() if value is not absent}
     flags = argparse.Namespace(**defaults | given, given=tuple(sorted(given)))
+    launcher = launcher_of(flags)
     try:
-        flags.local_rank = from_environment(launcher_of(flags).local_rank, count_or_none, flags.local_rank)
+        flags.local_rank = from_environment(launcher.local_rank, count_or_none, flags.local_rank)
         if (flags.search or flags.compression_scheme) and "compression_type" not in given:
             flags.compression_type = "maxmin"
         check(flags, {name for name, value in given.items() if value != defaults[name]})
-        check_world(flags, from_environment(launcher_of(flags).size, count, 1))
+        check_world(flags, from_environment(launcher.size, count, 1))
     except ValueError as error:
         parser.error(str(error))
+    if apart := launcher.apart():
+        if apart.rank != 0:  # the first one says it
+            parser.exit(2)
+        parser.error(in_flags(way_together(apart), flags))
     return flags
 
 
 def launcher_of(flags: argparse.Namespace) -> compression.Launcher:
     """The launcher that the flags count on."""
     return compression.HOROVODRUN if flags.hvd else compression.TORCHRUN
+
+
+def way_together(apart: compression.network.launchers.Apart) -> str:
+    """Why processes would train apart, and the command that starts them together."""
+    return f"{apart.message} {START[apart.launcher].format(size=apart.size)}"
 
 
 def from_environment(name: str, kind: Callable[[str], int], default: int) -> int:
@@ -429,6 +449,7 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
     refuse(Path(flags.checkpoint_filename).name != flags.checkpoint_filename,
            f"--checkpoint-filename {flags.checkpoint_filename} is a path, and a name is needed; "
            "choose the folder with --workspace")
+    goes_with("reset_head", flags.pretrained_weights, "--pretrained-weights")
     check_files(flags)
 
     # compression
@@ -540,13 +561,17 @@ def search_space(flags: argparse.Namespace) -> tuple[Callable[[int], Any], range
     return codec.with_bits, range(flags.search_min_bits, flags.search_max_bits + 1)
 
 
-def build_model(flags: argparse.Namespace, seed: int) -> nn.Module:
-    """The network with its first weights: seeded, then those of --pretrained-weights."""
+def build_model(
+    flags: argparse.Namespace, seed: int, tell: Callable[[str], None] = lambda line: None
+) -> nn.Module:
+    """The network with its first weights: seeded, then those of --pretrained-weights, of which a line may be told."""
     classification.reproducibility.seed_everything(seed)
     model = classification.models.build(flags.arch, flags.model_config, flags.num_classes)
     if flags.pretrained_weights:
         path = Path(flags.pretrained_weights)
-        classification.checkpoints.load_into(model, classification.checkpoints.load_weights(path), path)
+        weights = classification.checkpoints.load_weights(path, tell)
+        head = classification.models.head_of(model)
+        classification.checkpoints.load_into(model, weights, path, head=head, reset_head=flags.reset_head)
     return model
 
 
@@ -575,6 +600,7 @@ def build_data(
         device=ranks.device,
         skip_bad_images=flags.skip_bad_images,
         training=not flags.evaluate or flags.search,
+        validation=not flags.training_only,
     )
     return classification.data.build(options)
 
@@ -683,6 +709,8 @@ class Run:
         self._build_data_and_model()
         self._build_exchange_and_optimizer()
         self._resume(saved)
+        if flags.evaluate and not flags.pretrained_weights and not self.resumed:
+            self.say("random weights are scored: no --pretrained-weights were given, and no checkpoint to --resume")
         self._open_logs(saved)
 
     def _build_data_and_model(self) -> None:
@@ -696,7 +724,7 @@ class Run:
             classification.reproducibility.use_deterministic_kernels()
         with self.ranks.fail_together():
             self.train_loader, self.val_loader = build_data(flags, self.seed, self.ranks)
-            self.module = build_model(flags, self.seed)
+            self.module = build_model(flags, self.seed, self.say)
             self.module.train(not flags.evaluate or flags.search)
             classification.models.check_input_shape(self.module, flags.batch_size, flags.image_size)
             self.compressor = compressor_of(flags)
@@ -777,12 +805,17 @@ class Run:
                     Path(flags.save_weights).parent.mkdir(parents=True, exist_ok=True)
             ended = saved and (flags.evaluate or self.epoch >= flags.epochs)
             start = classification.logs.END if ended else (self.epoch, self.iteration)
-            self.log = build_logger(flags, ranks, self.iterations or len(self.train_loader), start)
+            self.log = build_logger(flags, ranks, self.iterations or len(self.train_loader) or 1, start)
             self.log.parameters({name: value for name, value in vars(flags).items() if name != "given"})
             if ranks.rank == 0 and not flags.evaluate:
                 path, writers = self.workspace / STATISTICS, self.log.tensorboard_writers
                 if compression.observe(self.exchange.averager, path, self.exchange.step, writers):
                     self.written.append(path)
+
+    def say(self, line: str) -> None:
+        """One line for who started the run, on standard error."""
+        if self.ranks.rank == 0:
+            print(line, file=sys.stderr)
 
     # The epochs
 
@@ -966,13 +999,16 @@ class Run:
                 self.written.append(self.snapshot.path)
 
     def _save_weights(self) -> None:
-        """Write the weights that validation scores, with batch-norm statistics averaged over the ranks."""
+        """Write the weights that validation scores, in float32 where a step rounds them to half precision.
+
+        Batch-norm statistics are averaged over the ranks.
+        """
         if self.flags.save_weights:
             path = Path(self.flags.save_weights)
             averaged = classification.training.averaged_batch_norm(self.module, self.ranks.sum)
             with averaged, self.ranks.fail_together():
                 if self.ranks.rank == 0:
-                    classification.checkpoints.save_weights(self.module, path)
+                    classification.checkpoints.save_weights(self.module, path, self.optimizer.masters)
                     self.written.append(path)
 
     def close(self) -> None:
@@ -984,6 +1020,26 @@ class Run:
 
 
 # Resume
+
+MEMORY_RESTS_ON = ("name", "error_feedback", "bucket_size", "rank")
+"""Settings of a compressor without which what it remembered means nothing, or something else."""
+
+
+def settings_of(compressor: compression.Compressor) -> dict[str, Any]:
+    """The name and the options of a compressor, as a checkpoint keeps them."""
+    return {"name": compressor.name, **dataclasses.asdict(compressor.options)}
+
+
+def in_words(settings: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Some settings of a compressor, as users write them."""
+    words = []
+    for name in names:
+        value, flag = settings[name], spelled(FLAG_OF.get(name, name))
+        if name == "name":
+            words.append(CHOSEN_BY.get(value, f"--compression-type {value}"))
+        else:
+            words.append({True: flag, False: f"no {flag}"}[value] if isinstance(value, bool) else f"{flag} {value}")
+    return " ".join(words)
 
 
 class Snapshot:
@@ -1020,11 +1076,12 @@ class Snapshot:
         flags, ranks = self.flags, self.ranks
         own = {
             "random": classification.checkpoints.random_state(),
-            "buffers": {name: buffer.cpu() for name, buffer in run.module.named_buffers()},
+            "buffers": {name: buffer.cpu().clone() for name, buffer in run.module.named_buffers()},
             "exchange": run.exchange.state_dict(),
         }
         everyone = ranks.control.collect(own)
-        with ranks.fail_together():
+        averaged = classification.training.averaged_batch_norm(run.module, ranks.sum)  # what validation scores
+        with averaged, ranks.fail_together():
             if ranks.rank == 0:
                 content = {
                     "epoch": run.epoch,
@@ -1038,6 +1095,7 @@ class Snapshot:
                     "best_prec1": run.best,
                     "optimizer": run.optimizer.state_dict(),
                     "widths": run.exchange.widths,
+                    "compressor": settings_of(run.compressor),
                     "seed": run.seed,
                     "world_size": ranks.size,
                     "ranks": everyone,
@@ -1049,26 +1107,31 @@ class Snapshot:
     def restore(self, run: Run, saved: Mapping[str, Any]) -> None:
         """Let a run go on where a checkpoint ends. Each rank's own state is restored on as many ranks.
 
-        Raises ValueError where the checkpoint does not fit the model, the optimizer or the compressor.
+        An evaluation takes the weights and buffers, in whatever precision it computes, and of the rest what a search
+        needs: the flags of training may be others, or none. Raises ValueError where the checkpoint does not fit the
+        model, the optimizer or the compressor.
         """
         flags, ranks = self.flags, self.ranks
-        classification.checkpoints.load_into(run.module, saved["state_dict"], "of the checkpoint")
-        run.optimizer.load_state_dict(saved["optimizer"])
+        weights = classification.checkpoints.full_precision(saved, saved["state_dict"])
+        classification.checkpoints.load_into(run.module, weights, "of the checkpoint")
         run.epoch, run.iteration, run.best = saved["epoch"], saved["iteration"], saved["best_prec1"]
-        chosen = flags.compression_scheme or ("quantization_bits" in flags.given and not flags.search)
-        if saved["widths"] and run.exchange.widths and not chosen:
-            run.exchange.set_widths(saved["widths"])
         alike = saved["world_size"] == ranks.size
         own = saved["ranks"][ranks.rank if alike else 0]
         exchange, order = own["exchange"], saved.get("memory_format", flags.memory_format)
+        if flags.evaluate:
+            run.optimizer.set_masters(weights)
+            recorded = exchange["recorded"] if flags.search else {}
+            exchange = {"step": exchange["step"], "averager": {}, "recorded": recorded}
+        else:
+            exchange = exchange | {"averager": self._restore_what_compressors_shape(run, saved, own, alike)}
         remembers = any(exchange["averager"].values()) or exchange["recorded"] or exchange.get("late")
         refuse(
-            remembers and order != flags.memory_format and not flags.evaluate,
+            remembers and order != flags.memory_format,
             f"the checkpoint holds values in {order} order that compression or search remember, and --memory-format "
             f"is {flags.memory_format}; resume with --memory-format {order}",
         )
-        remembered = {"averager": self._remembered(run, saved, alike), "position": run.exchange.arrangement.position}
-        run.exchange.load_state_dict(exchange | remembered, ranks_alike=alike)
+        position = run.exchange.arrangement.position
+        run.exchange.load_state_dict(exchange | {"position": position}, ranks_alike=alike)
         for name, buffer in run.module.named_buffers():
             if alike or not buffer.is_floating_point():
                 buffer.copy_(own["buffers"][name])
@@ -1076,12 +1139,50 @@ class Snapshot:
                 buffer.copy_(sum(rank["buffers"][name] for rank in saved["ranks"]) / saved["world_size"])
         if alike:
             classification.checkpoints.set_random_state(own["random"])
-        elif ranks.rank == 0:
-            print(
+        elif not flags.evaluate:
+            run.say(
                 f"the checkpoint is of {saved['world_size']} ranks, and these are {ranks.size}: residuals and "
-                "random states are dropped, and batch-norm statistics become their averages",
-                file=sys.stderr,
+                "random states are dropped, and batch-norm statistics become their averages"
             )
+
+    def _restore_what_compressors_shape(
+        self, run: Run, saved: Mapping[str, Any], own: Mapping[str, Any], alike: bool
+    ) -> Mapping[str, Any]:
+        """Restore the optimizer and bit widths. Returns the averager's state, as far as this run can use it.
+
+        Another compressor than the checkpoint's begins anew, and one line says what is dropped, or kept all the same.
+        """
+        flags = self.flags
+        now = settings_of(run.compressor) | {"seed": run.seed}
+        was = saved.get("compressor", {}) | {"seed": saved["seed"]}  # earlier code did not say which compressor
+        changed = [name for name in now if was.get(name, now[name]) != now[name]]
+        changed = ["name"] if "name" in changed else changed
+        useless = [name for name in changed if name in MEMORY_RESTS_ON]
+        if run.exchange.levels is not None and "big_grad" in changed:  # another rank of each host owns the layers
+            useless.append("big_grad")
+        dropped = []
+
+        optimizer, momentum = saved["optimizer"], run.optimizer.state_dict()["momentum"]
+        if useless and "dgc" in (was["name"], now["name"]) and momentum.keys() != optimizer["momentum"].keys():
+            optimizer = optimizer | {"momentum": {n: optimizer["momentum"].get(n, new) for n, new in momentum.items()}}
+            dropped.append("momentum that --dgc keeps by itself")
+        run.optimizer.load_state_dict(optimizer)
+
+        chosen = flags.compression_scheme or ("quantization_bits" in flags.given and not flags.search)
+        if saved["widths"] and run.exchange.widths and not chosen:
+            if not {"name", "bucket_size"} & {*useless}:
+                run.exchange.set_widths(saved["widths"])
+            elif saved["widths"] != run.exchange.widths:
+                dropped.append("bit widths")
+
+        remembered = {} if useless else self._remembered(run, saved, alike)
+        if useless and alike and any(own["exchange"]["averager"].values()):
+            dropped.append("what compression remembered")
+        kept = [name for name in changed if name in ("big_grad", "seed")] if any(remembered.values()) else []
+        if dropped or kept:
+            names, fate = (useless, "dropped: " + ", ".join(dropped)) if dropped else (kept, "residuals are kept")
+            run.say(f"the checkpoint is of {in_words(was, names)}, and this run of {in_words(now, names)}; {fate}")
+        return remembered
 
     def _remembered(self, run: Run, saved: Mapping[str, Any], alike: bool) -> Mapping[str, Any]:
         """What the averager of this rank's position remembered, whichever rank had it; nothing where none had it.
@@ -1154,6 +1255,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             threads=flags.threads,
             ranks_per_host=flags.ranks_per_host,
         ) as ranks:
+            if apart := launcher.apart(joined=ranks.size):
+                if apart.rank == 0:
+                    complain(way_together(apart))
+                return 2
             shared = {name: value for name, value in vars(flags).items() if name != "local_rank"}
             ranks.check_equal_across_ranks(shared, "the flags")
             if "compression_type" not in flags.given and (flags.search or flags.compression_scheme) and ranks.rank == 0:

@@ -7,11 +7,13 @@ Each setting is a `--compression-type` with its flags, or flags alone.
 The training flags are those of RECIPES, and all runs have two ranks under torchrun. A row gives top-1 after the last
 epoch as mean and standard deviation over the seeds, bytes sent as a fraction of float32's, and seconds. With
 `--runs FILE` every finished run is kept there, one JSON object a line, and is not run again: a table that was cut off
-goes on, and later ones add to it.
+goes on, and later ones add to it. Runs on other data are others, whatever their folder is called.
 """
 
 import argparse
 import contextlib
+import functools
+import hashlib
 import json
 import os
 import platform
@@ -51,21 +53,39 @@ def folder_of(dataset: str) -> Iterator[str]:
         yield str(next(path for path in Path(scratch).iterdir() if path.is_dir()))
 
 
+@functools.cache
+def digest_of(folder: str) -> str:
+    """What tells data sets apart, wherever they lie: a digest of their files' names and sizes."""
+    if folder == "digits":
+        return folder
+    listed = hashlib.sha256()
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file():
+            listed.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode(errors="surrogateescape"))
+    return listed.hexdigest()[:16]
+
+
 class Runs:
-    """Finished runs by (training flags, seed, ranks), kept in a file where one is named."""
+    """Finished runs by (data, training flags, seed, ranks), kept in a file where one is named.
+
+    Those of a file that does not say on which data they ran are not used.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         lines = path.read_text().splitlines() if path is not None and path.exists() else []
-        self.known = {(run["flags"], run["seed"], run["ranks"]): run["metrics"] for run in map(json.loads, lines)}
+        runs = [run for run in map(json.loads, lines) if "data" in run]
+        self.known = {(run["data"], run["flags"], run["seed"], run["ranks"]): run["metrics"] for run in runs}
+        if len(runs) < len(lines):
+            print(f"{path}: {len(lines) - len(runs)} runs on unknown data are not used", file=sys.stderr)
 
     def get(self, folder: str, flags: list[str], seed: int, ranks: int = RANKS) -> dict[str, Any]:
         """The result of `train`, trained now where it was not before."""
-        key = (" ".join(flags), seed, ranks)
+        key = (digest_of(folder), " ".join(flags), seed, ranks)
         if key not in self.known:
             self.known[key] = train(folder, flags, seed, ranks)
             if self.path is not None:
-                run = {"flags": key[0], "seed": seed, "ranks": ranks, "metrics": self.known[key]}
+                run = {"data": key[0], "flags": key[1], "seed": seed, "ranks": ranks, "metrics": self.known[key]}
                 with self.path.open("a") as file:
                     file.write(json.dumps(run) + "\n")
         return self.known[key]

@@ -13,6 +13,7 @@ of codes: the same inside, and gloo's all-reduce of bfloat16 between hosts.
 Run as a program it is a rank, and is told in its argument what to do. It imports little: many ranks start at once.
 """
 
+import argparse
 import ctypes
 import itertools
 import json
@@ -369,7 +370,9 @@ def command(gradients: Sequence[Shapes], methods: Sequence[str], repeat: int) ->
 
 
 def main() -> None:
-    gradients, methods, repeat = json.loads(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", help="JSON: [shapes of each gradient, methods, turns]")
+    gradients, methods, repeat = json.loads(parser.parse_args().work)
     torch.set_num_threads(1)
     keep_freed_memory()  # as the program does
     dist.init_process_group("gloo")

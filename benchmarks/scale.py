@@ -46,10 +46,7 @@ LINKS_MBIT = (10_000, 100_000)
 
 @dataclass(frozen=True)
 class Method:
-    """A method as the tables call it: its name among the benchmarks', its codec's, and the compressor that promises.
-
-    Without a compressor it is the all-reduce in bfloat16.
-    """
+    """A method as the tables call it: its name among the benchmarks', its codec's, and the compressor that promises."""
 
     measured: str
     codec: str | None

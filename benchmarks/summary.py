@@ -3,6 +3,7 @@
     python benchmarks/summary.py runs/demo
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -41,7 +42,9 @@ def searched(found: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the demo's runs: train, search and scheme")
+    out = parser.parse_args().folder
     logs = out / "search" / "adapt_logs"
     picture = out / "training.png"
     raports = [str(out / run / "experiment_raport.json") for run in ("train", "scheme")]

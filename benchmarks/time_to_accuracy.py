@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--rates", type=mbit, nargs="+", default=[100.0, 300.0, 1000.0, None], metavar="MBIT",
                         help="of a link each way in Mbit/s, or none; default: 100 300 1000 none")  # fmt: skip
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="NAME",
-                        help=f"beside float32; default: {', '.join(METHODS)}")  # fmt: skip
+                        help=f"beside float32; default: {', '.join(METHODS)}".replace("%", "%%"))  # fmt: skip
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--target", type=float, default=40.0, metavar="PERCENT", help="top-1 to reach (default: 40)")

@@ -8,13 +8,15 @@ keys only, and knows neither models, optimizers nor ranks.
 | `epoch` | epochs done, which is also the number of the next one |
 | `iteration` | batches done of that next one: the sampler's position |
 | `arch`, `num_classes` | the network that the weights fit |
-| `state_dict` | the model's parameters and buffers, those of rank 0 |
+| `state_dict` | the model's parameters, and its buffers as validation scores them: batch-norm statistics are averages |
+| | over the ranks |
 | `best_prec1` | the best top-1 so far, percent |
 | `optimizer` | momentum, master weights, loss scale; the schedule is a function of the epoch and has no state |
 | `images_per_iteration` | images of one batch of all ranks: `iteration` counts them |
 | `metrics` | those of training in the epoch that `iteration` is in, by name |
 | `memory_format` | order in memory, nchw or nhwc, of the values that compression and search remember |
 | `widths` | layer name -> bits of its codes, 32 where it is not encoded |
+| `compressor` | its `name`, and its options: what compression remembers is of use to the same one only |
 | `seed` | seed of the run, also where none was asked for |
 | `world_size` | ranks that wrote it |
 | `ranks` | per rank: `random` (see `random_state`), `buffers` (batch-norm statistics), `exchange` (residuals and all |
@@ -25,7 +27,7 @@ import pickle
 import random
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +133,15 @@ def _read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     return content
 
 
-def _unpickle(path: Path, what: str, mmap: bool = False) -> Any:
+def _unpickle(path: Path, what: str, mmap: bool = False, also: Sequence[Any] = ()) -> Any:
+    """The content of a file of torch's; `also` holds types that it may be made of besides tensors and plain values."""
     try:
         path.open("rb").close()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{what} {path} does not exist") from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with torch.serialization.safe_globals(list(also)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise Damaged(
             f"{what} {path} is damaged or holds more than tensors and plain values; choose another"
@@ -174,12 +178,35 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 # Weights alone
 
+_WEIGHTS = ("state_dict", "model")
+_AVERAGED = ("state_dict_ema", "model_ema")
+"""Keys of training scripts' checkpoints: timm's and ours, torchvision's."""
 
-def load_weights(path: Path) -> dict[str, Tensor]:
+_WRAPPERS = ("module.", "_orig_mod.")
+"""What DDP, a running average and torch.compile put before every name."""
+
+
+class _Values:
+    """What a training script was started with: read because it is in the file, and not looked at."""
+
+
+# What the scripts of torchvision and timm put beside the weights. These types only hold values: none runs anything.
+_HARMLESS = (
+    (_Values, "argparse.Namespace"),
+    numpy.dtype,
+    *{type(numpy.dtype(kind)) for kind in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")},
+    numpy._core.multiarray.scalar,  # type: ignore[attr-defined]
+    (numpy._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]  # its name in 1.x
+)
+
+
+def load_weights(path: Path, tell: Callable[[str], None] = lambda line: None) -> dict[str, Tensor]:
     """Parameters and buffers by name, on the CPU, from a `.safetensors` file, a plain state dict or a checkpoint.
 
-    A checkpoint is one of this program (its `state_dict`) or of torchvision's training script (its `model`). The
-    `module.` that DDP puts before every name is dropped.
+    A checkpoint is one of this program, of torchvision's training script or of timm's. Of the weights that were trained
+    and a running average of them, the trained ones are taken, as timm's own scripts do unless they are asked for the
+    average; a line to `tell` says so. The average serves where there is nothing else. Float32 masters take the place of
+    the half-precision weights that they were rounded to. Prefixes of wrappers are dropped.
 
     Raises FileNotFoundError where there is no such file, and Damaged where it is truncated, or anything but tensors by
     name.
@@ -187,16 +214,36 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         content: Any = _load_safetensors(path)
     else:
-        content = _unpickle(path, "weights file")
-        for key in ("state_dict", "model"):
-            if isinstance(content, dict) and isinstance(content.get(key), dict):
-                content = content[key]
+        content = _unpickle(path, "weights file", also=_HARMLESS)
+    keys = [key for key in (*_WEIGHTS, *_AVERAGED) if isinstance(content, dict) and isinstance(content.get(key), dict)]
+    if keys:
+        averages = [key for key in keys if key in _AVERAGED]
+        if averages and keys[0] not in _AVERAGED:
+            tell(
+                f"weights file {path} holds trained weights and a running average of them: '{keys[0]}' is taken; to "
+                f"start from the average, save its '{averages[0]}' alone"
+            )
+        content = full_precision(content, content[keys[0]])
     by_name = isinstance(content, dict) and all(isinstance(name, str) for name in content)
     if not by_name or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise Damaged(f"weights file {path} holds something else than tensors by name; choose another")
-    if all(name.startswith("module.") for name in content):
-        return {name.removeprefix("module."): value for name, value in content.items()}
-    return dict(content)
+    return _unwrapped(content)
+
+
+def full_precision(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of a checkpoint, with float32 masters in place of the weights that were rounded from them."""
+    optimizer = checkpoint.get("optimizer")
+    masters = optimizer.get("masters") if isinstance(optimizer, dict) else None
+    return {**state, **(masters if isinstance(masters, dict) else {})}
+
+
+def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without what wrappers, one in another, have put before all names."""
+    names = [name for name in state if name != "n_averaged"]  # a running average's count, which is no weight
+    values = [state[name] for name in names]
+    while prefix := next((each for each in _WRAPPERS if names and all(name.startswith(each) for name in names)), None):
+        names = [name.removeprefix(prefix) for name in names]
+    return dict(zip(names, values, strict=True))
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -212,37 +259,49 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
         raise Damaged(f"weights file {path} is damaged ({error}); choose another") from error
 
 
-def load_into(model: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
+def load_into(
+    model: nn.Module, state: Mapping[str, Tensor], source: Path | str, *, head: str = "", reset_head: bool = False
+) -> None:
     """Put weights into a model, every one of them; `source` names them in errors.
 
+    `head` is the name of the module that tells the classes apart. With `reset_head` it keeps the model's own weights.
     Counters of batch norms may be missing: state dicts from before they existed are whole without them.
 
     Raises Misfit where names or shapes differ; the model is left as it was.
     """
     own = model.state_dict()
+    in_head = [name for name in own if head and name.startswith(head + ".")]
+    if reset_head:
+        state = {**state, **{name: own[name] for name in in_head}}
     differing = {
         "missing": [name for name in own if name not in state and not name.endswith("num_batches_tracked")],
         "unknown": [name for name in state if name not in own],
-        "of another shape": [
-            f"{name} {list(state[name].shape)} for {list(own[name].shape)}"
-            for name in own if name in state and state[name].shape != own[name].shape
-        ],
+        "of another shape": [name for name in own if name in state and state[name].shape != own[name].shape],
     }
-    words = [
-        f"{len(names)} {how} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for how, names in differing.items() if names
-    ]
+    words = []
+    for how, names in differing.items():
+        shown = [
+            f"{name} {list(state[name].shape)} for {list(own[name].shape)}" if name in own and name in state else name
+            for name in names[:3]
+        ]
+        if names:
+            words.append(f"{len(names)} {how} ({', '.join(shown)}{', ...' if len(names) > 3 else ''})")
     if words:
-        raise Misfit(
-            f"weights {source} do not fit the model: {'; '.join(words)}; choose their `arch` and `num_classes`"
-        )
+        remedy = "choose their `arch` and `num_classes`"
+        if {name for names in differing.values() for name in names} <= set(in_head):
+            remedy = "choose their `num_classes`, or `reset_head` for a classifier that is drawn anew"
+        raise Misfit(f"weights {source} do not fit the model: {'; '.join(words)}; {remedy}")
     model.load_state_dict(dict(state), strict=False)
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a model's parameters and buffers as a `.safetensors` file, atomically."""
+def save_weights(model: nn.Module, path: Path, masters: Mapping[str, Tensor] | None = None) -> None:
+    """Write a model's parameters and buffers as a `.safetensors` file, atomically.
+
+    `masters` are float32 values of some parameters, written in place of the half-precision ones.
+    """
     from safetensors.torch import save as to_bytes
 
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    state = {**model.state_dict(), **(masters or {})}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with replacing(path) as file:
         file.write(to_bytes(tensors))

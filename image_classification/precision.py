@@ -4,7 +4,7 @@ One path serves every flag: a loss scale that may be 1, master weights that may 
 batches and epochs, nor of who averages the gradients: it is told whether the averages are finite.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,6 +165,19 @@ class MixedPrecisionOptimizer:
         # overflow when the average is written, and scaled ones must be unscaled anyway.
         self._unscales = precision.dynamic_loss_scale or precision.loss_scale != 1 or precision.weights != torch.float32
 
+    @property
+    def masters(self) -> dict[str, Tensor]:
+        """float32 weights by parameter name, of those that a step rounds to half precision."""
+        return {name: master.detach() for name, master in self._masters.items()}
+
+    @torch.no_grad()
+    def set_masters(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the master weights from a state dict, where there are any, and round the model's from them."""
+        for name, master in self._masters.items():
+            master.copy_(weights[name])
+        if self._masters:
+            self._copy_masters_to_model()
+
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -228,8 +241,7 @@ class MixedPrecisionOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Momentum and master weights by parameter name, and the dynamic loss scale. Not the flags' values."""
-        masters = {name: master.detach() for name, master in self._masters.items()}
-        return {"momentum": self._momentum(), "masters": masters, "loss_scale": self.scale.state_dict()}
+        return {"momentum": self._momentum(), "masters": self.masters, "loss_scale": self.scale.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -43,8 +43,8 @@ CASES = {
     "of more classes": Bad(
         "--resume {work}/checkpoint.pth.tar --num-classes 4", "has num_classes 3, and this run has 4; choose another"
     ),
-    "of another compressor": Bad(
-        "--resume {work}/checkpoint.pth.tar --compression-type none",
+    "of earlier code, of another compressor": Bad(
+        "--resume {bad}/earlier --compression-type none",
         "the checkpoint holds a residual, which this compression does not remember; resume with the compression that "
         "wrote it, and its --error-feedback",
     ),
@@ -155,7 +155,9 @@ def paths(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[s
     torch.save({"a": torch.ones(3)}, bad / "weights")
     torch.save({0: torch.ones(3)}, bad / "numbered")
     (bad / "f.safetensors").mkdir()
-    torch.save(torch.load(work / "checkpoint.pth.tar") | {"iteration": 1}, bad / "midway")
+    content = torch.load(work / "checkpoint.pth.tar")
+    torch.save(content | {"iteration": 1}, bad / "midway")
+    torch.save({name: value for name, value in content.items() if name != "compressor"}, bad / "earlier")
     (bad / "scheme").write_text('{"4": ["conv1.weight"]}')
     shutil.copytree(pictures, bad / "unequal")
     shutil.rmtree(bad / "unequal/val/class2")

@@ -104,11 +104,14 @@ EXTENSIONS = (
     Option("--crop-scale", 0.08, "SHARE"),
     Option("--hflip", 0.5, "P"),
     Option("--skip-bad-images"),
+    Option("--reset-head"),
     Option("--save-weights", None, "FILE"),
     Option("--deterministic"),
     Option("--compile"),
     Option("--device", "auto", None, ("auto", "cpu", "cuda")),
     Option("--dist-backend", "auto", None, ("auto", "gloo", "nccl")),
+    Option("--hierarchical", "auto", None, ("auto", "on", "off")),
+    Option("--ranks-per-host", None, "N"),
     Option("--threads", None, "N"),
     Option("--dgc-clip", None, "NORM"),
     Option("--dense-dtype", "float32", None, ("float32", "bfloat16")),
@@ -123,7 +126,10 @@ REGISTERED = tuple(name for name, row in compression.COMPRESSORS.items() if row.
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in ("LOCAL_RANK", "WORLD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_SIZE"):
+    for name in (
+        "RANK", "LOCAL_RANK", "WORLD_SIZE", "HOROVOD_RANK", "HOROVOD_LOCAL_RANK", "HOROVOD_SIZE",
+        "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -257,7 +263,7 @@ RANGES = {
     COUNT: (
         "1 1000", "0 -1 1.5 x",
         "--num-classes --epochs -b/--batch-size --print-freq/-p --bb-num-parallel-steps --powersgd-rank --popsize "
-        "--image-size --search-calibration-steps --threads",
+        "--image-size --search-calibration-steps --ranks-per-host --threads",
     ),
     OR_OFF: ("1 1000 -1", "0 -2 1e3", "--run-epochs --optimizer-batch-size --prof --bucket-size"),
     NATURAL: ("0 3", "-1 0.5", "-j/--workers --warmup --compressor-warmup-steps --local_rank/--local-rank "
@@ -344,6 +350,8 @@ REFUSED = {
     # run control
     "--evaluate --training-only": "--evaluate and --training-only exclude each other; drop one",
     "--no-checkpoints --gather-checkpoints": "--no-checkpoints and --gather-checkpoints exclude each other; drop one",
+    "--reset-head": f"--reset-head {WITHOUT} --pretrained-weights",
+    "--reset-head --resume c.pth": f"--reset-head {WITHOUT} --pretrained-weights",
     "--no-checkpoints --checkpoint-filename x": f"--checkpoint-filename {WITHOUT} checkpoints; drop --no-checkpoints",
     "--checkpoint-filename model_best.pth.tar": (
         "--checkpoint-filename model_best.pth.tar is a name that copies of checkpoints get; choose another name"
@@ -453,6 +461,7 @@ def test_a_flag_without_effect_is_refused_with_what_it_goes_with(line, capsys):
         "--evaluate --resume c.pth --epochs 3 --lr 0.5 --gather-checkpoints --label-smoothing 0.1",
         "--resume auto --pretrained-weights w.pth --run-epochs 10",
         "--resume auto --no-checkpoints --checkpoint-filename other.pth",
+        "--resume auto --pretrained-weights w.pth --reset-head --num-classes 37",
         "--compression-type maxmin --quantization-bits 1 --bucket-size -1 --error-feedback --big-grad",
         "--compression-type topk --topk-ratio 0.001 --error-feedback --quantization-bits 4 --bucket-size 1024",
         "--compression-type topk_rmsprop --efx-randk 0.1 --topk-ratio 0.1 --compressor-warmup-steps 100",
@@ -493,6 +502,11 @@ def test_search_and_schemes_quantize_by_maxmin_where_no_type_is_given():
 
 # Launchers
 
+TORCHRUN = (
+    "torchrun, once a host: torchrun --nnodes HOSTS --nproc_per_node RANKS --rdzv_backend c10d --rdzv_endpoint "
+    "FIRST_HOST:29500 main.py ..."
+)
+
 
 def test_the_launchers_environment_wins_over_its_flag(monkeypatch, capsys):
     assert parse("--local_rank 3").local_rank == 3
@@ -514,6 +528,30 @@ def test_the_total_batch_is_a_multiple_of_all_ranks_batches(monkeypatch, capsys)
     flags = parse("-b 64 --optimizer-batch-size 320 --hvd")
     with pytest.raises(ValueError, match=r"= 3 x 64 = 192$"):
         main.check_world(flags, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rank", "size", "starter", "command"),
+    [
+        ([], "HOROVOD_RANK", "HOROVOD_SIZE", "horovodrun", "use horovodrun -np 3 python main.py --hvd ..."),
+        (["--hvd"], "RANK", "WORLD_SIZE", "torchrun", "drop --hvd, or use horovodrun -np 3 python main.py --hvd ..."),
+        ([], "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "srun", f"where that is meant, or use {TORCHRUN}"),
+        ([], "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "mpirun", f"where that is meant, or use {TORCHRUN}"),
+    ],
+)
+def test_processes_that_would_train_apart_are_refused_and_the_first_says_it_for_all(
+    arguments, rank, size, starter, command, monkeypatch, capsys
+):
+    monkeypatch.setenv(size, "3")
+    monkeypatch.setenv(rank, "0")
+    line = error(capsys, ["DIR", *arguments])
+    assert line.startswith(f"{starter} started 3 processes")
+    assert line.endswith(command)
+    monkeypatch.setenv(rank, "1")
+    with pytest.raises(SystemExit) as stopped:
+        main.parse(["DIR", *arguments])
+    assert stopped.value.code == 2
+    assert capsys.readouterr() == ("", "")
 
 
 def test_help_is_not_an_error(capsys):

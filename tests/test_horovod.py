@@ -142,6 +142,26 @@ def test_all_ranks_end(program: str, words: str, tmp_path: Path) -> None:
     assert left.stdout == ""
 
 
+@needs_horovod
+def test_without_its_flag_one_line_says_so_for_all(tmp_path: Path) -> None:
+    done = horovodrun(2, "main.py", *TRAINING.split(), "--prof", "1", "--workspace", str(tmp_path))
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert said.count("main.py: error: ") == 1
+    assert "horovodrun started 2 processes, and without --hvd each would train by itself; use horovodrun -np 2" in said
+    assert not list(tmp_path.iterdir())
+
+
+@needs_horovod
+def test_processes_that_horovod_does_not_join_are_refused(tmp_path: Path) -> None:
+    for rank, lines in (("0", 1), ("1", 0)):
+        command = [sys.executable, "main.py", *TRAINING.split(), "--hvd", "--prof", "1", "--workspace", str(tmp_path)]
+        done = run(["env", f"SLURM_PROCID={rank}", "SLURM_STEP_NUM_TASKS=2", *command])
+        assert done.returncode == 2
+        assert done.stderr.count("main.py: error: srun started 2 processes") == done.stderr.count("error") == lines
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(importlib.util.find_spec("horovod") is not None, reason="Horovod is installed")
 def test_without_horovod_one_line_says_how_to_get_it() -> None:
     done = run([sys.executable, "main.py", "digits", "--hvd"])

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 
 from image_classification import checkpoints
 from image_classification.logs import records
-from tests.support.program import SMALL, Rank, compiled_code_goes_to, run_well, tiny
+from tests.support.program import SMALL, Rank, compiled_code_goes_to, run, run_well, tiny
 
 COMPRESSED = {"3.weight": 16 * 32 * 9, "5.weight": 32 * 48 * 9, "10.weight": 48 * 64}
 PARAMETERS = dict(tiny(3).named_parameters())
@@ -117,12 +118,15 @@ def test_ranks_end_with_the_same_parameters_bit_for_bit(name: str, request: pyte
     assert not torch.equal(first.weights["1.running_mean"], second.weights["1.running_mean"])  # each has its own images
 
 
-def test_the_checkpoint_holds_the_weights_of_rank_0_and_the_buffers_of_both(trained: Stage) -> None:
+def test_the_checkpoint_holds_the_averaged_statistics_and_the_buffers_of_both_ranks(trained: Stage) -> None:
     saved = trained.checkpoint()
-    assert all(torch.equal(saved["state_dict"][name], value) for name, value in trained.ranks[0].weights.items())
+    assert saved["state_dict"].keys() == trained.ranks[0].weights.keys()
+    assert all(torch.equal(saved["state_dict"][name], trained.ranks[0].weights[name]) for name in PARAMETERS)
     for rank, own in zip(trained.ranks, saved["ranks"], strict=True):
         assert own["buffers"].keys() == {name for name in rank.weights if name not in PARAMETERS}
         assert all(torch.equal(own["buffers"][name], rank.weights[name]) for name in own["buffers"])
+    for name in ("1.running_mean", "1.running_var", "6.running_mean", "6.running_var"):
+        assert torch.equal(saved["state_dict"][name], sum(rank.weights[name] for rank in trained.ranks) / 2)
 
 
 def test_the_table_of_a_checkpoints_keys_is_what_is_saved(trained: Stage) -> None:
@@ -361,6 +365,27 @@ def test_saved_weights_are_those_of_the_checkpoint_and_load_as_pretrained(
     assert all(torch.equal(saved[name], rank.weights[name]) for name in saved)
 
 
+@pytest.mark.parametrize(
+    ("missing", "flags", "metric"),
+    [("train", "--evaluate", "val.top1"), ("val", "--training-only --epochs 1 --search --popsize 1", "train.loss")],
+)
+def test_what_neither_trains_nor_validates_needs_no_such_folder(
+    missing: str, flags: str, metric: str, trained: Stage, pictures: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(pictures, tmp_path / "pictures", ignore=shutil.ignore_patterns(missing))
+    weights = ("--pretrained-weights", trained.workspace / "checkpoint.pth.tar")
+    done = stage(tmp_path / "work", folder, flags, *weights, "--prof", 2, "--tensorboard-dir", tmp_path / "events")
+    assert metric in done.metrics()
+
+
+def test_a_search_on_a_checkpoint_needs_training_images(trained: Stage, pictures: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pictures, tmp_path / "pictures", ignore=shutil.ignore_patterns("train"))
+    weights = trained.workspace / "checkpoint.pth.tar"
+    [rank] = run(folder, *SMALL, "--search", "--evaluate", "--pretrained-weights", weights, "--workspace", tmp_path)
+    assert rank.status == 2
+    assert rank.err.splitlines()[-1].startswith(f"main.py: error: data folder {folder} has no folder train; expected")
+
+
 FILES = {
     "--epochs 1": {"checkpoint.pth.tar", "model_best.pth.tar"},
     "--epochs 1 --training-only": {"checkpoint.pth.tar"},
@@ -382,4 +407,4 @@ def test_a_run_leaves_the_files_that_its_flags_name_and_says_so(flags: str, pict
     [rank] = run_well(pictures, *SMALL, "--workspace", workspace, "--prof", 1, *words)
     assert {path.name for path in workspace.iterdir()} == FILES[flags] | {"experiment_raport.json"}
     assert rank.out.splitlines()[-1].startswith(f"wrote {workspace}/experiment_raport.json")
-    assert rank.err == ""
+    assert rank.err.startswith("random weights are scored: ") if "--evaluate" in flags else rank.err == ""

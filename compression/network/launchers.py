@@ -1,17 +1,46 @@
-"""Launchers: how ranks are started, and how each of them learns which one it is.
+"""Launchers: how ranks are started, how each of them learns which one it is, and how it learns that it is no rank.
 
-Records alone. The code that joins ranks is loaded when they join: to read the environment takes no torch.
+Records, and what the environment says. The code that joins ranks is loaded when they join: to read the environment
+takes no torch.
 """
 
 import os
 import pkgutil
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from .world import World
 
+
+class Apart(NamedTuple):
+    """Processes that were started together and do not know of each other: what is wrong, and the way out.
+
+    `message` wants the name of a command behind it, which starts `size` ranks by `launcher`. `rank` is this process's
+    among them, so that one of them can speak for all.
+    """
+
+    message: str
+    rank: int
+    size: int
+    launcher: "Launcher"
+
+
+class Starter(NamedTuple):
+    """A program that starts copies of a process: the variables that count them."""
+
+    name: str
+    rank: str
+    size: str
+
+
+STARTERS = (
+    Starter("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # first: it starts its own helpers by srun
+    Starter("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # a bare salloc or sbatch lacks one of them
+)
+"""Those that say nothing of a world to torch."""
 
 @dataclass(frozen=True)
 class Launcher:
@@ -31,11 +60,44 @@ class Launcher:
     lost_peer: tuple[str, ...]
 
     def started_this_process(self) -> bool:
-        return self.rank in os.environ
+        return self.started_in(os.environ)
+
+    def started_in(self, environment: Mapping[str, str]) -> bool:
+        return self.rank in environment
 
     def rank_of_this_process(self) -> int:
         """The rank that the environment gives; 0 where the launcher did not start this process."""
         return int(os.environ.get(self.rank, 0))
+
+    def apart(self, environment: Mapping[str, str] = os.environ, joined: int | None = None) -> Apart | None:
+        """Why this process would be one of several that train apart; None where nothing says so.
+
+        `joined` is the number of ranks that have joined, where that is known.
+        """
+        torchrun = _started(environment, TORCHRUN.name, TORCHRUN.rank, TORCHRUN.size)
+        horovodrun = _started(environment, HOROVODRUN.name, HOROVODRUN.rank, HOROVODRUN.size)
+        if self is HOROVODRUN:
+            if horovodrun is not None:
+                return None
+            if torchrun is not None:
+                return Apart(
+                    f"torchrun started {torchrun.size} processes, and with `hvd`, which joins those of horovodrun, "
+                    "each would train by itself; drop `hvd`, or use",
+                    torchrun.rank,
+                    torchrun.size,
+                    HOROVODRUN,
+                )
+            return _started_without_a_world(environment) if joined == 1 else None
+        if self.started_in(environment):
+            return _contradiction(environment) or _torchruns_apart(environment)
+        if horovodrun is not None:
+            return Apart(
+                f"horovodrun started {horovodrun.size} processes, and without `hvd` each would train by itself; use",
+                horovodrun.rank,
+                horovodrun.size,
+                HOROVODRUN,
+            )
+        return _started_without_a_world(environment)
 
     def join(
         self, device: str, local_rank: int, backend: str, ranks_per_host: int | None
@@ -72,3 +134,91 @@ HOROVODRUN = Launcher(
     joined_by=f"{__package__}.horovod:join",
     lost_peer=("gloo", "Horovod"),
 )
+
+
+class _Company(NamedTuple):
+    """This process among those that were started together, two or more."""
+
+    name: str
+    size: int
+    rank: int
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    """A variable that counts something; None where there is none, or something else."""
+    value = environment.get(name, "")
+    return int(value) if value.isascii() and value.isdigit() else None
+
+
+def _started(environment: Mapping[str, str], name: str, rank: str, size: str) -> _Company | None:
+    place, count = _number(environment, rank), _number(environment, size)
+    return _Company(name, count, place) if place is not None and count is not None and count > 1 else None
+
+
+def _starter(environment: Mapping[str, str]) -> tuple[_Company, str] | None:
+    """The company of this process, and the variable that counts it, where a starter made it."""
+    for name, rank, size in STARTERS:
+        # The first task of srun --pty is a shell, by hand, and the others have nothing to do.
+        by_hand = name == "srun" and "SLURM_PTY_PORT" in environment
+        if (company := _started(environment, name, rank, size)) and not by_hand:
+            return company, size
+    return None
+
+
+def _started_without_a_world(environment: Mapping[str, str]) -> Apart | None:
+    if (found := _starter(environment)) is None:
+        return None
+    company, counted_by = found
+    return Apart(
+        f"{company.name} started {company.size} processes that are told of no others, so that each would train by "
+        f"itself; unset {counted_by} where that is meant, or use",
+        company.rank,
+        company.size,
+        TORCHRUN,
+    )
+
+
+def _torchruns_apart(environment: Mapping[str, str]) -> Apart | None:
+    """Several torchruns, each of which takes itself for the only one."""
+    found = _starter(environment)
+    if found is None or _number(environment, "GROUP_WORLD_SIZE") != 1:
+        return None
+    company, counted_by = found
+    return Apart(
+        f"{company.name} started {company.size} torchruns that are told of one host, so that each would train by "
+        f"itself; unset {counted_by} where that is meant, or use",
+        company.rank + (_number(environment, TORCHRUN.local_rank) or 0),
+        company.size,
+        TORCHRUN,
+    )
+
+
+def _contradiction(environment: Mapping[str, str]) -> Apart | None:
+    """Numbers of torchrun's that cannot be of one world, such as those of two hosts on one.
+
+    A host has one rank or more, and hosts may have as many as they like: nothing else is certain.
+    """
+    names = (TORCHRUN.rank, TORCHRUN.size, TORCHRUN.local_rank, TORCHRUN.local_size, "GROUP_RANK", "GROUP_WORLD_SIZE")
+    rank, size, local_rank, local_size, host, hosts = (_number(environment, name) for name in names)
+
+    def misfit(one: str, other: str, rank: int = 0) -> Apart:
+        return Apart(
+            f"{one} {environment[one]} does not fit {other} {environment[other]} in the environment, so that ranks "
+            "would wait for ever or train apart; use",
+            rank,
+            size or 1,
+            TORCHRUN,
+        )
+
+    for one, position, other, count in (
+        (TORCHRUN.rank, rank, TORCHRUN.size, size),
+        (TORCHRUN.local_rank, local_rank, TORCHRUN.local_size, local_size),
+        ("GROUP_RANK", host, "GROUP_WORLD_SIZE", hosts),
+    ):
+        if position is not None and count is not None and position >= count:
+            return misfit(one, other)
+    if size is not None and local_size is not None:
+        others = (hosts or 1) - 1  # other hosts
+        if local_size + others > size or (hosts == 1 and local_size != size):
+            return misfit(TORCHRUN.local_size, TORCHRUN.size, rank or 0)
+    return None

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""torchvision's IMG_EXTENSIONS, in any case of letters. Files that end otherwise are ignored."""
+"""torchvision's IMG_EXTENSIONS, in any case of letters. Files that end otherwise are ignored, and so are files and
+folders whose names begin with a dot: what editors, notebooks and macOS leave beside images may end like them."""
 
 _LAYOUT = "expected DIR/train/CLASS/* and DIR/val/CLASS/*"
 
@@ -34,8 +35,11 @@ class Split:
         return self.folder / os.fsdecode(self.names[index])
 
 
-def list_splits(root: Path, num_classes: int) -> tuple[Split, Split]:
+def list_splits(root: Path, num_classes: int, *, train: bool = True, val: bool = True) -> tuple[Split, Split]:
     """The train and the validation split below `root`; classes are the sorted folder names.
+
+    A split that is not needed (`train` or `val` False) may be missing, and is empty. Where both are there, they name
+    the same classes all the same: a label is a class's place among them.
 
     Raises ValueError for a missing or empty folder, classes that differ between the splits, or more than `num_classes`;
     OSError for a folder that cannot be read.
@@ -45,29 +49,45 @@ def list_splits(root: Path, num_classes: int) -> tuple[Split, Split]:
             f"data folder {root} {'is not a folder' if root.exists() else 'does not exist'}; {_LAYOUT}, "
             "or the word digits for the embedded data set"
         )
-    for name in ("train", "val"):
+    needed = [name for name, is_needed in (("train", train), ("val", val)) if is_needed]
+    for name in needed:
         if not (root / name).is_dir():
             raise ValueError(f"data folder {root} has no folder {name}; {_LAYOUT}")
-    classes = {name: _class_folders(root / name) for name in ("train", "val")}
-    only_train, only_val = (sorted(set(classes[a]) - set(classes[b])) for a, b in (("train", "val"), ("val", "train")))
+        if not _class_folders(root / name):
+            raise ValueError(f"{root / name} holds no class folders; {_LAYOUT}")
+    there = (name for name in ("train", "val") if (root / name).is_dir())
+    classes = {name: names for name in there if (names := _class_folders(root / name))}
+    if len(classes) == 2:
+        _check_alike(root, classes["train"], classes["val"])
+    shared = classes[needed[0]]
+    if len(shared) > num_classes:
+        raise ValueError(
+            f"{root / needed[0]} holds {len(shared)} classes, more than the {num_classes} of the "
+            f"model; use `num_classes` {len(shared)}"
+        )
+    listed = [
+        _list_images(root / name, shared) if name in needed else Split(root / name, shared, *_no_images())
+        for name in ("train", "val")
+    ]
+    return listed[0], listed[1]
+
+
+def _check_alike(root: Path, train: tuple[str, ...], val: tuple[str, ...]) -> None:
+    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
     if only_train or only_val:
         raise ValueError(
             f"{root}/train and {root}/val name different classes: only train has {_some(only_train)}, "
             f"only val has {_some(only_val)}; give both the same class folders"
         )
-    if len(classes["train"]) > num_classes:
-        raise ValueError(
-            f"{root}/train holds {len(classes['train'])} classes, more than the {num_classes} of the "
-            f"model; use `num_classes` {len(classes['train'])}"
-        )
-    return _list_images(root / "train", classes["train"]), _list_images(root / "val", classes["val"])
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:
-    names = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
-    if not names:
-        raise ValueError(f"{folder} holds no class folders; {_LAYOUT}")
-    return names
+    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_hidden(entry.name)))
+
+
+def _no_images() -> tuple[np.ndarray, np.ndarray]:
+    """Names and labels of a split that is not needed."""
+    return np.array([], dtype=np.bytes_), np.array([], dtype=np.int64)
 
 
 def _list_images(folder: Path, classes: tuple[str, ...]) -> Split:
@@ -90,15 +110,23 @@ def _list_images(folder: Path, classes: tuple[str, ...]) -> Split:
 
 def _images_below(folder: Path, name: str) -> list[bytes]:
     """CLASS/FILE of every image in a class folder and the folders below it."""
+    walked: list[tuple[str, list[str]]] = []
+    for parent, folders, files in os.walk(folder / name, followlinks=True, onerror=_raise):
+        folders[:] = [each for each in folders if not _is_hidden(each)]  # which os.walk goes down into
+        walked.append((parent, files))
     found: list[bytes] = []
-    for parent, _, files in sorted(os.walk(folder / name, followlinks=True, onerror=_raise)):
+    for parent, files in sorted(walked):
         below = os.path.relpath(parent, folder)
         found.extend(
             os.fsencode(os.path.join(below, file))
             for file in sorted(files)
-            if file.lower().endswith(IMAGE_SUFFIXES)
+            if file.lower().endswith(IMAGE_SUFFIXES) and not _is_hidden(file)
         )
     return found
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _raise(error: OSError) -> None:

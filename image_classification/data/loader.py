@@ -123,7 +123,9 @@ def build_folder_loaders(
 
     Raises ValueError as `list_splits` does, and for fewer training images than one global batch.
     """
-    train, val = list_splits(options.root, options.num_classes)
+    train, val = list_splits(
+        options.root, options.num_classes, train=options.training, val=options.validation
+    )
     if options.training and len(train) < options.global_batch:
         raise ValueError(
             f"{train.folder} holds {len(train)} images, fewer than one global batch of {options.global_batch} "

@@ -17,8 +17,9 @@ class DataOptions:
 
     `root` holds train/CLASS/* and val/CLASS/*. `crop_scale` is the least fraction of the area in a random crop, `hflip`
     the probability of a flip. `batch_size` is per rank. `workers` are loader processes, or DALI threads.
-    `seed` is the same on every rank. `training=False` says that only the validation set will be read: a
-    training set smaller than one global batch is no error then.
+    `seed` is the same on every rank. `training=False` says that only the validation set will be read: the
+    training set may then be missing, or smaller than one global batch. `validation=False` says that only the training
+    set will be read. The loader of the other set has no batches, and one of them is read.
     """
 
     root: Path
@@ -36,6 +37,7 @@ class DataOptions:
     device: torch.device = _CPU
     skip_bad_images: bool = False
     training: bool = True
+    validation: bool = True
 
     def __post_init__(self) -> None:
         for name in ("image_size", "batch_size", "world_size", "num_classes"):
@@ -48,6 +50,8 @@ class DataOptions:
             raise ValueError(f"crop_scale is a fraction of the image's area in (0, 1], got {self.crop_scale}")
         if not 0 <= self.hflip <= 1:
             raise ValueError(f"hflip is a probability in [0, 1], got {self.hflip}")
+        if not (self.training or self.validation):
+            raise ValueError("training and validation are both off, and no images are left to read")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank lies in [0, {self.world_size}), got {self.rank}")
 

@@ -13,7 +13,7 @@ from image_classification.rows import loaded
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["ARCHITECTURES", "MODEL_CONFIGS", "build", "check_input_shape"]
+__all__ = ["ARCHITECTURES", "MODEL_CONFIGS", "build", "check_input_shape", "head_of"]
 
 _TORCHVISION = "image_classification.torchvision_import:torchvision.models"
 _RESNETS = "image_classification.models.resnets"
@@ -62,6 +62,13 @@ def build(arch: str, config: str = "classic", num_classes: int = 1000) -> nn.Mod
     model: nn.Module = loaded(ARCHITECTURES[arch])(num_classes=num_classes)
     initialize_(model, loaded(MODEL_CONFIGS[config]))
     return model
+
+
+def head_of(model: nn.Module) -> str:
+    """The name of the module that tells the classes apart: the last linear layer."""
+    from torch import nn
+
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
 
 
 def check_input_shape(model: nn.Module, batch_size: int, image_size: int) -> None:

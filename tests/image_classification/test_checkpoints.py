@@ -1,5 +1,7 @@
 """Checkpoints: a kill or a full disk leaves a good file, a bad file is named, and nothing in one can run."""
 
+import argparse
+import copy
 import os
 import random
 import resource
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -318,6 +321,148 @@ def test_weights_are_found_in_all_that_carries_them(tmp_path):
         checkpoints.load_into(other, checkpoints.load_weights(path), path)
         for name, value in other.state_dict().items():
             assert torch.equal(value, state[name]), path
+
+
+def torchvision_script(model, average=None, wrap=lambda state: state):
+    """A checkpoint as torchvision's references/classification/train.py writes it."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01, total_iters=2),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5),
+        ],
+        milestones=[2],
+    )
+    checkpoint = {
+        "model": wrap(model.state_dict()),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": schedule.state_dict(),
+        "epoch": 3,
+        "args": argparse.Namespace(data_path="/data", lr=0.1, model="resnet50", device="cuda", val_crop_size=224,
+                                   mixup_alpha=0.2, weights=None, gpu=0, distributed=True),
+    }  # fmt: skip
+    if average is not None:
+        checkpoint["model_ema"] = average.state_dict()
+        checkpoint["scaler"] = torch.amp.GradScaler("cpu").state_dict()
+    return checkpoint
+
+
+def timm_script(model, average=None, metric=None, wrap=lambda state: state):
+    """A checkpoint as timm's CheckpointSaver writes it."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    checkpoint = {
+        "epoch": 7,
+        "arch": "resnet50",
+        "state_dict": wrap(model.state_dict()),
+        "optimizer": optimizer.state_dict(),
+        "version": 2,
+        "args": argparse.Namespace(model="resnet50", mean=(0.5, 0.5, 0.5), opt_betas=None, model_kwargs={},
+                                   device=torch.device("cuda", 0)),
+        "amp_scaler": torch.amp.GradScaler("cpu").state_dict(),
+    }  # fmt: skip
+    if average is not None:
+        checkpoint["state_dict_ema"] = average.state_dict()
+    if metric is not None:
+        checkpoint["metric"] = metric
+    return checkpoint
+
+
+def prefixed(prefix):
+    return lambda state: {prefix + name: value for name, value in state.items()}
+
+
+SCRIPTS = {
+    "torchvision": torchvision_script,
+    "torchvision, compiled inside DDP": lambda model: torchvision_script(model, wrap=prefixed("module._orig_mod.")),
+    "timm": timm_script,
+    "timm, DDP inside compiled": lambda model: timm_script(model, wrap=prefixed("_orig_mod.module.")),
+    "timm, wrapped thrice": lambda model: timm_script(model, wrap=prefixed("module._orig_mod.module.")),
+    "timm, numpy's float64": lambda model: timm_script(model, metric=numpy.float64(76.1)),
+    "timm, numpy's float32": lambda model: timm_script(model, metric=numpy.float32(76.1)),
+    "timm, numpy's int64 and bool": lambda model: timm_script(model) | {"n": numpy.int64(3), "b": numpy.True_},
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_weights_are_found_in_what_training_scripts_write(script, tmp_path):
+    model = small_model()
+    torch.save(script(model), tmp_path / "w.pth")
+    loaded = checkpoints.load_weights(tmp_path / "w.pth", pytest.fail)
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(checkpoints.Damaged):  # a checkpoint to go on from is made of less
+        checkpoints.load(tmp_path / "w.pth", RUN)
+
+
+def test_numpys_scalars_are_read_under_the_name_that_numpy_1_gave_them(tmp_path):
+    metric = b"cnumpy._core.multiarray\nscalar\n"
+    torch.save(timm_script(small_model(), metric=numpy.float64(76.1)), tmp_path / "new.pth")
+    with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
+        for name in new.namelist():
+            content = new.read(name)
+            assert metric in content or not name.endswith("data.pkl")
+            old.writestr(name, content.replace(metric, metric.replace(b"_core", b"core")))
+    assert "0.weight" in checkpoints.load_weights(tmp_path / "old.pth")
+
+
+@pytest.mark.parametrize(
+    ("script", "trained", "average"),
+    [(torchvision_script, "model", "model_ema"), (timm_script, "state_dict", "state_dict_ema")],
+)
+def test_of_trained_weights_and_their_average_the_trained_ones_are_taken_and_a_line_says_so(
+    script, trained, average, tmp_path
+):
+    model = small_model()
+    ema = copy.deepcopy(model)
+    ema[0].weight.data.add_(1)
+    wrapped = torch.optim.swa_utils.AveragedModel(ema) if average == "model_ema" else ema
+    content = script(model, wrapped)
+    torch.save(content, tmp_path / "w.pth")
+    lines = []
+    loaded = checkpoints.load_weights(tmp_path / "w.pth", lines.append)
+    assert torch.equal(loaded["0.weight"], model[0].weight)
+    assert lines == [
+        f"weights file {tmp_path / 'w.pth'} holds trained weights and a running average of them: '{trained}' is taken; "
+        f"to start from the average, save its '{average}' alone"
+    ]
+    for alone in ({average: content[average]}, content[average]):
+        torch.save(alone, tmp_path / "average.pth")
+        loaded = checkpoints.load_weights(tmp_path / "average.pth", pytest.fail)
+        assert loaded.keys() == model.state_dict().keys()
+        assert torch.equal(loaded["0.weight"], ema[0].weight)
+
+
+@pytest.mark.parametrize("place", ["args", "metric", "inside args"])
+def test_what_training_scripts_write_cannot_run_code_either(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = timm_script(small_model())
+    content["args" if place == "inside args" else place] = Malicious()
+    if place == "inside args":
+        content["args"] = argparse.Namespace(model=Malicious())
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(checkpoints.Damaged, match="holds more than tensors and plain values"):
+        checkpoints.load_weights(tmp_path / "w.pth")
+    assert files(tmp_path) == ["w.pth"]
+
+
+def test_a_head_of_other_classes_is_left_out_where_that_was_asked_for_and_else_the_error_says_how():
+    model, other = small_model(), small_model()
+    other[3] = nn.Linear(4, 5)
+    own = copy.deepcopy(model.state_dict())
+    with pytest.raises(checkpoints.Misfit) as error:
+        checkpoints.load_into(model, other.state_dict(), "W.pth", head="3")
+    assert str(error.value) == (
+        "weights W.pth do not fit the model: 2 of another shape (3.weight [5, 4] for [3, 4], 3.bias [5] for [3]); "
+        "choose their `num_classes`, or `reset_head` for a classifier that is drawn anew"
+    )
+    checkpoints.load_into(model, other.state_dict(), "W.pth", head="3", reset_head=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, own[name] if name.startswith("3.") else other.state_dict()[name])
+    checkpoints.load_into(model, small_model().state_dict(), "W.pth", head="3", reset_head=True)
+    assert torch.equal(model[3].weight, own["3.weight"])  # of as many classes, too
+    with pytest.raises(checkpoints.Misfit, match=r"1 missing \(0.bias\); choose their `arch` and `num_classes`$"):
+        checkpoints.load_into(model, {k: v for k, v in own.items() if k != "0.bias"}, "W", head="3", reset_head=True)
 
 
 def test_damaged_and_missing_weights_are_named(tmp_path):

@@ -57,6 +57,13 @@ def seeded(arch: str, config: str = "classic", seed: int = 3, num_classes: int =
     return models.build(arch, config, num_classes)
 
 
+@pytest.mark.parametrize("arch", PARAMETERS)
+def test_the_head_is_what_depends_on_the_number_of_classes_and_nothing_else_does(arch: str) -> None:
+    many, few = shapes(on_meta(arch)), shapes(on_meta(arch, 7))
+    head = models.head_of(on_meta(arch))
+    assert {name for name in many if many[name] != few[name]} == {f"{head}.weight", f"{head}.bias"}
+
+
 def test_the_table_names_the_eleven_architectures_and_no_other():
     assert set(models.ARCHITECTURES) == set(PARAMETERS)
 

@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from image_classification import data
 from image_classification.data.folders import IMAGE_SUFFIXES, list_splits
 from image_classification.torchvision_import import torchvision
-from tests.support.image_folders import write_folder
+from tests.support.image_folders import options, same, write_folder
 
 
 def test_a_split_lists_what_torchvisions_image_folder_lists(tmp_path):
@@ -121,3 +122,60 @@ def test_any_file_name_is_found_again(tmp_path, name):
     train, _ = list_splits(tmp_path, 10)
     assert target in [train.path(index) for index in range(len(train))]
     assert all(train.path(index).is_file() for index in range(len(train)))
+
+
+@pytest.mark.parametrize("backend", ["pytorch", "dali-cpu"])
+@pytest.mark.parametrize(("other", "needed"), [("train", {"training": False}), ("val", {"validation": False})])
+def test_a_split_that_is_not_needed_may_be_missing_and_is_not_looked_into(tmp_path, backend, other, needed):
+    root = write_folder(tmp_path)
+    whole = batches_of(options(root, backend))
+    for image in (root / other).rglob("*.jpg"):
+        image.unlink()
+    without_images = batches_of(options(root, backend, **needed))
+    for folder in (root / other).iterdir():
+        folder.rmdir()
+    without_classes = batches_of(options(root, backend, **needed))
+    (root / other).rmdir()
+    position = ("train", "val").index(other)
+    for found in (without_images, without_classes, batches_of(options(root, backend, **needed))):
+        assert found[position] == []
+        assert same(found[1 - position], whole[1 - position])
+
+
+@pytest.mark.parametrize("needed", [{"train": False}, {"val": False}])
+def test_where_both_splits_are_there_they_name_the_same_classes_whether_needed_or_not(tmp_path, needed):
+    write_folder(tmp_path, classes=3)
+    shutil.rmtree(tmp_path / "val" / "class0")  # else class1 would be scored as class0
+    with pytest.raises(ValueError, match=r"name different classes: only train has class0, only val has none; give"):
+        list_splits(tmp_path, 10, **needed)
+
+
+def leave_hidden_names(root):
+    """What macOS, notebooks and editors leave in every folder, some of it named like an image or a class."""
+    for split in ("train", "val"):
+        for name in (".ipynb_checkpoints", ".git"):
+            for folder in (root / split, root / split / "class0", root / split / "class1"):
+                (folder / name).mkdir()
+                shutil.copy(root / split / "class0" / "000.jpg", folder / name / "copy.jpg")
+        for name in (".DS_Store", "._000.jpg", ".hidden.png"):
+            for folder in (root, root / split, root / split / "class0"):
+                (folder / name).write_text("no image")
+
+
+@pytest.mark.parametrize("backend", ["pytorch", "dali-cpu"])
+def test_names_that_begin_with_a_dot_are_passed_over_by_every_backend(tmp_path, backend):
+    root = write_folder(tmp_path / ".data")  # the folder itself may have such a name
+    clean = batches_of(options(root, backend))
+    leave_hidden_names(root)
+    train, val = list_splits(root, num_classes=2)
+    assert (len(train), len(val), train.classes) == (12, 7, ("class0", "class1"))
+    assert all(map(same, clean, batches_of(options(root, backend))))
+
+
+def batches_of(chosen):
+    """All batches of the train and of the validation loader."""
+    loaders = data.build(chosen)
+    batches = [list(loader.epoch(0)) for loader in loaders]
+    for loader in loaders:
+        loader.close()
+    return batches
