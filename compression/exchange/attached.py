@@ -196,7 +196,7 @@ class Attached(ABC):
         if ranks_alike and any(state["averager"].values()) and position != own:
             raise ValueError(
                 f"the state is that of {_described(position)}, and this is {_described(own)}: each rank remembers what "
-                "it owes alone; save `gathered_state_dict`, of which each rank takes its own, or leave out `averager`"
+                "it owes alone; save gathered_state_dict(), of which each rank takes its own"
             )
         if ranks_alike:
             self.averager.load_state_dict(state["averager"])
@@ -239,7 +239,7 @@ class Attached(ABC):
         self._hooks.remove()
         self._overlooked_momentum.end()
         self.pipeline.close()
-        self.arrangement.close()
+        self.arrangement.close(self.pipeline.failure is None)
         if not self.pipeline.told:
             self.pipeline.check()
 

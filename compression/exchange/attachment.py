@@ -66,7 +66,7 @@ def attach(
         compressor = build(compressor, **options)
     elif options or not isinstance(compressor, Compressor):
         raise ValueError(
-            f"a compressor is a name with its options, or what `build` returns, which has them already; got "
+            f"a compressor is a name with its options, or what build() returns, which has them already; got "
             f"{type(compressor).__name__}{' and ' + ', '.join(options) if options else ''}"
         )
     model = unwrapped(model)
@@ -114,7 +114,7 @@ def attach(
                 model, parameters, compressor, arrangement, seed, barrier_fraction, late_steps, record
             )
     except BaseException:
-        arrangement.close()
+        arrangement.close(True)
         raise
     _say_what_flat_costs(exchange, compressor)
     return exchange
@@ -127,7 +127,7 @@ def _check_equal(collectives: Collectives, choices: Mapping[str, Any]) -> None:
         for name in {**first, **theirs}:
             if first.get(name) != theirs.get(name):
                 raise ValueError(
-                    f"all ranks attach alike, and `{name}` is {_shortened(first.get(name))} on rank 0 and "
+                    f"all ranks attach alike, and {name} is {_shortened(first.get(name))} on rank 0 and "
                     f"{_shortened(theirs.get(name))} on rank {rank}; give all of them the same"
                 )
 
@@ -144,9 +144,9 @@ def _networks_of(groups: tuple[Group, Group] | None, mesh: DeviceMesh | None) ->
     """
     if mesh is not None:
         if groups is not None:
-            raise ValueError("`groups` and `mesh` say the same; give one of them")
+            raise ValueError("groups and a mesh say the same; give one of them")
         if mesh.ndim != 2:
-            raise ValueError(f"a `mesh` of hosts x ranks has 2 dimensions, got {mesh.ndim}; take a 2-D part of it")
+            raise ValueError(f"a mesh of hosts x ranks has 2 dimensions, got {mesh.ndim}; take a 2-D part of it")
         groups = (mesh.get_group(1), mesh.get_group(0))
     if groups is None:
         return None

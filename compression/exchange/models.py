@@ -67,7 +67,7 @@ def check_ranks(model: nn.Module) -> None:
         )
     raise ValueError(
         f"torch.distributed has {dist.get_world_size()} ranks, and this model is not wrapped in "
-        "DistributedDataParallel: its ranks would train apart; wrap it, or give `collectives`: Solo() for one rank "
+        "DistributedDataParallel: its ranks would train apart; wrap it, or give collectives: Solo() for one rank "
         "alone, TorchDistributed(group) for the ranks of a group"
     )
 

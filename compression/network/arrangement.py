@@ -1,9 +1,8 @@
 """Arrangements: over which networks ranks average, flat or in two levels."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,8 @@ class Arrangement:
     collectives: Collectives
     hosts: Hosts
     levels: Levels | None = None
-    close: Callable[[], None] = lambda: None
+    close: Callable[[bool], None] = lambda sound: None
+    """Ends what was made for it. Whether all collectives went well decides whether others may get its groups."""
 
     @property
     def position(self) -> dict[str, int]:
@@ -85,7 +85,7 @@ def hosts_of_levels(collectives: Collectives, inside: Collectives, between: Coll
     )
     if not fits:
         raise ValueError(
-            f"`groups` are two levels of the same {collectives.world_size} ranks, (inside, between): every rank is in "
+            f"groups are two levels of the same {collectives.world_size} ranks, (inside, between): every rank is in "
             "one group with the ranks of its host, and in one with the ranks of its place on each host, both in the "
             f"order of ranks; got groups of {inside.world_size} and {between.world_size}"
         )
@@ -118,45 +118,64 @@ def arrange(
     two_levels = in_levels(hierarchical, hosts, encodes)
     if two_levels and groups is None and members is None:
         if hierarchical:
-            raise ValueError("the `collectives` are those of all ranks; give `groups`, (inside, between), too")
+            raise ValueError("the collectives are those of all ranks; give groups=(inside, between), too")
         two_levels = False
 
     made = _Groups(members or (), device)
-    network = made.network(range(everyone.world_size)) if members else everyone
+    network = made.network([list(range(everyone.world_size))]) if members else everyone
     if not two_levels:
         return Arrangement(network, hosts, close=made.close)
-    rank = everyone.rank
     if groups is None:
-        groups = made.network(hosts.inside[hosts.of[rank]]), made.network(hosts.between[hosts.place(rank)])
+        groups = made.network(hosts.inside), made.network(hosts.between)
     inside = inside_of(groups[0], device, values)
 
-    def close() -> None:
+    def close(sound: bool) -> None:
         inside.close()
-        made.close()
+        made.close(sound)
 
     return Arrangement(network, hosts, Levels(inside, groups[1]), close)
 
 
 class _Groups:
-    """Process groups that are made for gradients, and ended with them."""
+    """Process groups for gradients. Closed ones are kept for the next exchange over the same ranks.
+
+    Torch names a group by how many there are, so that one made after another has ended may find that one's addresses.
+    """
+
+    _kept: ClassVar[dict[tuple[int, ...], list[dist.ProcessGroup]]] = {}  # by ranks
+    _world: ClassVar[object] = None  # that the kept ones belong to
 
     def __init__(self, members: Sequence[int], device: torch.device) -> None:
         self._members, self._device = members, device
-        self._groups: list[dist.ProcessGroup] = []
+        self._taken: list[tuple[tuple[int, ...], dist.ProcessGroup]] = []
+        if dist.is_initialized() and _Groups._world is not dist.group.WORLD:
+            _Groups._kept, _Groups._world = {}, dist.group.WORLD
 
-    def network(self, ranks: Sequence[int]) -> TorchDistributed:
-        """Groups for some of the members: for gloo, one for each direction of messages. Only these ranks call it."""
-        chosen = [self._members[rank] for rank in ranks]
+    def network(self, parts: Sequence[Sequence[int]]) -> TorchDistributed:
+        """This rank's part of the members, in groups of its own: for gloo, one for each direction of messages.
+
+        All members call it with the same parts.
+        """
         count = 1 if self._device.type == "cuda" else 2
-        own = [dist.new_group(chosen, use_local_synchronization=True) for _ in range(count)]
-        self._groups += own
-        return TorchDistributed(*own)
+        return TorchDistributed(*(self._group(parts) for _ in range(count)))
 
-    def close(self) -> None:
-        """End the groups. Calling it twice is harmless."""
-        groups, self._groups = self._groups, []
-        if groups and dist.is_initialized():
-            # A thread of gloo that lets go of its last work wants Python's lock, which the end of its group holds.
-            time.sleep(0.05)
-            for group in groups:
-                dist.destroy_process_group(group)
+    def close(self, sound: bool) -> None:
+        """Keep the groups for others, unless something went wrong in them. Calling it twice is harmless."""
+        taken, self._taken = self._taken, []
+        if sound and _Groups._world is dist.group.WORLD:
+            for ranks, group in taken:
+                _Groups._kept.setdefault(ranks, []).append(group)
+
+    def _group(self, parts: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+        chosen = [tuple(self._members[rank] for rank in part) for part in parts]
+        own = next(ranks for ranks in chosen if dist.get_rank() in ranks)
+        kept = _Groups._kept.get(own)
+        if kept:
+            group = kept.pop(0)
+        elif len(self._members) == dist.get_world_size():
+            made = {ranks: dist.new_group(list(ranks)) for ranks in chosen}  # which all ranks have to make
+            group = made[own]
+        else:
+            group = dist.new_group(list(own), use_local_synchronization=True)
+        self._taken.append((own, group))
+        return group

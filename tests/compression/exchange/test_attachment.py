@@ -200,7 +200,7 @@ def test_a_host_sends_the_codes_of_one_rank(run: Run) -> None:
 
 def test_what_encodes_nothing_stays_flat(run: Run) -> None:
     results, _ = run("2 x 2")
-    assert results[0]["none"]["position"] is None
+    assert "place" not in results[0]["none"]["position"]
     dense = sum(each["none"]["host"] for each in results) / 4
     assert dense == pytest.approx(results[0]["none"]["host dense"])
 
@@ -208,8 +208,7 @@ def test_what_encodes_nothing_stays_flat(run: Run) -> None:
 def test_state_goes_on_exactly_and_only_at_its_position(run: Run) -> None:
     for each in run("2 x 2")[0]:
         assert each["resumed"]["exact"]
-        assert "averages in two levels, as number" in each["resumed"]["refused"]
-        assert "this one averages flat" in each["resumed"]["refused"]
+        assert "of 2 hosts x 2, in two levels, and this is rank" in each["resumed"]["refused"]
 
 
 def test_one_rank_a_host_has_no_two_levels(run: Run) -> None:
@@ -223,7 +222,7 @@ def test_three_hosts_average_alike(run: Run) -> None:
 
 def test_hosts_that_differ_average_flat_and_say_so(run: Run) -> None:
     results, errors = run("2 + 1")
-    assert all(each["flat"]["equal"] and each["flat"]["position"] is None for each in results)
+    assert all(each["flat"]["equal"] and "place" not in each["flat"]["position"] for each in results)
     assert all("start as many ranks on each" in each["refused"] for each in results)
     assert errors[0].count("averaged in one level over hosts of 2 + 1 ranks: a host puts about") == 1
     assert errors[0].count("in two levels, which need as many ranks on each host, it would be") == 1
@@ -240,9 +239,9 @@ def test_levels_by_hand_are_those_that_are_found(run: Run) -> None:
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("groups", "`groups` are two levels of the same 4 ranks"),
-        ("mesh", "a `mesh` of hosts x ranks has 2 dimensions, got 1"),
-        ("both", "`groups` and `mesh` say the same"),
+        ("groups", "groups are two levels of the same 4 ranks"),
+        ("mesh", "a mesh of hosts x ranks has 2 dimensions, got 1"),
+        ("both", "groups and a mesh say the same"),
         ("ranks per host", "`ranks_per_host` 3 does not divide"),
         ("compressor", "this compressor encodes nothing"),
     ],

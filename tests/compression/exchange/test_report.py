@@ -7,7 +7,8 @@ from compression import Report
 
 CPU = torch.device("cpu")
 SOME = Report(
-    steps=4, bytes_sent=100, bytes_dense=400, ratio=0.25, comm_seconds=2, codec_seconds=1, exposed_seconds=0.5
+    steps=4, bytes_sent=100, bytes_dense=400, ratio=0.25, comm_seconds=2, codec_seconds=1, exposed_seconds=0.5,
+    host_bytes=200, host_bytes_dense=800,
 )
 
 
@@ -16,6 +17,9 @@ def test_metrics_are_per_step() -> None:
         "comm.bytes_sent": 25,
         "comm.bytes_dense": 100,
         "comm.ratio": 0.25,
+        "comm.host_bytes": 50,
+        "comm.host_bytes_dense": 200,
+        "comm.host_ratio": 0.25,
         "comm.time": 0.5,
         "comm.exposed_time": 0.125,
         "codec.time": 0.25,
@@ -45,9 +49,9 @@ def test_the_mean_over_ranks_takes_one_sum() -> None:
 
     def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
         asked.append(values)
-        return values + torch.tensor([4, 300, 400, 3, 0, 0, 0], dtype=torch.float64)
+        return values + torch.tensor([4, 300, 400, 3, 0, 0, 0, 0, 0], dtype=torch.float64)
 
     mean = SOME.mean(sum_over_ranks, 2, CPU)
     assert (mean.steps, mean.bytes_sent, mean.bytes_dense, mean.comm_seconds) == (4, 200, 400, 1)
     assert mean.metrics()["comm.ratio"] == 0.5
-    assert [(values.dtype, values.shape) for values in asked] == [(torch.float64, (7,))]
+    assert [(values.dtype, values.shape) for values in asked] == [(torch.float64, (9,))]
