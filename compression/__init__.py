@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .exchange.exchange import Exchange
     from .exchange.recorder import Recorder
     from .exchange.report import Report
+    from .exchange.tensors import Averaging, averaging
     from .layers import DENSE, Layer
     from .network.collectives import Collectives, Metered, Solo
     from .network.launchers import HOROVODRUN, TORCHRUN, Launcher
@@ -35,6 +36,7 @@ _MODULE_OF = {
     "COMPRESSORS": "registry",
     "DENSE": "layers",
     "Attached": "exchange.attached",
+    "Averaging": "exchange.tensors",
     "HOROVODRUN": "network.launchers",
     "TORCHRUN": "network.launchers",
     "BrokenBarrier": "exchange.broken_barrier",
@@ -51,6 +53,7 @@ _MODULE_OF = {
     "TorchDistributed": "network.torch_distributed",
     "World": "network.world",
     "attach": "exchange.attachment",
+    "averaging": "exchange.tensors",
     "build": "registry",
     "codec": "registry",
     "join_ranks": "network.world",
@@ -66,6 +69,7 @@ __all__ = [
     "HOROVODRUN",
     "TORCHRUN",
     "Attached",
+    "Averaging",
     "BrokenBarrier",
     "Collectives",
     "Compressor",
@@ -80,6 +84,7 @@ __all__ = [
     "TorchDistributed",
     "World",
     "attach",
+    "averaging",
     "build",
     "codec",
     "join_ranks",

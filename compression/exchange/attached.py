@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -45,7 +45,7 @@ class Attached(ABC):
         self.device = next(iter(self.parameters.values())).device
         self.hosts, self.arrangement = arrangement.hosts, arrangement
         self.collectives = Metered(arrangement.collectives, hosts=self.hosts.of)
-        self.averager = self._averager(compressor, seed)
+        self.averager = bound_averager(compressor, self.layers, self.collectives, arrangement, seed)
         self.recorder = Recorder(self.layers) if record else None
         self.pipeline = Pipeline(
             self.averager,
@@ -70,13 +70,6 @@ class Attached(ABC):
             self.pipeline.close()
             raise
         self._overlooked_momentum = MomentumWatch(self.parameters, self.averager.without_momentum)
-
-    def _averager(self, compressor: Compressor, seed: int) -> Averager:
-        """The compressor bound to layers and ranks: of all ranks, or in two levels."""
-        if self.levels is None:
-            return compressor.averager(self.layers, self.collectives, seed)
-        inside, between = self.levels
-        return compressor.hierarchical(self.layers, Levels(inside, Metered(between, self.collectives.traffic)), seed)
 
     @property
     def levels(self) -> Levels | None:
@@ -252,6 +245,16 @@ class Attached(ABC):
         except BaseException:
             if error is None:  # else the block's own goes on
                 raise
+
+
+def bound_averager(
+    compressor: Compressor, layers: Sequence[Layer], everyone: Metered, arrangement: Arrangement, seed: int
+) -> Averager:
+    """The compressor bound to layers and ranks: to all of them, or in two levels. `everyone` counts for both."""
+    if arrangement.levels is None:
+        return compressor.averager(layers, everyone, seed)
+    inside, between = arrangement.levels
+    return compressor.hierarchical(layers, Levels(inside, Metered(between, everyone.traffic)), seed)
 
 
 def _described(position: Mapping[str, int] | None) -> str:

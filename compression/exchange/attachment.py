@@ -1,7 +1,6 @@
 """Attaching compression to a model: which exchange, over which network."""
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -12,13 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 from ..network.arrangement import arrange
 from ..network.collectives import Collectives, Solo
 from ..network.torch_distributed import TorchDistributed
-from ..registry import COMPRESSORS, Compressor, build
+from ..registry import Compressor
+from .arguments import Group, check_equal, compressor_of, networks_of
 from .attached import Attached
 from .broken_barrier import BrokenBarrier
 from .exchange import Exchange
 from .models import check_ranks, finds_unused, trained_parameters, unwrapped
-
-Group = Collectives | dist.ProcessGroup
 
 _log = logging.getLogger(__name__)
 
@@ -62,13 +60,7 @@ def attach(
     Raises ValueError, on all ranks alike, where the ranks' arguments differ, where ranks would train apart, where there
     are no two levels, where the compressor cannot be late, and for parameters that no compressor takes.
     """
-    if isinstance(compressor, str):
-        compressor = build(compressor, **options)
-    elif options or not isinstance(compressor, Compressor):
-        raise ValueError(
-            f"a compressor is a name with its options, or what build() returns, which has them already; got "
-            f"{type(compressor).__name__}{' and ' + ', '.join(options) if options else ''}"
-        )
+    compressor = compressor_of(compressor, options)
     model = unwrapped(model)
     if collectives is None:
         check_ranks(model)
@@ -84,17 +76,17 @@ def attach(
         members = dist.get_process_group_ranks(model.process_group)
         collectives = TorchDistributed(model.process_group)
     collectives = collectives or Solo()
-    choices = {
-        "compressor": compressor.name,
-        **{name: getattr(compressor.options, name) for name in COMPRESSORS[compressor.name].takes},
-        "seed": seed,
-        "barrier_fraction": barrier_fraction,
-        "late_steps": late_steps,
-        "hierarchical": hierarchical,
-        "ranks_per_host": ranks_per_host,
-        "parameters": [(name, tuple(parameter.shape)) for name, parameter in parameters.items()],
-    }
-    _check_equal(collectives, choices)
+    check_equal(
+        collectives,
+        compressor,
+        seed=seed,
+        barrier_fraction=barrier_fraction,
+        late_steps=late_steps,
+        record=record,
+        hierarchical=hierarchical,
+        ranks_per_host=ranks_per_host,
+        parameters=[(name, tuple(parameter.shape)) for name, parameter in parameters.items()],
+    )
     arrangement = arrange(
         collectives,
         members,
@@ -103,7 +95,7 @@ def attach(
         compressor.encodes,
         hierarchical=hierarchical,
         ranks_per_host=ranks_per_host,
-        groups=_networks_of(groups, mesh),
+        groups=networks_of(groups, mesh),
     )
     try:
         exchange: Attached
@@ -118,42 +110,6 @@ def attach(
         raise
     _say_what_flat_costs(exchange, compressor)
     return exchange
-
-
-def _check_equal(collectives: Collectives, choices: Mapping[str, Any]) -> None:
-    """Raise ValueError, on all ranks alike, where a choice differs from rank 0's."""
-    first, *others = collectives.collect(dict(choices))
-    for rank, theirs in enumerate(others, start=1):
-        for name in {**first, **theirs}:
-            if first.get(name) != theirs.get(name):
-                raise ValueError(
-                    f"all ranks attach alike, and {name} is {_shortened(first.get(name))} on rank 0 and "
-                    f"{_shortened(theirs.get(name))} on rank {rank}; give all of them the same"
-                )
-
-
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-def _networks_of(groups: tuple[Group, Group] | None, mesh: DeviceMesh | None) -> tuple[Collectives, Collectives] | None:
-    """(inside, between), given as they are or as the two dimensions of a mesh.
-
-    Raises ValueError for both, and for a mesh that has not two dimensions.
-    """
-    if mesh is not None:
-        if groups is not None:
-            raise ValueError("groups and a mesh say the same; give one of them")
-        if mesh.ndim != 2:
-            raise ValueError(f"a mesh of hosts x ranks has 2 dimensions, got {mesh.ndim}; take a 2-D part of it")
-        groups = (mesh.get_group(1), mesh.get_group(0))
-    if groups is None:
-        return None
-    inside, between = (
-        TorchDistributed(group) if isinstance(group, dist.ProcessGroup) else group for group in groups
-    )
-    return inside, between
 
 
 def _say_what_flat_costs(exchange: Attached, compressor: Compressor) -> None:

@@ -29,7 +29,8 @@ from .inside import HandedOut, Inside, OverNccl, OverNetwork, PostedInside, Span
 from .torch_distributed import TorchDistributed
 
 SLOTS = 2  # pieces of a rank that may be in the memory at once
-PIECE = 2**23  # values of a buffer that are added up at once, at most
+PIECE = 2**22  # values of a buffer that are added up at once, at most
+SMALLEST_PIECE = 2**16
 BLOCK = 2**16  # values that are added up while they are in the cache
 HANDSHAKE_SECONDS = 60.0
 LOOK_SECONDS = 0.25  # between looks at whether the others still live
@@ -63,15 +64,15 @@ class SharedMemory:
     all, and later copies the averages of all owners from theirs. Pieces are numbered when buffers are posted, in one
     order on all ranks, and take each step in that order: several buffers can be under way.
 
-    2 slots of at most 2^23 values for what comes in and the R-th part of that for what goes out: at most 1.25 gradients
-    a rank, less where buffers are smaller.
+    2 slots of a quarter of the gradient for what comes in, at most 2^22 values each, and the R-th part of that for what
+    goes out: at R = 2 three quarters of a gradient a rank at most, and 50 MB.
 
     Raises OSError, on all of these ranks alike, where they cannot share memory.
     """
 
     def __init__(self, network: Collectives, values: int) -> None:
         self.rank, self.world_size = network.rank, network.world_size
-        self.piece = max(1, min(values, PIECE))
+        self.piece = min(PIECE, max(SMALLEST_PIECE, -(-values // 4)))
         self.part = -(-self.piece // self.world_size)
         header = self.world_size * _LINE
         nbytes = header + 4 * SLOTS * self.world_size * (self.piece + self.part)

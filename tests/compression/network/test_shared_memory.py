@@ -83,7 +83,7 @@ def rank_main(rank: int, folder: Path, task: str) -> None:
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=900))
     network = TorchDistributed()
-    with patch.object(shared_memory, "PIECE", PIECE):
+    with patch.multiple(shared_memory, PIECE=PIECE, SMALLEST_PIECE=1):
         if task == "results":
             files = len(os.listdir("/proc/self/fd"))
             memory = SharedMemory(network, 5000)

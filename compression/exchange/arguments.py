@@ -1,0 +1,62 @@
+"""Arguments that all ranks give alike: compressors by name, groups of ranks, and whether the ranks agree."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..network.collectives import Collectives
+from ..network.torch_distributed import TorchDistributed
+from ..registry import COMPRESSORS, Compressor, build
+
+Group = Collectives | dist.ProcessGroup
+
+
+def compressor_of(compressor: Compressor | str, options: dict[str, Any]) -> Compressor:
+    """A compressor that was built, or the one of a name with its options. Raises ValueError for anything else."""
+    if isinstance(compressor, str):
+        return build(compressor, **options)
+    if options or not isinstance(compressor, Compressor):
+        raise ValueError(
+            f"a compressor is a name with its options, or what build() returns, which has them already; got "
+            f"{type(compressor).__name__}{' and ' + ', '.join(options) if options else ''}"
+        )
+    return compressor
+
+
+def check_equal(collectives: Collectives, compressor: Compressor, **others: Any) -> None:
+    """Raise ValueError, on all ranks alike, where the compressor or another choice differs from rank 0's."""
+    options = {name: getattr(compressor.options, name) for name in COMPRESSORS[compressor.name].takes}
+    choices = {"compressor": compressor.name, **options, **others}
+    first, *rest = collectives.collect(choices)
+    for rank, theirs in enumerate(rest, start=1):
+        for name in {**first, **theirs}:
+            if first.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"all ranks choose alike, and {name} is {_shortened(first.get(name))} on rank 0 and "
+                    f"{_shortened(theirs.get(name))} on rank {rank}; give all of them the same"
+                )
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def networks_of(groups: tuple[Group, Group] | None, mesh: DeviceMesh | None) -> tuple[Collectives, Collectives] | None:
+    """(inside, between), given as they are or as the two dimensions of a mesh.
+
+    Raises ValueError for both, and for a mesh that has not two dimensions.
+    """
+    if mesh is not None:
+        if groups is not None:
+            raise ValueError("groups and a mesh say the same; give one of them")
+        if mesh.ndim != 2:
+            raise ValueError(f"a mesh of hosts x ranks has 2 dimensions, got {mesh.ndim}; take a 2-D part of it")
+        groups = (mesh.get_group(1), mesh.get_group(0))
+    if groups is None:
+        return None
+    inside, between = (
+        TorchDistributed(group) if isinstance(group, dist.ProcessGroup) else group for group in groups
+    )
+    return inside, between

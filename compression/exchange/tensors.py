@@ -1,0 +1,165 @@
+"""Averaging of tensors whenever a program asks for it: without a model, a backward or a step.
+
+For outer steps of local SGD, for merging running averages, and for anything else that ranks hold and want the mean of.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..gradients import Gradients
+from ..layers import Layer, layers_of
+from ..network.arrangement import Arrangement, arrange
+from ..network.collectives import Collectives, Metered, Solo
+from ..network.torch_distributed import TorchDistributed
+from ..registry import Compressor
+from .arguments import Group, check_equal, compressor_of, networks_of
+from .attached import bound_averager
+from .flat_gradient import FlatGradient
+from .pipeline import Pipeline
+from .report import Meter, Report
+
+
+def averaging(
+    named_tensors: Mapping[str, Tensor],
+    compressor: Compressor | str,
+    collectives: Collectives | None = None,
+    seed: int = 0,
+    *,
+    group: dist.ProcessGroup | None = None,
+    hierarchical: bool | None = None,
+    ranks_per_host: int | None = None,
+    groups: tuple[Group, Group] | None = None,
+    mesh: DeviceMesh | None = None,
+    **options: Any,
+) -> "Averaging":
+    """Averages of these tensors over the ranks, through a compressor: `averaging(tensors, "maxmin", bits=4)`.
+
+    Tensors of any shape, floating-point type and layout, by name, on one device, the same on all ranks. The ranks are
+    those of `group`, by default of torch.distributed's world, or of the `collectives` that are given; without either a
+    process is alone. The other arguments are those of `attach`.
+
+    Raises ValueError, on all ranks alike, where their arguments differ, and for tensors that cannot be averaged.
+    """
+    compressor = compressor_of(compressor, options)
+    tensors = dict(named_tensors)
+    if not tensors:
+        raise ValueError("there is nothing to average: no tensors were given")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.is_sparse:
+            raise ValueError(
+                f"{name} is of {tensor.dtype}, {tensor.layout}; dense tensors of floating-point numbers can be averaged"
+            )
+    devices = {tensor.device for tensor in tensors.values()}
+    if len(devices) > 1:
+        raise ValueError(f"tensors are on {' and '.join(sorted(map(str, devices)))}; put them on one device")
+    members: list[int] | None = None
+    if collectives is None and dist.is_initialized():
+        group = group or dist.group.WORLD
+        assert group is not None
+        members, collectives = dist.get_process_group_ranks(group), TorchDistributed(group)
+    collectives = collectives or Solo()
+    check_equal(
+        collectives,
+        compressor,
+        seed=seed,
+        hierarchical=hierarchical,
+        ranks_per_host=ranks_per_host,
+        tensors=[(name, tuple(tensor.shape)) for name, tensor in tensors.items()],
+    )
+    arrangement = arrange(
+        collectives,
+        members,
+        devices.pop(),
+        sum(tensor.numel() for tensor in tensors.values()),
+        compressor.encodes,
+        hierarchical=hierarchical,
+        ranks_per_host=ranks_per_host,
+        groups=networks_of(groups, mesh),
+    )
+    return Averaging(tensors, compressor, arrangement, seed)
+
+
+class Averaging:
+    """Tensors that are averaged in place whenever `average_` is called, on all ranks.
+
+    What the compressor remembers goes from call to call, as it does from step to step in training.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], compressor: Compressor, arrangement: Arrangement, seed: int
+    ) -> None:
+        self.tensors, self.arrangement = dict(tensors), arrangement
+        shapes = ((name, tensor.shape or (1,)) for name, tensor in self.tensors.items())
+        self.layers: tuple[Layer, ...] = layers_of(shapes, compressor.bucket_size)
+        self.collectives = Metered(arrangement.collectives, hosts=arrangement.hosts.of)
+        self.averager = bound_averager(compressor, self.layers, self.collectives, arrangement, seed)
+        device = next(iter(self.tensors.values())).device
+        self.pipeline = Pipeline(self.averager, self.layers, device)
+        self.meter = Meter(
+            self.collectives, arrangement.hosts, self.pipeline, sum(layer.numel for layer in self.layers)
+        )
+        self.calls = 0
+        self._flat = FlatGradient(self.layers)
+
+    @torch.no_grad()
+    def average_(self) -> bool:
+        """Replace the tensors by their means over the ranks.
+
+        Returns whether these are finite, equal on all ranks; where they are not, tensors and all that the compressor
+        remembers stay as they are. Raises an exception of the network.
+        """
+        parts = [
+            Gradients(tensor.to(torch.float32).reshape(-1), (name,), (0,)) for name, tensor in self.tensors.items()
+        ]
+        joined = self._flat.join(parts)
+        self.pipeline.clear()
+        self.meter.submitted()
+        self.pipeline.submit(joined, self.calls).wait()
+        self.pipeline.check()
+        self.meter.arrived()
+        finite = not torch.stack(list(self.pipeline.nonfinite.values())).any()
+        self.averager.settle(finite)
+        self.calls += 1
+        if finite:
+            self._flat.split(joined, parts)
+            for tensor, part in zip(self.tensors.values(), parts, strict=True):
+                tensor.copy_(part.flat.view(tensor.shape))
+        return finite
+
+    def report(self) -> Report:
+        """Bytes and seconds since the last report; its steps are calls."""
+        return self.meter.report(self.calls)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state between calls."""
+        return {
+            "calls": self.calls,
+            "position": self.arrangement.position,
+            "averager": self.averager.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`. Raises ValueError for the state of another rank, or of other tensors."""
+        if state["position"] != self.arrangement.position:
+            raise ValueError(
+                f"the state is of position {state['position']}, and this rank's is {self.arrangement.position}: each "
+                "rank remembers what it owes alone"
+            )
+        self.averager.load_state_dict(state["averager"])
+        self.calls = int(state["calls"])
+
+    def close(self) -> None:
+        """End the communication thread, and what was made for it. Calling it twice is harmless."""
+        self.pipeline.close()
+        self.arrangement.close(self.pipeline.failure is None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
