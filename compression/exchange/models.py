@@ -14,6 +14,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inside
     if isinstance(model, DistributedDataParallel):
         return model
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"gradients are those of a module, got {type(model).__name__}; attach to the module itself")
     inner = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
     if not inner:
         return model
@@ -34,6 +36,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises ValueError where there are none, and for parameters that no compressor can take.
     """
     if isinstance(model, DistributedDataParallel):
+        _refuse_sparse(model.module)
         reduced = {id(p) for bucket in model.reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()}
         parameters = {name: p for name, p in model.module.named_parameters() if id(p) in reduced}
         for name, parameter in parameters.items():
@@ -42,7 +45,6 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
                     f"parameter {name} was frozen after DistributedDataParallel had been made, which still reduces it; "
                     "freeze parameters before"
                 )
-        _refuse_sparse(model.module)
     else:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:

@@ -68,9 +68,9 @@ def equal_on_all(values: Tensor) -> bool:
 
 
 def compiled(rank: int) -> bool:
-    """Wrapped once more than the exchange looks for at first sight."""
-    model = DistributedDataParallel(network())
-    wrapped = torch.compile(torch.compile(model, backend="eager"), backend="eager")
+    """Compiled around DDP, and within it."""
+    model = DistributedDataParallel(torch.compile(network(), backend="eager"))
+    wrapped = torch.compile(model, backend="eager")
     with compression.attach(wrapped, "maxmin", bits=4, bucket_size=64) as exchange:
         end = train(wrapped, rank)
         return equal_on_all(end) and exchange.report().bytes_sent > 0
@@ -367,6 +367,7 @@ def test_an_error_ends_the_backward_that_it_belongs_to(results: Results) -> None
     ("attempt", "reason"),
     [
         (lambda: compression.attach(nn.ReLU(), "none"), "nothing of this model is trained"),
+        (lambda: compression.attach(lambda: None, "none"), "gradients are those of a module, got function"),  # type: ignore
         (lambda: compression.attach(network(), "maxmin", bits="4"), "compressor maxmin takes bits as int, got '4'"),
         (lambda: compression.attach(network(), "maxmin", bits=True), "takes bits as int, got True"),
         (lambda: compression.build("topk", ratio="1%"), "takes ratio as float or int, got '1%'"),
