@@ -174,7 +174,7 @@ def test_every_line_of_the_raport_is_a_record_of_dllogger(trained: Stage) -> Non
 
 def test_the_raport_holds_flags_units_iterations_epochs_and_a_summary(trained: Stage) -> None:
     units = {record["metric"]: record["metadata"] for record in trained.records() if record["type"] == "METADATA"}
-    assert units.keys() == {*EPOCH_METRICS, "best.top1"}
+    assert units.keys() == {*EPOCH_METRICS, "best.top1", "comm.host_ratio"}
     assert units["comm.bytes_sent"] == {"unit": "bytes/step"}
     steps = [record["step"] for record in trained.records() if record["type"] == "LOG"]
     iterations = [[epoch, iteration] for epoch in range(2) for iteration in range(1, 10)]

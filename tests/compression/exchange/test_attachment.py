@@ -70,9 +70,14 @@ def trained(rank: int, name: str = "maxmin", **how: Any) -> dict[str, Any]:
 def by_hand(rank: int) -> dict[str, Any]:
     """Hosts 0, 1 and 2, 3, as process groups and as a mesh."""
     groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])]
+    apart = [dist.new_group(ranks) for ranks in ([0, 3], [1, 2])]
+    model = DistributedDataParallel(network(), process_group=apart[rank in (1, 2)])
+    with attached(model) as exchange:  # models that know nothing of one another
+        in_a_part = train(model, exchange, rank)
     own = (groups[rank // 2], groups[2 + rank % 2])
     wrong = (groups[rank // 2], groups[rank // 2])
     return {
+        "in a part": in_a_part,
         "groups": trained(rank, groups=own),
         "mesh": trained(rank, mesh=DeviceMesh("cpu", torch.arange(4).view(2, 2))),
         "found": trained(rank, ranks_per_host=2),
@@ -234,6 +239,13 @@ def test_levels_by_hand_are_those_that_are_found(run: Run) -> None:
         for way in ("groups", "mesh", "found"):
             assert each[way]["position"] == {"hosts": 2, "ranks_per_host": 2, "place": rank % 2, "number": rank // 2}
             assert torch.equal(each[way]["weights"], each["found"]["weights"])
+
+
+def test_models_over_disjoint_groups_of_ranks_know_nothing_of_one_another(run: Run) -> None:
+    first, second, third, fourth = (each["in a part"] for each in run("by hand")[0])
+    assert torch.equal(first, fourth)
+    assert torch.equal(second, third)
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize(
