@@ -122,10 +122,11 @@ class _OverNetwork:
 
 
 class OverNccl:
-    """GPUs of one host: NCCL's own reduce-scatter and broadcasts, on the stream of the caller.
+    """GPUs of one host: NCCL's own sums at owners, and broadcasts from them, on the stream of the caller.
 
-    NCCL adds up in an order of its own, the same from step to step. One buffer at a time: NCCL's calls have to come in
-    one order on all ranks.
+    Owners hold different numbers of values, which NCCL's reduce-scatter does not take: each slice is a reduce of its
+    own. NCCL adds up in an order of its own, the same from step to step. One buffer at a time: NCCL's calls have to
+    come in one order on all ranks. No GPU has run it yet; the tests run it over gloo.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:

@@ -42,6 +42,10 @@ STARTERS = (
 )
 """Those that say nothing of a world to torch."""
 
+LOST_ON_HOST = "of this host has ended"
+"""Words of the error about a rank that shared memory with others."""
+
+
 @dataclass(frozen=True)
 class Launcher:
     """One way to start ranks, and the network that comes with it.
@@ -121,7 +125,7 @@ TORCHRUN = Launcher(
     local_rank="LOCAL_RANK",
     local_size="LOCAL_WORLD_SIZE",
     joined_by=f"{__package__}.world:join_over_torch",
-    lost_peer=("gloo",),
+    lost_peer=("gloo", LOST_ON_HOST),
 )
 """torchrun and torch.distributed.launch; without them, a process is a world of one rank."""
 
@@ -132,7 +136,7 @@ HOROVODRUN = Launcher(
     local_rank="HOROVOD_LOCAL_RANK",
     local_size="HOROVOD_LOCAL_SIZE",
     joined_by=f"{__package__}.horovod:join",
-    lost_peer=("gloo", "Horovod"),
+    lost_peer=("gloo", "Horovod", LOST_ON_HOST),
 )
 
 

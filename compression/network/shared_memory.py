@@ -26,6 +26,7 @@ from torch import Tensor
 from ..streams import Until
 from .collectives import Collectives
 from .inside import HandedOut, Inside, OverNccl, OverNetwork, PostedInside, Spans, SummedUp
+from .launchers import LOST_ON_HOST
 from .torch_distributed import TorchDistributed
 
 SLOTS = 2  # pieces of a rank that may be in the memory at once
@@ -124,7 +125,7 @@ class SharedMemory:
         if not ready():
             yield Until(ready)
         if self._dead is not None:
-            raise RuntimeError(f"the rank at place {self._dead} of this host has ended, and what it shared is lost")
+            raise RuntimeError(f"the rank at place {self._dead} {LOST_ON_HOST}, and what it shared is lost")
 
     def _has_lost_a_rank(self) -> bool:
         now = time.monotonic()

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from compression.network import shared_memory
-from compression.network.inside import Inside, OverNetwork, Spans
+from compression.network.inside import Inside, OverNccl, OverNetwork, Spans
 from compression.network.shared_memory import SharedMemory, inside_of
 from compression.network.torch_distributed import TorchDistributed
 from compression.streams import Until, run_all
@@ -89,6 +89,7 @@ def rank_main(rank: int, folder: Path, task: str) -> None:
             memory = SharedMemory(network, 5000)
             results = {"one": one_after_the_other(memory), "several": several_at_once(memory)}
             results["network"] = one_after_the_other(OverNetwork(network))
+            results["reduced"] = one_after_the_other(OverNccl(network.group))
             memory.close()
             memory.close()
             torch.save(results, folder / f"{rank}.pt")
@@ -146,6 +147,17 @@ def test_owners_get_the_sum_in_the_order_of_places_and_all_get_what_owners_hand_
             parts = [expected[start:stop] for start, stop in BUFFERS[buffer][1][rank]]
             assert torch.equal(own, torch.cat([expected[:0], *parts]))
             assert torch.equal(flat, expected * 2)
+
+
+def test_owners_of_gpus_get_the_sum_in_the_order_of_the_network(results: list[dict[str, Any]]) -> None:
+    """What NCCL is asked for, over gloo."""
+    for rank, result in enumerate(results):
+        for buffer, (own, flat) in enumerate(result["reduced"]):
+            expected = mean(buffer)
+            parts = [expected[start:stop] for start, stop in BUFFERS[buffer][1][rank]]
+            assert torch.allclose(own, torch.cat([expected[:0], *parts]), atol=1e-6)
+            assert torch.allclose(flat, expected * 2, atol=1e-6)
+            assert torch.equal(flat, results[0]["reduced"][buffer][1])
 
 
 def test_ranks_that_share_no_memory_say_so_once_and_use_the_network(tmp_path: Path) -> None:
