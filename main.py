@@ -1130,7 +1130,7 @@ class Snapshot:
             f"the checkpoint holds values in {order} order that compression or search remember, and --memory-format "
             f"is {flags.memory_format}; resume with --memory-format {order}",
         )
-        position = run.exchange.arrangement.position
+        position = run.exchange.position
         run.exchange.load_state_dict(exchange | {"position": position}, ranks_alike=alike)
         for name, buffer in run.module.named_buffers():
             if alike or not buffer.is_floating_point():
@@ -1158,8 +1158,8 @@ class Snapshot:
         changed = [name for name in now if was.get(name, now[name]) != now[name]]
         changed = ["name"] if "name" in changed else changed
         useless = [name for name in changed if name in MEMORY_RESTS_ON]
-        if run.exchange.levels is not None and "big_grad" in changed:  # another rank of each host owns the layers
-            useless.append("big_grad")
+        if run.exchange.levels is not None:  # other ranks of each host own the layers
+            useless += [name for name in changed if name in ("big_grad", "clip")]
         dropped = []
 
         optimizer, momentum = saved["optimizer"], run.optimizer.state_dict()["momentum"]
@@ -1191,7 +1191,7 @@ class Snapshot:
         """
         if not alike:
             return {}
-        position, ranks = run.exchange.arrangement.position, saved["ranks"]
+        position, ranks = run.exchange.position, saved["ranks"]
         own = ranks[self.ranks.rank]["exchange"]
         for each in (own, *(rank["exchange"] for rank in ranks)):
             if each.get("position", {"ranks": self.ranks.size, "rank": self.ranks.rank}) == position:

@@ -52,7 +52,7 @@ class Hierarchical(Averager):
         ownership: str = "slices",
     ) -> None:
         self.levels, self._bind = levels, bind
-        self._bucket_size, self._ownership = bucket_size, ownership
+        self._bucket_size, self.ownership = bucket_size, ownership
         inside = levels.inside
         self.owned = owned_slices(layers, bucket_size, inside.world_size, ownership)
         own = self._of_place(layers, inside.world_size, inside.rank)
@@ -144,7 +144,7 @@ class Hierarchical(Averager):
 
     def _of_place(self, layers: Sequence[Layer], places: int, place: int) -> list[Layer]:
         """The layers as the owner at a place sees them: slices of them, empty where it owns nothing."""
-        owned = owned_slices(layers, self._bucket_size, places, self._ownership)
+        owned = owned_slices(layers, self._bucket_size, places, self.ownership)
         return [_sliced(layer, *owned[layer.name][place]) for layer in layers]
 
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..averagers import Averager
+from ..averagers import Averager, Hierarchical
 from ..gradients import Gradients
 from ..layers import Layer, layers_of
 from ..network.arrangement import Arrangement
@@ -156,18 +156,28 @@ class Attached(ABC):
         """
         return {"every_rank": self.collectives.collect(self.state_dict())}
 
-    def own_state(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    @property
+    def position(self) -> dict[str, Any]:
+        """What this rank's state depends on: `Arrangement.position`, and in two levels how layers have owners."""
+        own = self.arrangement.position
+        return own | {"ownership": self.averager.ownership} if isinstance(self.averager, Hierarchical) else own
+
+    def own_state(self, state: Mapping[str, Any], ranks_alike: bool) -> Mapping[str, Any]:
         """This rank's of what `gathered_state_dict` returned; what `state_dict` returned as it is.
 
-        Raises ValueError where no rank had this one's position.
+        Where the ranks are others, any rank's has what all shared. Else raises ValueError where no rank had this one's
+        position.
         """
         if "every_rank" not in state:
             return state
-        own = self.arrangement.position
+        own = self.position
         for each in state["every_rank"]:
             if each["position"] == own:
                 mine: Mapping[str, Any] = each
                 return mine
+        if not ranks_alike:
+            first: Mapping[str, Any] = state["every_rank"][0]
+            return first
         raise ValueError(
             f"the state is that of {len(state['every_rank'])} ranks, none of which was {_described(own)}; start as "
             "many ranks on as many hosts"
@@ -177,16 +187,17 @@ class Attached(ABC):
         """The state that all exchanges have."""
         return {
             "step": self.step,
-            "position": self.arrangement.position,
+            "position": self.position,
             "averager": self.averager.state_dict(),
             "recorded": self.recorder.state.state_dict() if self.recorder is not None else {},
         }
 
     def load_common_state(self, state: Mapping[str, Any], ranks_alike: bool) -> None:
         """The inverse of `common_state`."""
-        own = self.arrangement.position
+        own = self.position
         position = state.get("position", own if self.levels is None else None)  # older states have none
-        if ranks_alike and any(state["averager"].values()) and position != own:
+        remembers = any(values for values in state["averager"].values() if isinstance(values, Mapping))
+        if ranks_alike and remembers and position != own:
             raise ValueError(
                 f"the state is that of {_described(position)}, and this is {_described(own)}: each rank remembers what "
                 "it owes alone; save gathered_state_dict(), of which each rank takes its own"

@@ -55,7 +55,8 @@ def attach(
     hosts, and added up as they are inside (`averagers.Hierarchical`). `hierarchical` True asks for that, and False for
     one level. Which ranks share a host is found (`network.hosts`); `ranks_per_host` takes each host as several of so
     many ranks. By hand, `groups` are this rank's (inside, between): the ranks of its host, and those of its place on
-    each host; or `mesh`, a DeviceMesh of hosts x ranks, has both.
+    each host; or `mesh`, a DeviceMesh of hosts x ranks, has both. What is given is the exchange's alone from then on:
+    it is used on another thread.
 
     Raises ValueError, on all ranks alike, where the ranks' arguments differ, where ranks would train apart, where there
     are no two levels, where the compressor cannot be late, and for parameters that no compressor takes.
@@ -85,6 +86,7 @@ def attach(
         record=record,
         hierarchical=hierarchical,
         ranks_per_host=ranks_per_host,
+        groups=groups is not None or mesh is not None,
         parameters=[(name, tuple(parameter.shape)) for name, parameter in parameters.items()],
     )
     arrangement = arrange(

@@ -113,7 +113,6 @@ class DdpHooks:
         futures, self._futures = self._futures, []
         for future in futures:
             future.wait()
-        self._used.clear()
         self._end()
 
     def _hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
@@ -125,10 +124,12 @@ class DdpHooks:
             )
         if bucket.index() == 0:
             self._begin()
+        if bucket.is_last():  # a backward within the backward, as of a checkpoint, may have the others
             torch.autograd.Variable._execution_engine.queue_callback(self._complete)
         names = tuple(self._names[id(p)] for p in bucket.parameters())
         offsets = tuple(int(view.storage_offset() - flat.storage_offset()) for view in bucket.gradients())
         unused = frozenset(names) - self._used if self._removers else None
+        self._used.difference_update(names)
         self._futures.append(self._submit(Gradients(flat, names, offsets, unused=unused)))
         return self._futures[-1]
 

@@ -173,8 +173,8 @@ class Pipeline:
         prepared = self._prepared(gradients)
         if self._in_order:
             if gradients.unused is not None:
-                prepared = self._used_by_any_rank(prepared, gradients.unused)
-            if prepared.names:
+                self._average_used(prepared, gradients.unused, step)
+            else:
                 yield from (averaging or self.averager.post(prepared, step))(prepared)
         else:
             self.averager.average_(prepared, step)
@@ -195,17 +195,20 @@ class Pipeline:
                 self.recorder.record(gradients)
         return gradients
 
-    def _used_by_any_rank(self, gradients: Gradients, unused: frozenset[str]) -> Gradients:
-        """The layers that some rank's step uses: the others keep what is owed of them until they are used.
+    def _average_used(self, gradients: Gradients, unused: frozenset[str], step: int) -> None:
+        """Average the layers that some rank's step uses: the others keep what is owed of them until they are used.
 
-        One small sum over the ranks, and on a GPU a wait for it.
+        One small sum over the ranks, and on a GPU a wait for it. The ranks wait for one another in it, so that no other
+        job may be under way: one that has begun could need what a rank that waits here has still to do.
         """
         assert self._network is not None
         used = torch.tensor([float(name not in unused) for name in gradients.names], device=gradients.flat.device)
         self._network.sum_(used)
         layers = zip(gradients.names, gradients.offsets, used.tolist(), strict=True)
         kept = [(name, at) for name, at, count in layers if count]
-        return replace(gradients, names=tuple(name for name, _ in kept), offsets=tuple(at for _, at in kept))
+        if kept:
+            names, offsets = zip(*kept, strict=True)
+            self.averager.average_(replace(gradients, names=names, offsets=offsets), step)
 
     def _finished(self, gradients: Gradients, prepared: Gradients) -> Gradients:
         """The averages in their own buffer; notes whether they are finite."""

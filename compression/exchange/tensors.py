@@ -61,6 +61,8 @@ def averaging(
     if collectives is None and dist.is_initialized():
         group = group or dist.group.WORLD
         assert group is not None
+        if dist.get_rank(group) < 0:
+            raise ValueError(f"rank {dist.get_rank()} is not in the group; the ranks of a group alone average over it")
         members, collectives = dist.get_process_group_ranks(group), TorchDistributed(group)
     collectives = collectives or Solo()
     check_equal(
@@ -69,6 +71,7 @@ def averaging(
         seed=seed,
         hierarchical=hierarchical,
         ranks_per_host=ranks_per_host,
+        groups=groups is not None or mesh is not None,
         tensors=[(name, tuple(tensor.shape)) for name, tensor in tensors.items()],
     )
     arrangement = arrange(

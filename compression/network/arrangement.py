@@ -1,6 +1,8 @@
 """Arrangements: over which networks ranks average, flat or in two levels."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +14,11 @@ from .hosts import Hosts, find_hosts
 from .inside import Levels
 from .shared_memory import inside_of
 from .torch_distributed import TorchDistributed
+
+Parts = tuple[tuple[int, ...], ...]
+"""Ranks of torch.distributed's world, by the process group that they are to have."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,7 @@ def arrange(
     """
     if groups is not None:
         hosts, hierarchical = hosts_of_levels(everyone, *groups), hierarchical is not False
+        _warn_of_links_inside(hosts, find_hosts(everyone), everyone.rank)
     else:
         hosts = find_hosts(everyone)
         hosts = hosts.split(ranks_per_host) if ranks_per_host is not None else hosts
@@ -121,7 +129,7 @@ def arrange(
             raise ValueError("the collectives are those of all ranks; give groups=(inside, between), too")
         two_levels = False
 
-    made = _Groups(members or (), device)
+    made = _Groups(everyone, members or (), device)
     network = made.network([list(range(everyone.world_size))]) if members else everyone
     if not two_levels:
         return Arrangement(network, hosts, close=made.close)
@@ -136,18 +144,31 @@ def arrange(
     return Arrangement(network, hosts, Levels(inside, groups[1]), close)
 
 
+def _warn_of_links_inside(given: Hosts, found: Hosts, rank: int) -> None:
+    """Say on rank 0 where ranks that were given as those of one host are on several."""
+    for ranks in given.inside:
+        if rank == 0 and len({found.of[other] for other in ranks}) > 1:
+            _log.warning(
+                "ranks %s were given as those of one host, and are on several: float32 crosses their links; groups are "
+                "(inside, between), and a mesh is hosts x ranks",
+                ", ".join(map(str, ranks)),
+            )
+            return
+
+
 class _Groups:
     """Process groups for gradients. Closed ones are kept for the next exchange over the same ranks.
 
     Torch names a group by how many there are, so that one made after another has ended may find that one's addresses.
     """
 
-    _kept: ClassVar[dict[tuple[int, ...], list[dist.ProcessGroup]]] = {}  # by ranks
+    _kept: ClassVar[dict[Parts, list[dist.ProcessGroup]]] = {}  # this rank's, by the parts of all
     _world: ClassVar[object] = None  # that the kept ones belong to
 
-    def __init__(self, members: Sequence[int], device: torch.device) -> None:
-        self._members, self._device = members, device
-        self._taken: list[tuple[tuple[int, ...], dist.ProcessGroup]] = []
+    def __init__(self, everyone: Collectives, members: Sequence[int], device: torch.device) -> None:
+        self._everyone, self._members = everyone, members
+        self._backend = "nccl" if device.type == "cuda" else "gloo"
+        self._taken: list[tuple[Parts, dist.ProcessGroup]] = []
         if dist.is_initialized() and _Groups._world is not dist.group.WORLD:
             _Groups._kept, _Groups._world = {}, dist.group.WORLD
 
@@ -156,26 +177,51 @@ class _Groups:
 
         All members call it with the same parts.
         """
-        count = 1 if self._device.type == "cuda" else 2
-        return TorchDistributed(*(self._group(parts) for _ in range(count)))
+        chosen = tuple(tuple(self._members[rank] for rank in part) for part in parts)
+        count = 1 if self._backend == "nccl" else 2
+        kept = _Groups._kept.setdefault(chosen, [])
+        known = self._everyone.collect((len(kept), len(_group_names())))
+        if all(held >= count for held, _ in known):
+            groups = [kept.pop(0) for _ in range(count)]
+        else:
+            most = max(number for _, number in known)
+            groups = [self._made(chosen, most + turn) for turn in range(count)]
+        self._taken += [(chosen, group) for group in groups]
+        return TorchDistributed(*groups)
 
     def close(self, sound: bool) -> None:
         """Keep the groups for others, unless something went wrong in them. Calling it twice is harmless."""
         taken, self._taken = self._taken, []
         if sound and _Groups._world is dist.group.WORLD:
-            for ranks, group in taken:
-                _Groups._kept.setdefault(ranks, []).append(group)
+            for parts, group in taken:
+                _Groups._kept.setdefault(parts, []).append(group)
 
-    def _group(self, parts: Sequence[Sequence[int]]) -> dist.ProcessGroup:
-        chosen = [tuple(self._members[rank] for rank in part) for part in parts]
-        own = next(ranks for ranks in chosen if dist.get_rank() in ranks)
-        kept = _Groups._kept.get(own)
-        if kept:
-            group = kept.pop(0)
-        elif len(self._members) == dist.get_world_size():
-            made = {ranks: dist.new_group(list(ranks)) for ranks in chosen}  # which all ranks have to make
-            group = made[own]
-        else:
-            group = dist.new_group(list(own), use_local_synchronization=True)
-        self._taken.append((own, group))
-        return group
+    def _made(self, parts: Parts, number: int) -> dist.ProcessGroup:
+        own = next(ranks for ranks in parts if dist.get_rank() in ranks)
+        if len(self._members) == dist.get_world_size():  # all ranks have to make all groups
+            return {ranks: dist.new_group(list(ranks), backend=self._backend) for ranks in parts}[own]
+        with _numbered(number):
+            return dist.new_group(list(own), backend=self._backend, use_local_synchronization=True)
+
+
+def _group_names() -> dict[Any, Any]:
+    """Torch's names of this process's groups."""
+    names: dict[Any, Any] = dist.distributed_c10d._world.pg_names
+    return names
+
+
+@contextlib.contextmanager
+def _numbered(number: int) -> Iterator[None]:
+    """Let torch take the next group for the one of this number.
+
+    It names a group that some ranks make by how many groups the process has, and ranks that have made groups with
+    others do not agree on that: they would wait for one another under different names.
+    """
+    names = _group_names()
+    missing = [object() for _ in range(number - len(names))]
+    names.update(dict.fromkeys(missing, ""))
+    try:
+        yield
+    finally:
+        for each in missing:
+            del names[each]

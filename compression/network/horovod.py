@@ -33,7 +33,10 @@ def join(device: str, local_rank: int, backend: str, ranks_per_host: int | None 
     """
     hosts = _hosts_before_the_start()
     if hosts is not None and ranks_per_host is not None:
-        hosts = hosts.split(ranks_per_host)
+        try:
+            hosts = hosts.split(ranks_per_host)
+        except ValueError:  # as `attach` will say, once for all ranks
+            hosts = None
     sets = hosts.inside + hosts.between if hosts and hosts.count > 1 and (hosts.ranks_per_host or 1) > 1 else []
     hvd, made = _initialized(sets)
     try:

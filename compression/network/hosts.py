@@ -81,6 +81,8 @@ class Hosts:
 
         Raises ValueError where that does not divide the ranks of every host.
         """
+        if ranks_per_host < 1:
+            raise ValueError(f"`ranks_per_host` counts ranks, at least 1, got {ranks_per_host}")
         if any(size % ranks_per_host for size in self.sizes):
             raise ValueError(
                 f"`ranks_per_host` {ranks_per_host} does not divide the ranks of every host: there are "

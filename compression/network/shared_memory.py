@@ -77,8 +77,7 @@ class SharedMemory:
         self.part = -(-self.piece // self.world_size)
         header = self.world_size * _LINE
         nbytes = header + 4 * SLOTS * self.world_size * (self.piece + self.part)
-        self._fd = _shared_file(network, nbytes)
-        self._mapped = mmap.mmap(self._fd, nbytes)
+        self._fd, self._mapped = _shared_file(network, nbytes)
         self._counters = np.frombuffer(self._mapped, np.int64, header // 8).reshape(self.world_size, -1)
         floats = torch.frombuffer(self._mapped, dtype=torch.float32, offset=header)
         incoming, outgoing = floats.split([SLOTS * self.world_size * each for each in (self.piece, self.part)])
@@ -118,13 +117,14 @@ class SharedMemory:
         """
         counters = self._counters
 
-        def ready() -> bool:
-            in_turn = counters[self.rank, own] == piece and (counters[:, others] >= pieces).all()
-            return bool(in_turn) or self._has_lost_a_rank()
+        def in_turn() -> bool:
+            return bool(counters[self.rank, own] == piece and (counters[:, others] >= pieces).all())
 
-        if not ready():
-            yield Until(ready)
-        if self._dead is not None:
+        if not in_turn():
+            yield Until(lambda: in_turn() or self._has_lost_a_rank())
+        with _FENCE:  # what is read from the slots from now on is of after the counters
+            pass
+        if not in_turn():  # looked at again: it may have ended after it had done its part
             raise RuntimeError(f"the rank at place {self._dead} {LOST_ON_HOST}, and what it shared is lost")
 
     def _has_lost_a_rank(self) -> bool:
@@ -215,23 +215,24 @@ def _add_up(rows: Tensor, out: Tensor) -> None:
 _FENCE = threading.Lock()
 
 
-def _shared_file(network: Collectives, nbytes: int) -> int:
-    """A memfd of so many bytes, the same on all ranks, each of which holds its byte of it.
+def _shared_file(network: Collectives, nbytes: int) -> tuple[int, mmap.mmap]:
+    """A memfd of so many bytes, mapped, the same on all ranks, each of which holds its byte of it.
 
     Raises OSError on all ranks where one of them has none.
     """
-    file, failure = -1, ""
+    file, mapped, failure = -1, None, ""
     try:
         file = _given_by_the_first(network, nbytes)
+        mapped = mmap.mmap(file, nbytes)
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, network.rank)
-    except (OSError, AttributeError) as error:  # where there is no memfd, or no socket for it
+    except (OSError, ValueError, AttributeError) as error:  # no memfd, no socket for it, no file to be had
         failure = str(error) or type(error).__name__
     failures = [each for each in network.collect(failure) if each]
-    if failures:
+    if failures or mapped is None:
         if file >= 0:
             os.close(file)
         raise OSError(failures[0])
-    return file
+    return file, mapped
 
 
 def _given_by_the_first(network: Collectives, nbytes: int) -> int:

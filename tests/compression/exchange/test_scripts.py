@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import compression
 from compression.averagers import TwoHop
@@ -158,6 +160,45 @@ def unused(rank: int) -> float:
     return float((applied + owed - true).norm() / true.norm())
 
 
+class Checkpointed(nn.Module):
+    """Blocks whose backward is a backward within the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(20, 64)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs)
+        for block in self.blocks:
+            hidden = checkpoint(block, hidden, use_reentrant=True)
+        return torch.as_tensor(hidden)
+
+
+def checkpointed(rank: int) -> bool:
+    """Averages, or the same bits as DDP alone."""
+    ends = []
+    for hooked in (False, True):
+        model = DistributedDataParallel(Checkpointed(), static_graph=True, bucket_cap_mb=0.02)
+        if not hooked:
+            ends.append(train(model, rank, steps=5))
+            continue
+        with compression.attach(model, "none"):
+            ends.append(train(model, rank, steps=5))
+    return torch.equal(*ends) and equal_on_all(ends[1])
+
+
+def out_of_step(rank: int) -> bool:
+    """A rank whose backward pauses between buckets, where DDP expects layers that are not used."""
+    model = DistributedDataParallel(network(), find_unused_parameters=True, bucket_cap_mb=0.01)
+    pause = model.module[2].register_full_backward_hook(lambda *_: time.sleep(0.3 * rank))
+    with compression.attach(model, "maxmin", **FEEDBACK):
+        equal = equal_on_all(train(model, rank, steps=3))
+    pause.remove()
+    return equal
+
+
 def in_disjoint_groups(rank: int) -> bool:
     """Each rank alone in a group of its own: nobody waits for the other."""
     groups = [dist.new_group([other]) for other in range(RANKS)]
@@ -189,6 +230,9 @@ def refused(rank: int) -> dict[str, str]:
     two = nn.ModuleList([DistributedDataParallel(network()), DistributedDataParallel(network())])
     beside = nn.ModuleDict({"ddp": DistributedDataParallel(network()), "head": nn.Linear(4, 4)})
     attempts: dict[str, Callable[[], Any]] = {
+        "some groups": lambda: compression.attach(
+            DistributedDataParallel(network()), "maxmin", groups=(compression.Solo(),) * 2 if rank else None
+        ),
         "bare": lambda: compression.attach(network(), "none"),
         "frozen": lambda: compression.attach(frozen, "none"),
         "twice": lambda: compression.attach(twice, "none"),
@@ -264,7 +308,8 @@ def failing(rank: int) -> list[str]:
 PROGRAMS: dict[str, Callable[[int], Any]] = {
     program.__name__: program
     for program in (
-        compiled, held_by_a_trainer, ignored, unused, in_disjoint_groups, differing, refused, by_hand, again_and_again,
+        compiled, held_by_a_trainer, ignored, unused, checkpointed, out_of_step, in_disjoint_groups, differing,
+        refused, by_hand, again_and_again,
         gathered, failing,
     )
 }  # fmt: skip
@@ -296,7 +341,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 Results = list[dict[str, Any]]
 
 
-@pytest.mark.parametrize("program", ["compiled", "held_by_a_trainer", "in_disjoint_groups", "by_hand"])
+@pytest.mark.parametrize(
+    "program", ["compiled", "held_by_a_trainer", "checkpointed", "out_of_step", "in_disjoint_groups", "by_hand"]
+)
 def test_ranks_average_whatever_wraps_the_model(results: Results, program: str) -> None:
     assert [each[program] for each in results] == [True] * RANKS
 
@@ -323,6 +370,7 @@ def test_choices_that_differ_by_rank_are_refused_on_all_of_them(results: Results
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
+        ("some groups", "all ranks choose alike, and groups is False on rank 0 and True on rank 1"),
         ("bare", "torch.distributed has 2 ranks, and this model is not wrapped in DistributedDataParallel"),
         ("frozen", "parameter 0.weight was frozen after DistributedDataParallel had been made"),
         ("twice", "has a communication hook already, which it keeps for life"),
@@ -412,8 +460,6 @@ def test_time_that_a_loop_spends_elsewhere_is_not_the_exchanges() -> None:
     """A slow loop: what passes between the last average and the next step is not waiting for it."""
 
     def work(ranks: ThreadCollectives) -> tuple[float, float]:
-        import time
-
         model = network()
         with compression.attach(model, "maxmin", ranks, bucket_size=64) as exchange:
             start = time.perf_counter()
