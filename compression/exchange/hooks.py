@@ -7,13 +7,16 @@ is the same on all ranks.
 
 import contextlib
 import itertools
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 
 from ..gradients import Gradients
@@ -219,7 +222,18 @@ class ParameterHooks:
         bucket.done = self._submit(Gradients(bucket.flat, tuple(bucket.views), bucket.offsets))
 
     def _complete(self) -> None:
-        """End a backward, when autograd says so: layers without a gradient since the last step count as zero."""
+        """End a backward, when autograd says so: layers without a gradient since the last step count as zero.
+
+        Where the first gradient came from a backward within the backward, autograd says so at the end of that one: with
+        layers still missing nobody knows whether they come. Raises RuntimeError then.
+        """
+        if self._submitted < len(self._buckets) and _within_a_backward():
+            names = [name for bucket in self._buckets for name in bucket.missing]
+            raise RuntimeError(
+                f"backward reached a reentrant checkpoint before any other layer, and the gradient of {names[0]} is "
+                "not there at its end: what is still to come cannot be told; checkpoint with use_reentrant=False, or "
+                "wrap the model in DistributedDataParallel"
+            )
         while self._submitted < len(self._buckets):
             self._launch()
         for bucket in self._buckets:
@@ -229,6 +243,16 @@ class ParameterHooks:
                 self._parameters[name].grad = view
         self._accumulated.clear()
         self._end()
+
+
+def _within_a_backward() -> bool:
+    """Whether this is called from the backward of a function written in Python, as a reentrant checkpoint is."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is BackwardCFunction.apply.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Bucket:

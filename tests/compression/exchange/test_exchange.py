@@ -279,6 +279,18 @@ def test_a_backward_within_a_backward_belongs_to_it(monkeypatch: pytest.MonkeyPa
         assert exchange.step == 1
 
 
+def test_backwards_within_a_backward_that_leave_nobody_to_tell_its_end_are_refused() -> None:
+    """Every trained layer is in one of two checkpoints: the first one's end looks like that of all."""
+    network = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)))
+    with compression.attach(network, "none") as exchange:
+        hidden = torch.ones(4, 8, requires_grad=True)
+        for block in network:
+            hidden = checkpoint(block, hidden, use_reentrant=True)
+        with pytest.raises(RuntimeError, match="reached a reentrant checkpoint before any other layer"):
+            hidden.sum().backward()
+        assert exchange.step == 0
+
+
 def test_micro_batches_accumulate_and_are_encoded_once() -> None:
     with solo("maxmin") as (network, exchange):
         with exchange.no_sync():
