@@ -17,8 +17,8 @@ METRICS_OF_THE_PROGRAM = [
     "train.loss", "train.compute_ips", "train.total_ips", "train.data_time", "train.compute_time", "lr",
     "val.top1", "val.top5", "val.loss", "val.compute_ips", "val.total_ips", "val.data_time",
     "val.compute_latency", "val.compute_latency_at95", "val.compute_latency_at99",
-    "val.compute_latency_at100", "best.top1", "comm.bytes_sent", "comm.bytes_dense", "comm.ratio", "comm.time",
-    "codec.time", "comm.exposed_time",
+    "val.compute_latency_at100", "best.top1", "comm.bytes_sent", "comm.bytes_dense", "comm.ratio",
+    "comm.host_bytes", "comm.host_bytes_dense", "comm.host_ratio", "comm.time", "codec.time", "comm.exposed_time",
 ]
 
 

@@ -254,15 +254,15 @@ def by_hand(rank: int) -> bool:
         return equal_on_all(train(model, rank))
 
 
-def again_and_again(rank: int) -> tuple[int, int]:
-    """Files and threads that are left after the first attachment, and after five more."""
+def again_and_again(rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Files and threads that are left after the first attachment, and after nine more."""
     left = []
-    for _ in range(6):
+    for _ in range(10):
         model = DistributedDataParallel(network())
         with compression.attach(model, "maxmin", bucket_size=64):
             train(model, rank, steps=1)
         del model
-        left.append(len(os.listdir("/proc/self/fd")) + len(os.listdir("/proc/self/task")))
+        left.append((len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
     return left[0], left[-1]
 
 
@@ -388,8 +388,9 @@ def test_what_cannot_be_averaged_is_refused_when_attaching(results: Results, wha
 
 def test_attaching_again_leaves_nothing_more(results: Results) -> None:
     for each in results:
-        first, last = each["again_and_again"]
-        assert last <= first
+        (files, threads), (files_later, threads_later) = each["again_and_again"]
+        assert files_later <= files
+        assert threads_later <= threads + 2  # one that has ended is counted for a moment more
 
 
 def test_state_of_all_ranks_is_saved_by_one(results: Results) -> None:
