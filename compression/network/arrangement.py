@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -192,6 +193,8 @@ class _Groups:
     def close(self, sound: bool) -> None:
         """Keep the groups for others, unless something went wrong in them. Calling it twice is harmless."""
         taken, self._taken = self._taken, []
+        if taken:  # a thread of gloo that lets go of its last work wants Python's lock, while there is one
+            time.sleep(0.05)
         if sound and _Groups._world is dist.group.WORLD:
             for parts, group in taken:
                 _Groups._kept.setdefault(parts, []).append(group)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
@@ -147,6 +148,7 @@ def rank_main(rank: int, size: int, folder: Path, task: str) -> None:
     store = dist.FileStore(str(folder / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=900))
     torch.save(TASKS[task][1](rank), folder / f"{rank}.pt")
+    time.sleep(0.5)  # gloo's threads let go of their last work, for which they want a Python that has not ended
     dist.destroy_process_group()
 
 

@@ -320,6 +320,7 @@ def rank_main(rank: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=900))
     torch.save({name: program(rank) for name, program in PROGRAMS.items()}, folder / f"{rank}.pt")
+    time.sleep(0.5)  # gloo's threads let go of their last work, for which they want a Python that has not ended
     dist.destroy_process_group()
 
 
