@@ -767,8 +767,8 @@ class Run:
                 "values; lower --bucket-size",
             )
             takes = compression.COMPRESSORS[compressor_name(flags)].takes
-            if "bucket_size" in takes and not compressed and ranks.rank == 0:
-                print(f"nothing is compressed: no layer has a bucket of {flags.bucket_size} values", file=sys.stderr)
+            if "bucket_size" in takes and not compressed:
+                self.say(f"nothing is compressed: no layer has a bucket of {flags.bucket_size} values")
             if flags.search_target_bits:
                 sizes = [layer.numel for layer in compressed]
                 search.check_budget(sizes, *search_space(flags), flags.search_target_bits)
@@ -1196,11 +1196,10 @@ class Snapshot:
         for each in (own, *(rank["exchange"] for rank in ranks)):
             if each.get("position", {"ranks": self.ranks.size, "rank": self.ranks.rank}) == position:
                 return each["averager"]
-        if self.ranks.rank == 0 and any(own["averager"].values()):
-            print(
+        if any(own["averager"].values()):
+            run.say(
                 "the checkpoint is of ranks that averaged in another arrangement of hosts: residuals are dropped; to "
-                "keep them, choose --hierarchical and --ranks-per-host as they were",
-                file=sys.stderr,
+                "keep them, choose --hierarchical and --ranks-per-host as they were"
             )
         return {}
 
@@ -1221,8 +1220,8 @@ class Snapshot:
             seen = run.iteration * images_per_iteration
             run.iteration = min(seen // own // run.accumulation * run.accumulation, end)
             again = seen - run.iteration * own
-            if again > 0 and self.ranks.rank == 0:
-                print(f"{again} images of epoch {run.epoch} are seen twice: the batches are others", file=sys.stderr)
+            if again > 0:
+                run.say(f"{again} images of epoch {run.epoch} are seen twice: the batches are others")
         run.trained = run.iteration == end
         if not run.trained:
             last_iteration(start=run.iteration)

@@ -33,16 +33,14 @@ from torch import Tensor
 
 import compression
 from benchmarks.ranks import kernel_bytes
-from compression import Layer, Metered, TorchDistributed
-from compression.averagers import Averager
+from compression import TorchDistributed
 from compression.costs import in_buffers
+from compression.exchange.binding import Binding
 from compression.exchange.pipeline import Pipeline
 from compression.gradients import Gradients
 from compression.layers import layers_of
-from compression.network.collectives import Traffic
+from compression.network.arrangement import arrange
 from compression.network.hosts import Hosts, find_hosts
-from compression.network.inside import Levels
-from compression.network.shared_memory import inside_of
 from image_classification.allocator import keep_freed_memory
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -150,52 +148,30 @@ def bfloat16_hook(work: Workload) -> Exchange:
     return run
 
 
-def ours(name: str, **options: Any) -> Method:
-    """One of this program's compressors, bucket by bucket."""
+def ours(name: str, *, hierarchical: bool = False, **options: Any) -> Method:
+    """One of this program's compressors, bucket by bucket; in two levels where `hierarchical`."""
 
     def bind(work: Workload) -> Exchange:
         compressor = compression.build(name, **options)
         layers = layers_of(work.shapes.items(), compressor.bucket_size)
-        network = Metered(TorchDistributed(dist.new_group(), dist.new_group()), hosts=work.hosts.of)
-        return exchange_of(work, layers, compressor.averager(layers, network, seed=0), network.traffic)
+        everyone, members, flat = TorchDistributed(), range(dist.get_world_size()), work.flat
+        arrangement = arrange(everyone, members, flat.device, flat.numel(), True, hierarchical=hierarchical)
+        binding = Binding(compressor, layers, arrangement, seed=0)
+        pipeline, traffic = Pipeline(binding.averager, layers, flat.device), binding.collectives.traffic
+        steps = itertools.count()
+
+        def run() -> Counted:
+            sent, crossing, step = traffic.bytes_sent, traffic.bytes_between_hosts, next(steps)
+            pipeline.clear()
+            for average in [pipeline.submit(bucket, step) for bucket in work.buckets]:
+                average.wait()
+            pipeline.check()
+            binding.averager.settle(True)
+            return Counted(traffic.bytes_sent - sent, traffic.bytes_between_hosts - crossing)
+
+        return run
 
     return bind
-
-
-def ours_in_levels(name: str, **options: Any) -> Method:
-    """One of this program's compressors in two levels."""
-
-    def bind(work: Workload) -> Exchange:
-        compressor, traffic = compression.build(name, **options), Traffic()
-        layers = layers_of(work.shapes.items(), compressor.bucket_size)
-        return exchange_of(work, layers, compressor.hierarchical(layers, levels_of(work, traffic), seed=0), traffic)
-
-    return bind
-
-
-def levels_of(work: Workload, traffic: Traffic) -> Levels:
-    """This rank's two networks, as `attach` makes them."""
-    hosts, rank = work.hosts, dist.get_rank()
-    inside, between = (
-        TorchDistributed(*(dist.new_group(ranks, use_local_synchronization=True) for _ in range(2)))
-        for ranks in (hosts.inside[hosts.of[rank]], hosts.between[hosts.place(rank)])
-    )
-    return Levels(inside_of(inside, work.flat.device, work.flat.numel()), Metered(between, traffic))
-
-
-def exchange_of(work: Workload, layers: Sequence[Layer], averager: Averager, traffic: Traffic) -> Exchange:
-    pipeline, steps = Pipeline(averager, layers, work.flat.device), itertools.count()
-
-    def run() -> Counted:
-        sent, crossing, step = traffic.bytes_sent, traffic.bytes_between_hosts, next(steps)
-        pipeline.clear()
-        for average in [pipeline.submit(bucket, step) for bucket in work.buckets]:
-            average.wait()
-        pipeline.check()
-        averager.settle(True)
-        return Counted(traffic.bytes_sent - sent, traffic.bytes_between_hosts - crossing)
-
-    return run
 
 
 @dataclass(frozen=True)
@@ -277,10 +253,10 @@ OF_LEVELS = "levels-"
 """The beginning of the names of methods of two levels; what follows names the method between hosts."""
 
 METHODS_IN_LEVELS: dict[str, Method] = {
-    f"{OF_LEVELS}bfloat16": ours_in_levels("none", dense_dtype="bfloat16"),
-    f"{OF_LEVELS}maxmin-4": ours_in_levels("maxmin", bits=4),
-    f"{OF_LEVELS}topk-0.01": ours_in_levels("topk", ratio=0.01),
-    f"{OF_LEVELS}powersgd-4": ours_in_levels("powersgd", rank=4),
+    f"{OF_LEVELS}bfloat16": ours("none", hierarchical=True, dense_dtype="bfloat16"),
+    f"{OF_LEVELS}maxmin-4": ours("maxmin", hierarchical=True, bits=4),
+    f"{OF_LEVELS}topk-0.01": ours("topk", hierarchical=True, ratio=0.01),
+    f"{OF_LEVELS}powersgd-4": ours("powersgd", hierarchical=True, rank=4),
 }
 
 

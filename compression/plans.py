@@ -6,14 +6,41 @@ Arithmetic on sizes; no gradient is ever touched. The vocabulary is that of `lay
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .gradients import Gradients
 from .layers import BFLOAT16, Ints, Layer, bucket_length
 
-MAX_PLANS = 64
-"""Groups of layers whose plans are kept: where steps use other layers each time, there is no end of them."""
+Planned = TypeVar("Planned")
+
+
+class PlanCache(Generic[Planned]):
+    """Plans of groups of layers, by their names and offsets. At most 64 are kept: steps that use other layers each time
+    have no end of groups.
+    """
+
+    LIMIT = 64
+
+    def __init__(self) -> None:
+        self._plans: dict[tuple[tuple[str, ...], tuple[int, ...]], Planned] = {}
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def clear(self) -> None:
+        self._plans.clear()
+
+    def of(self, gradients: Gradients, make: Callable[[Gradients], Planned]) -> Planned:
+        """The plan of gradients that lie like these, made at the first time."""
+        key = (gradients.names, gradients.offsets)
+        if key not in self._plans:
+            if len(self._plans) >= self.LIMIT:
+                self._plans.clear()
+            self._plans[key] = make(gradients)
+        return self._plans[key]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from ..gradients import Gradients
 from ..layers import Layer, owned_slices
 from ..network.collectives import Collectives, Solo
 from ..network.inside import Levels, PostedInside, Spans
-from ..plans import MAX_PLANS
+from ..plans import PlanCache
 from ..streams import Meanwhile, Until, run_all
 from .base import Averager, Averaging, Sent
 
@@ -60,7 +60,7 @@ class Hierarchical(Averager):
         self.inner = bind(own, levels.between, seed + 2**32 * inside.rank)
         self.widths, self.without_momentum = self.inner.widths, self.inner.without_momentum
         self.states = self.inner.states
-        self._groups: dict[tuple[tuple[str, ...], tuple[int, ...]], _Group] = {}
+        self._groups: PlanCache[_Group] = PlanCache()
 
     @property
     def encoded_bytes(self) -> int:
@@ -101,7 +101,7 @@ class Hierarchical(Averager):
         run_all(self.post(gradients, step)(gradients))
 
     def post(self, gradients: Gradients, step: int) -> Averaging:
-        group = self._group(gradients)
+        group = self._groups.of(gradients, self._grouped)
         inside = self.levels.inside.post(gradients.flat.numel(), group.spans)
         averaging: Averaging | None = None
         if group.names:
@@ -111,21 +111,13 @@ class Hierarchical(Averager):
     def _phases(
         self, flat: Tensor, group: _Group, inside: PostedInside, averaging: Averaging | None
     ) -> Generator[Meanwhile | Until, None, None]:
-        one_at_a_time = not self.levels.inside.overlaps(flat.device)
+        one_at_a_time = not self.levels.inside.overlaps
         own = yield from inside.add_up(flat)
         if averaging is not None:
             for meanwhile in averaging(Gradients(own, group.names, group.offsets)):
                 yield Meanwhile.NONE_BEGINS if one_at_a_time else meanwhile
         yield Meanwhile.NONE_BEGINS if one_at_a_time else Meanwhile.OTHERS_BEGIN
         yield from inside.hand_out(own, flat)
-
-    def _group(self, gradients: Gradients) -> _Group:
-        key = (gradients.names, gradients.offsets)
-        if key not in self._groups:
-            if len(self._groups) >= MAX_PLANS:
-                self._groups.clear()
-            self._groups[key] = self._grouped(gradients)
-        return self._groups[key]
 
     def _grouped(self, gradients: Gradients) -> _Group:
         inside = self.levels.inside

@@ -17,7 +17,7 @@ from ..layer_state import LayerState
 from ..layers import Layer
 from ..limits import LIMIT
 from ..network.collectives import Collectives
-from ..plans import MAX_PLANS
+from ..plans import PlanCache
 from .base import Averager, Sent, all_reduced
 
 # Messages are scaled down by this, so that sums over rows, columns and ranks of the largest floats stay finite.
@@ -107,10 +107,10 @@ class PowerSGD(Averager):
         self._residual = LayerState({layer.name: layer.numel for layer in factored})
         self._basis = LayerState({layer.name: rank * sides(layer.shape)[1] for layer in factored})
         self.states = {"residual": self._residual, "basis": self._basis}
-        self._plans: dict[tuple[tuple[str, ...], tuple[int, ...]], _Plan] = {}
+        self._plans: PlanCache[_Plan] = PlanCache()
 
     def average_(self, gradients: Gradients, step: int) -> None:
-        plan = self._plan_of(gradients)
+        plan = self._plans.of(gradients, self._plan)
         flat, network = gradients.flat, self.collectives
         inverse_world_size = 1.0 / network.world_size
         residual, compensated = self._residual.allocate(flat.device, plan.names)
@@ -199,14 +199,6 @@ class PowerSGD(Averager):
             ]
             self._basis.current = torch.cat([torch.empty(0), *draws])
         return self._basis.allocate(device, names)
-
-    def _plan_of(self, gradients: Gradients) -> _Plan:
-        key = (gradients.names, gradients.offsets)
-        if key not in self._plans:
-            if len(self._plans) >= MAX_PLANS:
-                self._plans.clear()
-            self._plans[key] = self._plan(gradients)
-        return self._plans[key]
 
     def _plan(self, gradients: Gradients) -> _Plan:
         starts = dict(zip(gradients.names, gradients.offsets, strict=True))

@@ -16,7 +16,7 @@ from ..gradients import Gradients
 from ..layer_state import LayerState
 from ..layers import DENSE, Ints, Layer, shard
 from ..network.collectives import Collectives, PostedExchange, PostedGather, part_of
-from ..plans import MAX_PLANS, Plan, Segment, drop_message, mask_owner, plan, split_into_chunks
+from ..plans import Plan, PlanCache, Segment, drop_message, mask_owner, plan, split_into_chunks
 from ..randomness import stream_keys
 from ..streams import Meanwhile, Phases, run_all
 from .base import Averager, Averaging, Sent
@@ -97,7 +97,7 @@ class TwoHop(Averager):
         self.layers = {layer.name: layer for layer in layers}
         self.shards = self._shards(layers, collectives.world_size)
         self.widths: dict[str, int] = {layer.name: codec.bits if layer.compressed else DENSE for layer in layers}
-        self._groups: dict[tuple[tuple[str, ...], tuple[int, ...]], _Group] = {}
+        self._groups: PlanCache[_Group] = PlanCache()
         self._step: int | None = None  # of the keys and of the chunks so far
         self._keys = np.empty((2, 0, 2), np.uint32)
         self._chunks_of_step = 0
@@ -123,7 +123,7 @@ class TwoHop(Averager):
         run_all(self.post(gradients, step)(gradients))
 
     def post(self, gradients: Gradients, step: int) -> Averaging:
-        group, device = self._group(gradients), gradients.flat.device
+        group, device = self._groups.of(gradients, self._planned), gradients.flat.device
         if self._step != step:
             self._step, self._keys, self._chunks_of_step = step, self._stream_keys(step), 0
         keys, first_tag = self._keys[:, group.layers], self._chunks_of_step
@@ -196,14 +196,6 @@ class TwoHop(Averager):
 
     def _own_shards(self) -> dict[str, tuple[int, int]]:
         return {name: shards[self.collectives.rank] for name, shards in self.shards.items()}
-
-    def _group(self, gradients: Gradients) -> _Group:
-        key = (gradients.names, gradients.offsets)
-        if key not in self._groups:
-            if len(self._groups) >= MAX_PLANS:
-                self._groups.clear()
-            self._groups[key] = self._planned(gradients)
-        return self._groups[key]
 
     def _planned(self, gradients: Gradients) -> _Group:
         rank, own = self.collectives.rank, self._own_shards()

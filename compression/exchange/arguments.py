@@ -1,11 +1,14 @@
-"""Arguments that all ranks give alike: compressors by name, groups of ranks, and whether the ranks agree."""
+"""Arguments of `attach` and `averaging`, which all ranks give alike: from compressors and groups to an arrangement."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..network.collectives import Collectives
+from ..network.arrangement import Arrangement, arrange
+from ..network.collectives import Collectives, Solo
 from ..network.torch_distributed import TorchDistributed
 from ..registry import COMPRESSORS, Compressor, build
 
@@ -24,7 +27,51 @@ def compressor_of(compressor: Compressor | str, options: dict[str, Any]) -> Comp
     return compressor
 
 
-def check_equal(collectives: Collectives, compressor: Compressor, **others: Any) -> None:
+def arranged(
+    compressor: Compressor,
+    tensors: Mapping[str, Tensor],
+    collectives: Collectives | None,
+    process_group: dist.ProcessGroup | None,
+    *,
+    hierarchical: bool | None,
+    ranks_per_host: int | None,
+    groups: tuple[Group, Group] | None,
+    mesh: DeviceMesh | None,
+    **others: Any,
+) -> Arrangement:
+    """The networks for gradients of these tensors, by name, once all ranks are known to choose alike; see `arrange`.
+
+    The ranks are those of the `collectives`; without them those of the process group, beside which groups of their own
+    are made; without either, this process alone. `others` are arguments that have to be equal, too.
+
+    Raises ValueError, on all ranks alike, where they do not choose alike, and where there are no two levels.
+    """
+    members: list[int] | None = None  # of process groups to be made
+    if collectives is None and process_group is not None:
+        members, collectives = dist.get_process_group_ranks(process_group), TorchDistributed(process_group)
+    collectives = collectives or Solo()
+    _check_equal(
+        collectives,
+        compressor,
+        hierarchical=hierarchical,
+        ranks_per_host=ranks_per_host,
+        groups=groups is not None or mesh is not None,
+        **others,
+        tensors=[(name, tuple(tensor.shape)) for name, tensor in tensors.items()],
+    )
+    return arrange(
+        collectives,
+        members,
+        next(iter(tensors.values())).device,
+        sum(tensor.numel() for tensor in tensors.values()),
+        compressor.encodes,
+        hierarchical=hierarchical,
+        ranks_per_host=ranks_per_host,
+        groups=_networks_of(groups, mesh),
+    )
+
+
+def _check_equal(collectives: Collectives, compressor: Compressor, **others: Any) -> None:
     """Raise ValueError, on all ranks alike, where the compressor or another choice differs from rank 0's."""
     options = {name: getattr(compressor.options, name) for name in COMPRESSORS[compressor.name].takes}
     choices = {"compressor": compressor.name, **options, **others}
@@ -43,7 +90,7 @@ def _shortened(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def networks_of(groups: tuple[Group, Group] | None, mesh: DeviceMesh | None) -> tuple[Collectives, Collectives] | None:
+def _networks_of(groups: tuple[Group, Group] | None, mesh: DeviceMesh | None) -> tuple[Collectives, Collectives] | None:
     """(inside, between), given as they are or as the two dimensions of a mesh.
 
     Raises ValueError for both, and for a mesh that has not two dimensions.

@@ -2,19 +2,18 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..averagers import Averager, Hierarchical
 from ..gradients import Gradients
 from ..layers import Layer, layers_of
 from ..network.arrangement import Arrangement
-from ..network.collectives import Metered
 from ..network.inside import Levels
 from ..registry import Compressor
+from .binding import Binding
 from .hooks import flattened, hook
 from .momentum import MomentumWatch
 from .pipeline import Pipeline
@@ -44,8 +43,8 @@ class Attached(ABC):
         self.layers: tuple[Layer, ...] = layers_of(shapes, compressor.bucket_size)
         self.device = next(iter(self.parameters.values())).device
         self.hosts, self.arrangement = arrangement.hosts, arrangement
-        self.collectives = Metered(arrangement.collectives, hosts=self.hosts.of)
-        self.averager = bound_averager(compressor, self.layers, self.collectives, arrangement, seed)
+        self.binding = Binding(compressor, self.layers, arrangement, seed)
+        self.averager, self.collectives = self.binding.averager, self.binding.collectives
         self.recorder = Recorder(self.layers) if record else None
         self.pipeline = Pipeline(
             self.averager,
@@ -56,7 +55,7 @@ class Attached(ABC):
             choose=choose,
             network=self.collectives,
         )
-        self.meter = Meter(self.collectives, self.hosts, self.pipeline, sum(layer.numel for layer in self.layers))
+        self.meter = Meter(self.binding, self.pipeline)
         self.step = 0
         self.open = False
         """Whether a step is under way."""
@@ -154,56 +153,25 @@ class Attached(ABC):
 
         Every rank calls it, between steps.
         """
-        return {"every_rank": self.collectives.collect(self.state_dict())}
+        return self.binding.gathered(self.state_dict())
 
     @property
     def position(self) -> dict[str, Any]:
-        """What this rank's state depends on: `Arrangement.position`, and in two levels how layers have owners."""
-        own = self.arrangement.position
-        return own | {"ownership": self.averager.ownership} if isinstance(self.averager, Hierarchical) else own
-
-    def own_state(self, state: Mapping[str, Any], ranks_alike: bool) -> Mapping[str, Any]:
-        """This rank's of what `gathered_state_dict` returned; what `state_dict` returned as it is.
-
-        Where the ranks are others, any rank's has what all shared. Else raises ValueError where no rank had this one's
-        position.
-        """
-        if "every_rank" not in state:
-            return state
-        own = self.position
-        for each in state["every_rank"]:
-            if each["position"] == own:
-                mine: Mapping[str, Any] = each
-                return mine
-        if not ranks_alike:
-            first: Mapping[str, Any] = state["every_rank"][0]
-            return first
-        raise ValueError(
-            f"the state is that of {len(state['every_rank'])} ranks, none of which was {_described(own)}; start as "
-            "many ranks on as many hosts"
-        )
+        """What this rank's state depends on; see `Binding`."""
+        return self.binding.position
 
     def common_state(self) -> dict[str, Any]:
         """The state that all exchanges have."""
         return {
             "step": self.step,
-            "position": self.position,
-            "averager": self.averager.state_dict(),
+            **self.binding.state_dict(),
             "recorded": self.recorder.state.state_dict() if self.recorder is not None else {},
         }
 
     def load_common_state(self, state: Mapping[str, Any], ranks_alike: bool) -> None:
         """The inverse of `common_state`."""
-        own = self.position
-        position = state.get("position", own if self.levels is None else None)  # older states have none
-        remembers = any(values for values in state["averager"].values() if isinstance(values, Mapping))
-        if ranks_alike and remembers and position != own:
-            raise ValueError(
-                f"the state is that of {_described(position)}, and this is {_described(own)}: each rank remembers what "
-                "it owes alone; save gathered_state_dict(), of which each rank takes its own"
-            )
         if ranks_alike:
-            self.averager.load_state_dict(state["averager"])
+            self.binding.load_state_dict(state)
             if self.recorder is not None:
                 self.recorder.state.load_state_dict(state["recorded"])
         self.step = int(state["step"])
@@ -257,20 +225,3 @@ class Attached(ABC):
             if error is None:  # else the block's own goes on
                 raise
 
-
-def bound_averager(
-    compressor: Compressor, layers: Sequence[Layer], everyone: Metered, arrangement: Arrangement, seed: int
-) -> Averager:
-    """The compressor bound to layers and ranks: to all of them, or in two levels. `everyone` counts for both."""
-    if arrangement.levels is None:
-        return compressor.averager(layers, everyone, seed)
-    inside, between = arrangement.levels
-    return compressor.hierarchical(layers, Levels(inside, Metered(between, everyone.traffic)), seed)
-
-
-def _described(position: Mapping[str, int] | None) -> str:
-    if position is None:
-        return "a rank that averages in one level"
-    if "place" not in position:
-        return "rank {rank} of {ranks} that average in one level".format(**position)
-    return "rank {number} at place {place} of {hosts} hosts x {ranks_per_host}, in two levels".format(**position)

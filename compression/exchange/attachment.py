@@ -3,16 +3,13 @@
 import logging
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from ..network.arrangement import arrange
 from ..network.collectives import Collectives, Solo
-from ..network.torch_distributed import TorchDistributed
 from ..registry import Compressor
-from .arguments import Group, check_equal, compressor_of, networks_of
+from .arguments import Group, arranged, compressor_of
 from .attached import Attached
 from .broken_barrier import BrokenBarrier
 from .exchange import Exchange
@@ -72,32 +69,19 @@ def attach(
             "that do not use all parameters; make it without find_unused_parameters and static_graph, or leave out "
             "big_grad and clip"
         )
-    members: list[int] | None = None  # of process groups to be made
-    if isinstance(model, DistributedDataParallel) and collectives is None:
-        members = dist.get_process_group_ranks(model.process_group)
-        collectives = TorchDistributed(model.process_group)
-    collectives = collectives or Solo()
-    check_equal(
-        collectives,
+    arrangement = arranged(
         compressor,
+        parameters,
+        collectives,
+        model.process_group if isinstance(model, DistributedDataParallel) else None,
+        hierarchical=hierarchical,
+        ranks_per_host=ranks_per_host,
+        groups=groups,
+        mesh=mesh,
         seed=seed,
         barrier_fraction=barrier_fraction,
         late_steps=late_steps,
         record=record,
-        hierarchical=hierarchical,
-        ranks_per_host=ranks_per_host,
-        groups=groups is not None or mesh is not None,
-        parameters=[(name, tuple(parameter.shape)) for name, parameter in parameters.items()],
-    )
-    arrangement = arrange(
-        collectives,
-        members,
-        next(iter(parameters.values())).device,
-        sum(parameter.numel() for parameter in parameters.values()),
-        compressor.encodes,
-        hierarchical=hierarchical,
-        ranks_per_host=ranks_per_host,
-        groups=networks_of(groups, mesh),
     )
     try:
         exchange: Attached

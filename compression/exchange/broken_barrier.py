@@ -188,7 +188,7 @@ class BrokenBarrier(Attached):
         return self.common_state() | {"late": late, "squares": dict(self._squares)}
 
     def load_state_dict(self, state: Mapping[str, Any], ranks_alike: bool = True) -> None:
-        state = self.own_state(state, ranks_alike)
+        state = self.binding.own_state(state, ranks_alike)
         self.load_common_state(state, ranks_alike)
         self._squares.update(state.get("squares", {}))
         self._outstanding = [self._restored(**late) for late in state.get("late", [])]

@@ -67,7 +67,7 @@ class Exchange(Attached):
         return self.common_state()
 
     def load_state_dict(self, state: Mapping[str, Any], ranks_alike: bool = True) -> None:
-        state = self.own_state(state, ranks_alike)
+        state = self.binding.own_state(state, ranks_alike)
         if state.get("late"):
             raise ValueError(
                 "the checkpoint holds averages that a broken barrier is still to apply; resume with the "

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..network.collectives import Metered
-    from ..network.hosts import Hosts
+    from .binding import Binding
     from .pipeline import Pipeline
 
 
@@ -79,9 +78,9 @@ class Report:
 class Meter:
     """Counts the bytes and seconds of an exchange from report to report."""
 
-    def __init__(self, network: Metered, hosts: Hosts, pipeline: Pipeline, values: int) -> None:
-        """`network`: of all ranks. `values`: of all layers."""
-        self._network, self._hosts, self._pipeline, self._values = network, hosts, pipeline, values
+    def __init__(self, binding: Binding, pipeline: Pipeline) -> None:
+        self._network, self._hosts, self._pipeline = binding.collectives, binding.hosts, pipeline
+        self._values = sum(layer.numel for layer in binding.layers)
         self._exposed_seconds = 0.0
         self._submitted_at: float | None = None  # the last gradients of the step under way
         self._reported = (0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0)

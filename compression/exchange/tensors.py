@@ -13,12 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..gradients import Gradients
 from ..layers import Layer, layers_of
-from ..network.arrangement import Arrangement, arrange
-from ..network.collectives import Collectives, Metered, Solo
-from ..network.torch_distributed import TorchDistributed
+from ..network.arrangement import Arrangement
+from ..network.collectives import Collectives
 from ..registry import Compressor
-from .arguments import Group, check_equal, compressor_of, networks_of
-from .attached import bound_averager
+from .arguments import Group, arranged, compressor_of
+from .binding import Binding
 from .flat_gradient import FlatGradient
 from .pipeline import Pipeline
 from .report import Meter, Report
@@ -57,32 +56,20 @@ def averaging(
     devices = {tensor.device for tensor in tensors.values()}
     if len(devices) > 1:
         raise ValueError(f"tensors are on {' and '.join(sorted(map(str, devices)))}; put them on one device")
-    members: list[int] | None = None
     if collectives is None and dist.is_initialized():
         group = group or dist.group.WORLD
-        assert group is not None
         if dist.get_rank(group) < 0:
             raise ValueError(f"rank {dist.get_rank()} is not in the group; the ranks of a group alone average over it")
-        members, collectives = dist.get_process_group_ranks(group), TorchDistributed(group)
-    collectives = collectives or Solo()
-    check_equal(
-        collectives,
+    arrangement = arranged(
         compressor,
-        seed=seed,
-        hierarchical=hierarchical,
-        ranks_per_host=ranks_per_host,
-        groups=groups is not None or mesh is not None,
-        tensors=[(name, tuple(tensor.shape)) for name, tensor in tensors.items()],
-    )
-    arrangement = arrange(
+        tensors,
         collectives,
-        members,
-        devices.pop(),
-        sum(tensor.numel() for tensor in tensors.values()),
-        compressor.encodes,
+        group,
         hierarchical=hierarchical,
         ranks_per_host=ranks_per_host,
-        groups=networks_of(groups, mesh),
+        groups=groups,
+        mesh=mesh,
+        seed=seed,
     )
     return Averaging(tensors, compressor, arrangement, seed)
 
@@ -99,13 +86,10 @@ class Averaging:
         self.tensors, self.arrangement = dict(tensors), arrangement
         shapes = ((name, tensor.shape or (1,)) for name, tensor in self.tensors.items())
         self.layers: tuple[Layer, ...] = layers_of(shapes, compressor.bucket_size)
-        self.collectives = Metered(arrangement.collectives, hosts=arrangement.hosts.of)
-        self.averager = bound_averager(compressor, self.layers, self.collectives, arrangement, seed)
-        device = next(iter(self.tensors.values())).device
-        self.pipeline = Pipeline(self.averager, self.layers, device)
-        self.meter = Meter(
-            self.collectives, arrangement.hosts, self.pipeline, sum(layer.numel for layer in self.layers)
-        )
+        self.binding = Binding(compressor, self.layers, arrangement, seed)
+        self.averager = self.binding.averager
+        self.pipeline = Pipeline(self.averager, self.layers, next(iter(self.tensors.values())).device)
+        self.meter = Meter(self.binding, self.pipeline)
         self.calls = 0
         self._flat = FlatGradient(self.layers)
 
@@ -140,21 +124,23 @@ class Averaging:
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state between calls."""
-        return {
-            "calls": self.calls,
-            "position": self.arrangement.position,
-            "averager": self.averager.state_dict(),
-        }
+        return {"calls": self.calls, **self.binding.state_dict()}
+
+    def gathered_state_dict(self) -> dict[str, Any]:
+        """The states of all ranks, equal on all of them: one rank saves it, and each loads its own from it.
+
+        Every rank calls it, between calls.
+        """
+        return self.binding.gathered(self.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`. Raises ValueError for the state of another rank, or of other tensors."""
-        if state["position"] != self.arrangement.position:
-            raise ValueError(
-                f"the state is of position {state['position']}, and this rank's is {self.arrangement.position}: each "
-                "rank remembers what it owes alone"
-            )
-        self.averager.load_state_dict(state["averager"])
-        self.calls = int(state["calls"])
+        """The inverse of `state_dict`, or of `gathered_state_dict`.
+
+        Raises ValueError for the state of another rank, or of other tensors.
+        """
+        own = self.binding.own_state(state)
+        self.binding.load_state_dict(own)
+        self.calls = int(own["calls"])
 
     def close(self) -> None:
         """End the communication thread, and what was made for it. Calling it twice is harmless."""

@@ -1,23 +1,18 @@
 """Arrangements: over which networks ranks average, flat or in two levels."""
 
-import contextlib
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from .collectives import Collectives
 from .hosts import Hosts, find_hosts
-from .inside import Levels
-from .shared_memory import inside_of
+from .inside import Inside, Levels, OverNccl, OverNetwork
+from .process_groups import ProcessGroups
+from .shared_memory import SharedMemory
 from .torch_distributed import TorchDistributed
-
-Parts = tuple[tuple[int, ...], ...]
-"""Ranks of torch.distributed's world, by the process group that they are to have."""
 
 _log = logging.getLogger(__name__)
 
@@ -130,7 +125,7 @@ def arrange(
             raise ValueError("the collectives are those of all ranks; give groups=(inside, between), too")
         two_levels = False
 
-    made = _Groups(everyone, members or (), device)
+    made = ProcessGroups(everyone, members or (), device)
     network = made.network([list(range(everyone.world_size))]) if members else everyone
     if not two_levels:
         return Arrangement(network, hosts, close=made.close)
@@ -145,6 +140,21 @@ def arrange(
     return Arrangement(network, hosts, Levels(inside, groups[1]), close)
 
 
+def inside_of(network: Collectives, device: torch.device, values: int) -> Inside:
+    """How ranks of one host add up: in shared memory on CPUs, where that can be; over NCCL on GPUs.
+
+    `values`: of all gradients. Every rank of the host calls it.
+    """
+    if device.type == "cuda":
+        return OverNccl(network.group) if isinstance(network, TorchDistributed) else OverNetwork(network)
+    try:
+        return SharedMemory(network, values)
+    except OSError as error:
+        if network.rank == 0:
+            _log.warning("the ranks of a host share no memory (%s): they add up over its network, more slowly", error)
+        return OverNetwork(network)
+
+
 def _warn_of_links_inside(given: Hosts, found: Hosts, rank: int) -> None:
     """Say on rank 0 where ranks that were given as those of one host are on several."""
     for ranks in given.inside:
@@ -155,76 +165,3 @@ def _warn_of_links_inside(given: Hosts, found: Hosts, rank: int) -> None:
                 ", ".join(map(str, ranks)),
             )
             return
-
-
-class _Groups:
-    """Process groups for gradients. Closed ones are kept for the next exchange over the same ranks.
-
-    Torch names a group by how many there are, so that one made after another has ended may find that one's addresses.
-    """
-
-    _kept: ClassVar[dict[Parts, list[dist.ProcessGroup]]] = {}  # this rank's, by the parts of all
-    _world: ClassVar[object] = None  # that the kept ones belong to
-
-    def __init__(self, everyone: Collectives, members: Sequence[int], device: torch.device) -> None:
-        self._everyone, self._members = everyone, members
-        self._backend = "nccl" if device.type == "cuda" else "gloo"
-        self._taken: list[tuple[Parts, dist.ProcessGroup]] = []
-        if dist.is_initialized() and _Groups._world is not dist.group.WORLD:
-            _Groups._kept, _Groups._world = {}, dist.group.WORLD
-
-    def network(self, parts: Sequence[Sequence[int]]) -> TorchDistributed:
-        """This rank's part of the members, in groups of its own: for gloo, one for each direction of messages.
-
-        All members call it with the same parts.
-        """
-        chosen = tuple(tuple(self._members[rank] for rank in part) for part in parts)
-        count = 1 if self._backend == "nccl" else 2
-        kept = _Groups._kept.setdefault(chosen, [])
-        known = self._everyone.collect((len(kept), len(_group_names())))
-        if all(held >= count for held, _ in known):
-            groups = [kept.pop(0) for _ in range(count)]
-        else:
-            most = max(number for _, number in known)
-            groups = [self._made(chosen, most + turn) for turn in range(count)]
-        self._taken += [(chosen, group) for group in groups]
-        return TorchDistributed(*groups)
-
-    def close(self, sound: bool) -> None:
-        """Keep the groups for others, unless something went wrong in them. Calling it twice is harmless."""
-        taken, self._taken = self._taken, []
-        if taken:  # a thread of gloo that lets go of its last work wants Python's lock, while there is one
-            time.sleep(0.05)
-        if sound and _Groups._world is dist.group.WORLD:
-            for parts, group in taken:
-                _Groups._kept.setdefault(parts, []).append(group)
-
-    def _made(self, parts: Parts, number: int) -> dist.ProcessGroup:
-        own = next(ranks for ranks in parts if dist.get_rank() in ranks)
-        if len(self._members) == dist.get_world_size():  # all ranks have to make all groups
-            return {ranks: dist.new_group(list(ranks), backend=self._backend) for ranks in parts}[own]
-        with _numbered(number):
-            return dist.new_group(list(own), backend=self._backend, use_local_synchronization=True)
-
-
-def _group_names() -> dict[Any, Any]:
-    """Torch's names of this process's groups."""
-    names: dict[Any, Any] = dist.distributed_c10d._world.pg_names
-    return names
-
-
-@contextlib.contextmanager
-def _numbered(number: int) -> Iterator[None]:
-    """Let torch take the next group for the one of this number.
-
-    It names a group that some ranks make by how many groups the process has, and ranks that have made groups with
-    others do not agree on that: they would wait for one another under different names.
-    """
-    names = _group_names()
-    missing = [object() for _ in range(number - len(names))]
-    names.update(dict.fromkeys(missing, ""))
-    try:
-        yield
-    finally:
-        for each in missing:
-            del names[each]

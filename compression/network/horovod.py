@@ -106,11 +106,10 @@ class Horovod:
     def __init__(self, hvd: Any, prefix: str, process_set: Any = None) -> None:
         self.hvd = hvd
         self.process_set = process_set or hvd.global_process_set
-        first: int = process_set.ranks[0] if process_set else 0
-        self.prefix = f"{prefix}.{first}" if process_set else prefix
+        self._first: int = process_set.ranks[0] if process_set else 0  # among all ranks
+        self.prefix = f"{prefix}.{self._first}" if process_set else prefix
         self.rank: int = self.process_set.rank()
         self.world_size: int = self.process_set.size()
-        self._first = first  # among all ranks
 
     def sum_(self, values: Tensor) -> None:
         if values.dtype == torch.bfloat16:  # of gradients in that type, which Horovod cannot add

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from .collectives import Collectives
@@ -43,7 +44,7 @@ class Hosts:
     def count(self) -> int:
         return 1 + max(self.of)
 
-    @property
+    @cached_property
     def inside(self) -> list[list[int]]:
         """The ranks of each host, in order."""
         ranks: list[list[int]] = [[] for _ in range(self.count)]
@@ -62,7 +63,7 @@ class Hosts:
         first, *others = self.sizes
         return first if all(size == first for size in others) else None
 
-    @property
+    @cached_property
     def between(self) -> list[list[int]]:
         """The ranks of each place, one of every host, in order. Hosts must have as many ranks each."""
         return [sorted(ranks) for ranks in zip(*self.inside, strict=True)]

@@ -48,8 +48,9 @@ class Inside(Protocol):
     def post(self, values: int, spans: Spans) -> PostedInside:
         """Announce a buffer of so many values, on whatever thread."""
 
-    def overlaps(self, device: torch.device) -> bool:
-        """Whether several buffers on `device` may be under way at once, in different orders on the ranks."""
+    @property
+    def overlaps(self) -> bool:
+        """Whether several buffers may be under way at once, in different orders on the ranks."""
 
     def close(self) -> None:
         """Let go of what is shared. Calling it twice is harmless."""
@@ -60,6 +61,11 @@ class Levels(NamedTuple):
 
     inside: Inside
     between: Collectives
+
+
+def length(spans: Sequence[tuple[int, int]]) -> int:
+    """The number of values in slices."""
+    return sum(stop - start for start, stop in spans)
 
 
 def packed(flat: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
@@ -75,10 +81,19 @@ def unpack(values: Tensor, flat: Tensor, spans: Sequence[tuple[int, int]]) -> No
         at += stop - start
 
 
-class OverNetwork:
+class OneAtATime:
+    """Ways over a network: one buffer at a time, and nothing that is shared."""
+
+    overlaps = False
+
+    def close(self) -> None:
+        pass
+
+
+class OverNetwork(OneAtATime):
     """Ranks of a host that share no memory: messages between all pairs, over any network.
 
-    2 (R - 1) / R x 4 N bytes a rank, as a ring all-reduce sends. One buffer at a time.
+    2 (R - 1) / R x 4 N bytes a rank, as a ring all-reduce sends.
     """
 
     def __init__(self, collectives: Collectives) -> None:
@@ -88,17 +103,10 @@ class OverNetwork:
     def post(self, values: int, spans: Spans) -> PostedInside:
         return _OverNetwork(self.collectives, spans)
 
-    def overlaps(self, device: torch.device) -> bool:
-        return False
-
-    def close(self) -> None:
-        pass
-
-
 class _OverNetwork:
     def __init__(self, network: Collectives, spans: Spans) -> None:
         self._network, self._spans = network, spans
-        self._bytes = [4 * sum(stop - start for start, stop in part) for part in spans]
+        self._bytes = [4 * length(part) for part in spans]
 
     def add_up(self, flat: Tensor) -> SummedUp:
         yield Meanwhile.NONE_BEGINS
@@ -121,12 +129,12 @@ class _OverNetwork:
             unpack(values.clone().view(torch.float32), flat, part)
 
 
-class OverNccl:
+class OverNccl(OneAtATime):
     """GPUs of one host: NCCL's own sums at owners, and broadcasts from them, on the stream of the caller.
 
     Owners hold different numbers of values, which NCCL's reduce-scatter does not take: each slice is a reduce of its
-    own. NCCL adds up in an order of its own, the same from step to step. One buffer at a time: NCCL's calls have to
-    come in one order on all ranks. No GPU has run it yet; the tests run it over gloo.
+    own. NCCL adds up in an order of its own, the same from step to step, and its calls have to come in one order on all
+    ranks. No GPU has run it yet; the tests run it over gloo.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -135,13 +143,6 @@ class OverNccl:
 
     def post(self, values: int, spans: Spans) -> PostedInside:
         return _OverNccl(self, spans)
-
-    def overlaps(self, device: torch.device) -> bool:
-        return False
-
-    def close(self) -> None:
-        pass
-
 
 class _OverNccl:
     def __init__(self, inside: OverNccl, spans: Spans) -> None:
@@ -160,8 +161,7 @@ class _OverNccl:
         yield Meanwhile.NONE_BEGINS
         inside = self._inside
         for place, part in enumerate(self._spans):
-            count = sum(stop - start for start, stop in part)
-            if count:
+            if count := length(part):
                 values = own if place == inside.rank else own.new_empty(count)
                 dist.broadcast(values, group_src=place, group=inside.group)
                 unpack(values, flat, part)

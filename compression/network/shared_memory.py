@@ -9,7 +9,6 @@ rank that has died, each holds a lock on a byte of the memfd, which the kernel l
 """
 
 import fcntl
-import logging
 import mmap
 import os
 import secrets
@@ -25,9 +24,8 @@ from torch import Tensor
 
 from ..streams import Until
 from .collectives import Collectives
-from .inside import HandedOut, Inside, OverNccl, OverNetwork, PostedInside, Spans, SummedUp
+from .inside import HandedOut, PostedInside, Spans, SummedUp, length, unpack
 from .launchers import LOST_ON_HOST
-from .torch_distributed import TorchDistributed
 
 SLOTS = 2  # pieces of a rank that may be in the memory at once
 PIECE = 2**22  # values of a buffer that are added up at once, at most
@@ -39,23 +37,6 @@ LOOK_SECONDS = 0.25  # between looks at whether the others still live
 _COUNTERS = 4  # of each rank: pieces copied in, added up, handed out, taken
 _LINE = 64  # bytes of a cache line, which no two ranks write
 _IN, _SUMMED, _OUT, _TAKEN = range(_COUNTERS)
-
-_log = logging.getLogger(__name__)
-
-
-def inside_of(network: Collectives, device: torch.device, values: int) -> Inside:
-    """How ranks of one host add up: in shared memory on CPUs, where that can be; over NCCL on GPUs.
-
-    `values`: of all gradients. Every rank of the host calls it.
-    """
-    if device.type == "cuda":
-        return OverNccl(network.group) if isinstance(network, TorchDistributed) else OverNetwork(network)
-    try:
-        return SharedMemory(network, values)
-    except OSError as error:
-        if network.rank == 0:
-            _log.warning("the ranks of a host share no memory (%s): they add up over its network, more slowly", error)
-        return OverNetwork(network)
 
 
 class SharedMemory:
@@ -70,6 +51,8 @@ class SharedMemory:
 
     Raises OSError, on all of these ranks alike, where they cannot share memory.
     """
+
+    overlaps = True
 
     def __init__(self, network: Collectives, values: int) -> None:
         self.rank, self.world_size = network.rank, network.world_size
@@ -89,12 +72,9 @@ class SharedMemory:
 
     def post(self, values: int, spans: Spans) -> PostedInside:
         first_in, first_out = self._posted
-        largest = max(sum(stop - start for start, stop in part) for part in spans)
+        largest = max(map(length, spans))
         self._posted = [first_in - (-values // self.piece), first_out - (-largest // self.part)]
         return _Posted(self, spans, first_in, first_out)
-
-    def overlaps(self, device: torch.device) -> bool:
-        return True
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -152,7 +132,7 @@ class _Posted:
 
     def add_up(self, flat: Tensor) -> SummedUp:
         memory, rank = self._memory, self._memory.rank
-        own = flat.new_empty(sum(stop - start for start, stop in self._spans[rank]))
+        own = flat.new_empty(length(self._spans[rank]))
         at = 0
         for k, piece in enumerate(flat.split(memory.piece), start=self._first_in):
             yield from memory.turn(_IN, k, _SUMMED, k + 1 - SLOTS)
@@ -169,8 +149,8 @@ class _Posted:
 
     def hand_out(self, own: Tensor, flat: Tensor) -> HandedOut:
         memory, rank = self._memory, self._memory.rank
-        sizes = [sum(stop - start for start, stop in part) for part in self._spans]
-        for k, first in enumerate(range(0, max(sizes), memory.part), start=self._first_out):
+        largest = max(map(length, self._spans))
+        for k, first in enumerate(range(0, largest, memory.part), start=self._first_out):
             yield from memory.turn(_OUT, k, _TAKEN, k + 1 - SLOTS)
             slots = memory.outgoing[k % SLOTS]
             values = own[first : first + memory.part]
@@ -178,10 +158,7 @@ class _Posted:
             memory.tell(_OUT, k + 1)
             yield from memory.turn(_TAKEN, k, _OUT, k + 1)
             for place, part in enumerate(self._spans):
-                at = 0
-                for start, stop in _some_of(part, first, first + memory.part):
-                    flat[start:stop].copy_(slots[place, at : at + stop - start])
-                    at += stop - start
+                unpack(slots[place], flat, list(_some_of(part, first, first + memory.part)))
             memory.tell(_TAKEN, k + 1)
 
 

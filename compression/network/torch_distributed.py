@@ -1,5 +1,6 @@
 """Collectives over torch.distributed: gloo on CPUs, NCCL on GPUs."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .collectives import PostedExchange, PostedGather, part_of
+
+
+def let_works_go(seconds: float = 0.05) -> None:
+    """Wait until gloo's threads have let go of their last works: to be called before groups, or Python, end.
+
+    Letting go takes Python's lock. The end of a group waits for the thread with that lock in hand; where Python has
+    ended, the thread ends the process with an abort. Nothing tells when it is through.
+    """
+    time.sleep(seconds)
 
 
 class TorchDistributed:

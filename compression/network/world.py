@@ -5,7 +5,6 @@ It knows launchers and networks, and nothing of the ranks' purpose.
 
 import contextlib
 import os
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .collectives import Collectives, Solo
 from .launchers import TORCHRUN, Launcher
-from .torch_distributed import TorchDistributed
+from .torch_distributed import TorchDistributed, let_works_go
 
 
 class Failure(Exception):
@@ -163,9 +162,7 @@ def join_over_torch(
         local_size = int(os.environ.get(TORCHRUN.local_size, 1))
         yield World(local_rank, local_size, own_device, TorchDistributed(), None, store)
     finally:
-        # A gloo thread that is letting go of its last work wants Python's lock once more. The end of the group
-        # waits for that thread with the lock in hand, so it has to be through by then.
-        time.sleep(0.05)
+        let_works_go()
         dist.destroy_process_group()
 
 

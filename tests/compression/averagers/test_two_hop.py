@@ -288,7 +288,7 @@ def test_only_what_ends_with_the_first_layer_travels_in_chunks(monkeypatch: pyte
     monkeypatch.setattr(averagers.two_hop, "CHUNK_BYTES", 100)
     bound = two_hop(Solo(), bits=4)
     chunks = [
-        len(bound._group(Gradients(GRADIENTS[0], names, offsets)).chunks)
+        len(bound._planned(Gradients(GRADIENTS[0], names, offsets)).chunks)
         for names, offsets in [(("bias", "weight"), (0, 40)), (("weight",), (0,)), (("bias",), (0,))]
     ]
     weight, bias = 2000 // 2 + 8 * 32, 4 * 40  # bytes

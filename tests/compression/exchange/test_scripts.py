@@ -477,7 +477,7 @@ def test_time_that_a_loop_spends_elsewhere_is_not_the_exchanges() -> None:
 
 def test_plans_of_ever_other_layers_are_not_kept_for_ever() -> None:
     from compression.gradients import Gradients
-    from compression.plans import MAX_PLANS
+    from compression.plans import PlanCache
 
     layers = layers_of([(f"layer{k}", (8, 8)) for k in range(8)], 64)
     averager = compression.build("maxmin", bucket_size=64).averager(layers, compression.Solo(), 0)
@@ -486,7 +486,7 @@ def test_plans_of_ever_other_layers_are_not_kept_for_ever() -> None:
         names = tuple(layer.name for k, layer in enumerate(layers) if chosen >> k & 1)
         offsets = tuple(64 * k for k in range(len(names)))
         averager.average_(Gradients(torch.randn(64 * len(names)), names, offsets), 0)
-    assert len(averager._groups) <= MAX_PLANS
+    assert len(averager._groups) <= PlanCache.LIMIT
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from compression.network import shared_memory
+from compression.network.arrangement import inside_of
 from compression.network.inside import Inside, OverNccl, OverNetwork, Spans
-from compression.network.shared_memory import SharedMemory, inside_of
+from compression.network.shared_memory import SharedMemory
 from compression.network.torch_distributed import TorchDistributed
 from compression.streams import Until, run_all
 

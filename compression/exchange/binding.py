@@ -1,0 +1,80 @@
+"""Bindings: a compressor bound to layers and ranks, and the state that is this rank's alone."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..averagers import Averager, Hierarchical
+from ..layers import Layer
+from ..network.arrangement import Arrangement
+from ..network.collectives import Metered
+from ..network.inside import Levels
+from ..registry import Compressor
+
+
+class Binding:
+    """An averager of these layers over an arrangement of ranks: of all of them, or in two levels.
+
+    `collectives` are those of all ranks; they count the bytes of both levels.
+    """
+
+    def __init__(self, compressor: Compressor, layers: Sequence[Layer], arrangement: Arrangement, seed: int) -> None:
+        self.layers, self.arrangement, self.hosts = layers, arrangement, arrangement.hosts
+        self.collectives = Metered(arrangement.collectives, hosts=self.hosts.of)
+        self.averager: Averager
+        if arrangement.levels is None:
+            self.averager = compressor.averager(layers, self.collectives, seed)
+        else:
+            inside, between = arrangement.levels
+            levels = Levels(inside, Metered(between, self.collectives.traffic))
+            self.averager = compressor.hierarchical(layers, levels, seed)
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """What this rank's state depends on: `Arrangement.position`, and in two levels how layers have owners."""
+        own = self.arrangement.position
+        return own | {"ownership": self.averager.ownership} if isinstance(self.averager, Hierarchical) else own
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's position, and the averager's state."""
+        return {"position": self.position, "averager": self.averager.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`. Raises ValueError for another rank's state, and where it does not fit."""
+        own = self.position
+        position = state.get("position", own if self.arrangement.levels is None else None)  # older states have none
+        remembers = any(values for values in state["averager"].values() if isinstance(values, Mapping))
+        if remembers and position != own:
+            raise ValueError(
+                f"the state is that of {_described(position)}, and this is {_described(own)}: each rank remembers what "
+                "it owes alone; save gathered_state_dict(), of which each rank takes its own"
+            )
+        self.averager.load_state_dict(state["averager"])
+
+    def gathered(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The states of all ranks, equal on all of them. Every rank calls it."""
+        return {"every_rank": self.collectives.collect(state)}
+
+    def own_state(self, state: Mapping[str, Any], ranks_alike: bool = True) -> Mapping[str, Any]:
+        """This rank's of what `gathered` returned; any other state as it is.
+
+        Where the ranks are others, any rank's has what all shared. Else raises ValueError where no rank had this one's
+        position.
+        """
+        if "every_rank" not in state:
+            return state
+        states: Sequence[Mapping[str, Any]] = state["every_rank"]
+        mine = [each for each in states if each["position"] == self.position] or ([] if ranks_alike else states)
+        if not mine:
+            raise ValueError(
+                f"the state is that of {len(states)} ranks, none of which was {_described(self.position)}; start as "
+                "many ranks on as many hosts"
+            )
+        return mine[0]
+
+
+def _described(position: Mapping[str, int] | None) -> str:
+    if position is None:
+        return "a rank that averages in one level"
+    if "place" not in position:
+        return "rank {rank} of {ranks} that average in one level".format(**position)
+    return "rank {number} at place {place} of {hosts} hosts x {ranks_per_host}, in two levels".format(**position)
