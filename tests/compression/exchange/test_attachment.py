@@ -1,12 +1,6 @@
 """Attaching over several hosts: real ranks over gloo, on hosts that launchers' variables make."""
 
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 import compression
+from tests.support.gloo_ranks import as_rank
+from tests.support.gloo_ranks import run as run_ranks
 
 HOST_OF = {"2 x 2": "0110", "2 + 1": "001", "3 x 2": "012210"}  # shuffled: no rank // k would find them
 STEPS = 3
@@ -143,13 +139,8 @@ TASKS: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
 }
 
 
-def rank_main(rank: int, size: int, folder: Path, task: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=900))
-    torch.save(TASKS[task][1](rank), folder / f"{rank}.pt")
-    time.sleep(0.5)  # gloo's threads let go of their last work, for which they want a Python that has not ended
-    dist.destroy_process_group()
+def work(rank: int, folder: Path, task: str) -> dict[str, Any]:
+    return TASKS[task][1](rank)
 
 
 def environment_of(rank: int, hosts: str) -> Mapping[str, str]:
@@ -166,19 +157,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[list[
     def run_once(task: str) -> tuple[list[dict[str, Any]], list[str]]:
         if task not in done:
             hosts = HOST_OF.get(TASKS[task][0], "")
-            size, folder = len(hosts) or 4, tmp_path_factory.mktemp("ranks")
-            common = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "GLOO_SOCKET_IFNAME": "lo"}
-            with ExitStack() as stack:
-                ranks = []
-                for rank in range(size):
-                    command = [sys.executable, __file__, str(rank), str(size), str(folder), task]
-                    environment = {**common, **environment_of(rank, hosts)}
-                    ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-                    stack.callback(ranks[-1].wait)
-                    stack.callback(ranks[-1].kill)
-                errors = [rank.communicate(timeout=900)[1] for rank in ranks]
-                assert [rank.returncode for rank in ranks] == [0] * size, errors
-            done[task] = [torch.load(folder / f"{rank}.pt") for rank in range(size)], errors
+            ranks = len(hosts) or 4
+            environments = [environment_of(rank, hosts) for rank in range(ranks)]
+            done[task] = run_ranks(
+                __file__, ranks, tmp_path_factory.mktemp("ranks"), task, environments=environments
+            )
         return done[task]
 
     return run_once
@@ -268,4 +251,4 @@ def test_levels_that_do_not_fit_are_refused(run: Run, what: str, reason: str) ->
 
 
 if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    as_rank(work)

@@ -2,12 +2,8 @@
 
 import logging
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import compression
 from compression.averagers import TwoHop
 from compression.layers import layers_of
+from tests.support.gloo_ranks import as_rank, run
 from tests.support.threads import ThreadCollectives, run_ranks
 
 RANKS = 2
@@ -315,28 +312,14 @@ PROGRAMS: dict[str, Callable[[int], Any]] = {
 }  # fmt: skip
 
 
-def rank_main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=900))
-    torch.save({name: program(rank) for name, program in PROGRAMS.items()}, folder / f"{rank}.pt")
-    time.sleep(0.5)  # gloo's threads let go of their last work, for which they want a Python that has not ended
-    dist.destroy_process_group()
+def every_program(rank: int, folder: Path) -> dict[str, Any]:
+    return {name: program(rank) for name, program in PROGRAMS.items()}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Every program's result on every rank."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "GLOO_SOCKET_IFNAME": "lo"}
-    with ExitStack() as stack:
-        ranks = []
-        for rank in range(RANKS):
-            ranks.append(subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment))
-            stack.callback(ranks[-1].wait)
-            stack.callback(ranks[-1].kill)
-        assert [rank.wait(timeout=900) for rank in ranks] == [0] * RANKS
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return run(__file__, RANKS, tmp_path_factory.mktemp("ranks"))[0]
 
 
 Results = list[dict[str, Any]]
@@ -490,4 +473,4 @@ def test_plans_of_ever_other_layers_are_not_kept_for_ever() -> None:
 
 
 if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), Path(sys.argv[2]))
+    as_rank(every_program)

@@ -2,19 +2,14 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from compression.network import shared_memory
@@ -23,6 +18,7 @@ from compression.network.inside import Inside, OverNccl, OverNetwork, Spans
 from compression.network.shared_memory import SharedMemory
 from compression.network.torch_distributed import TorchDistributed
 from compression.streams import Until, run_all
+from tests.support.gloo_ranks import PATIENCE_SECONDS, as_rank, ended, run, started
 
 RANKS = 3
 CPU = torch.device("cpu")
@@ -79,64 +75,46 @@ def several_at_once(inside: Inside) -> list[tuple[Tensor, Tensor]]:
     return [(own[0], flat) for own, flat in zip(found, flats, strict=True)]
 
 
-def rank_main(rank: int, folder: Path, task: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=900))
+def work(rank: int, folder: Path, task: str) -> dict[str, Any]:
     network = TorchDistributed()
     with patch.multiple(shared_memory, PIECE=PIECE, SMALLEST_PIECE=1):
-        if task == "results":
-            files = len(os.listdir("/proc/self/fd"))
-            memory = SharedMemory(network, 5000)
-            results = {"one": one_after_the_other(memory), "several": several_at_once(memory)}
-            results["network"] = one_after_the_other(OverNetwork(network))
-            results["reduced"] = one_after_the_other(OverNccl(network.group))
-            memory.close()
-            memory.close()
-            torch.save(results, folder / f"{rank}.pt")
-            assert len(os.listdir("/proc/self/fd")) == files
-        elif task == "none":
-            with patch.object(os, "memfd_create", side_effect=OSError("no memory to share")):
-                inside = inside_of(network, CPU, 5000)
-            assert isinstance(inside, OverNetwork)
-            torch.save({"one": one_after_the_other(inside)}, folder / f"{rank}.pt")
-        else:
-            memory = SharedMemory(network, 5000)
-            count, spans = BUFFERS[1]
-            posted = memory.post(count, spans)
-            if rank == 1:
-                (folder / "ready").touch()
-                time.sleep(900)  # until it is killed
-            with pytest.raises(RuntimeError, match="place 1 of this host has ended"):
-                run_all(phases(memory, posted, 1, values(1, rank), []))
-            os._exit(7)  # the network's own end would wait for the one that is gone
-    time.sleep(0.5)  # gloo's threads let go of their last work, for which they want a Python that has not ended
-    dist.destroy_process_group()
+        return {"results": all_ways, "none": without_memory, "death": until_one_dies}[task](network, folder)
 
 
-def start(folder: Path, task: str, stack: ExitStack) -> list[subprocess.Popen[str]]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = []
-    for rank in range(RANKS):
-        command = [sys.executable, __file__, str(rank), str(folder), task]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-        stack.callback(ranks[-1].wait)
-        stack.callback(ranks[-1].kill)
-    return ranks
+def all_ways(network: TorchDistributed, folder: Path) -> dict[str, Any]:
+    files = len(os.listdir("/proc/self/fd"))
+    memory = SharedMemory(network, 5000)
+    results = {"one": one_after_the_other(memory), "several": several_at_once(memory)}
+    results["network"] = one_after_the_other(OverNetwork(network))
+    results["reduced"] = one_after_the_other(OverNccl(network.group))
+    memory.close()
+    memory.close()
+    assert len(os.listdir("/proc/self/fd")) == files
+    return results
 
 
-def run(folder: Path, task: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """The results and standard error of every rank."""
-    with ExitStack() as stack:
-        ranks = start(folder, task, stack)
-        errors = [rank.communicate(timeout=900)[1] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0] * RANKS, errors
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)], errors
+def without_memory(network: TorchDistributed, folder: Path) -> dict[str, Any]:
+    with patch.object(os, "memfd_create", side_effect=OSError("no memory to share")):
+        inside = inside_of(network, CPU, 5000)
+    assert isinstance(inside, OverNetwork)
+    return {"one": one_after_the_other(inside)}
+
+
+def until_one_dies(network: TorchDistributed, folder: Path) -> NoReturn:
+    memory = SharedMemory(network, 5000)
+    count, spans = BUFFERS[1]
+    posted = memory.post(count, spans)
+    if network.rank == 1:
+        (folder / "ready").touch()
+        time.sleep(PATIENCE_SECONDS)  # until it is killed
+    with pytest.raises(RuntimeError, match="place 1 of this host has ended"):
+        run_all(phases(memory, posted, 1, values(1, network.rank), []))
+    os._exit(7)  # the network's own end would wait for the one that is gone
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(tmp_path_factory.mktemp("ranks"), "results")[0]
+    return run(__file__, RANKS, tmp_path_factory.mktemp("ranks"), "results")[0]
 
 
 @pytest.mark.parametrize("way", ["one", "several", "network"])
@@ -163,7 +141,7 @@ def test_owners_of_gpus_get_the_sum_in_the_order_of_the_network(results: list[di
 
 
 def test_ranks_that_share_no_memory_say_so_once_and_use_the_network(tmp_path: Path) -> None:
-    results, errors = run(tmp_path, "none")
+    results, errors = run(__file__, RANKS, tmp_path, "none")
     for result in results:
         for buffer, (_, flat) in enumerate(result["one"]):
             assert torch.equal(flat, mean(buffer) * 2)
@@ -172,15 +150,14 @@ def test_ranks_that_share_no_memory_say_so_once_and_use_the_network(tmp_path: Pa
 
 
 def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
-    with ExitStack() as stack:
-        ranks = start(tmp_path, "death", stack)
+    with started(__file__, RANKS, tmp_path, "death") as ranks:
         while not (tmp_path / "ready").exists():
             assert ranks[1].poll() is None
             time.sleep(0.01)
         ranks[1].send_signal(signal.SIGKILL)
-        errors = [rank.communicate(timeout=900)[1] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [7, -signal.SIGKILL, 7], errors
+        statuses, errors = ended(ranks)
+        assert statuses == [7, -signal.SIGKILL, 7], errors
 
 
 if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    as_rank(work)

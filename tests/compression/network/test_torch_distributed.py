@@ -1,12 +1,7 @@
 """Collectives over gloo: who gets what, what is said first, and what is counted."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +12,7 @@ from torch import Tensor
 
 from compression import Metered, TorchDistributed
 from compression.network.collectives import part_of
+from tests.support.gloo_ranks import as_rank, run
 
 RANKS = 3
 SIZES = ([4, 4, 4], [5, 0, 2], [0, 0, 3], [0, 0, 0], [300_000, 1, 200_000])
@@ -93,10 +89,7 @@ def trial(network: TorchDistributed) -> dict[str, Any]:
     return {"swaps": [swap(network, sizes) for sizes in SIZES], "at once": several_at_once(network)}
 
 
-def rank_main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=900))
+def work(rank: int, folder: Path) -> dict[str, Any]:
     down, up = dist.new_group(), dist.new_group()
     results: dict[str, Any] = {"one": trial(TorchDistributed()), "two": trial(TorchDistributed(down, up))}
     results["posted"] = posted(None, None)
@@ -105,23 +98,13 @@ def rank_main(rank: int, folder: Path) -> None:
     results["of a group"] = swap(TorchDistributed(few), [3, 2]) if rank else None
     alone = [dist.new_group([other]) for other in range(RANKS)][rank]
     results["alone"] = swap(TorchDistributed(alone), [7])
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The result of every rank."""
-    folder = tmp_path_factory.mktemp("ranks")
-    root = Path(__file__).parents[3]
-    environment = {**os.environ, "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo"}
-    with ExitStack() as stack:
-        ranks = []
-        for rank in range(RANKS):
-            ranks.append(subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment))
-            stack.callback(ranks[-1].kill)
-        assert [rank.wait(timeout=900) for rank in ranks] == [0] * RANKS
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return run(__file__, RANKS, tmp_path_factory.mktemp("ranks"))[0]
 
 
 def exchanged(rank: int, members: Sequence[int], sizes: Sequence[int]) -> Tensor:
@@ -197,4 +180,4 @@ def test_of_two_groups_each_carries_one_direction(results: list[Any]) -> None:
 
 
 if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), Path(sys.argv[2]))
+    as_rank(work)
