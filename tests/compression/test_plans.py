@@ -1,11 +1,13 @@
 """Plans: every value has one owner, every byte one record."""
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compression.gradients import Gradients
 from compression.layers import BFLOAT16, DENSE, Layer, shard
-from compression.plans import Segment, mask_owner, plan, plan_of_messages, split_into_chunks
+from compression.plans import PlanCache, Segment, mask_owner, plan, plan_of_messages, split_into_chunks
 
 sizes = st.integers(1, 5000)
 bucket_sizes = st.sampled_from([-1, 1, 3, 64, 512, 10_000])
@@ -104,3 +106,11 @@ def test_messages_are_planned_as_layers_of_one_owner_are(rows, count, bucket_siz
     found = plan_of_messages(rows, count, bits, bucket_size, record_bytes)
     for name, column in vars(found).items():
         assert np.array_equal(column, getattr(expected, name)), name
+
+
+def test_plans_of_ever_other_layers_are_not_kept_for_ever() -> None:
+    cache: PlanCache[tuple[str, ...]] = PlanCache()
+    for k in range(3 * PlanCache.LIMIT):
+        gradients = Gradients(torch.empty(0), (f"layer{k}",), (0,))
+        assert [cache.of(gradients, lambda made: made.names) for _ in range(2)] == [gradients.names] * 2
+    assert 0 < len(cache) <= PlanCache.LIMIT

@@ -14,6 +14,7 @@ from compression.exchange.engine import Engine
 from compression.gradients import Gradients
 from compression.layers import layers_of
 from compression.network.collectives import PostedExchange, PostedGather
+from compression.plans import PlanCache
 from tests.support.threads import Counting, ThreadCollectives, run_ranks
 
 LAYERS = layers_of([("weight", (40, 50)), ("bias", (40,))], 64)
@@ -336,3 +337,14 @@ def test_averages_may_be_under_way_at_one_time(feedback: bool) -> None:
 
     for one_by_one, together in run_ranks(3, work):
         assert torch.equal(one_by_one, together)
+
+
+def test_plans_of_ever_other_layers_are_not_kept_for_ever() -> None:
+    layers = layers_of([(f"layer{k}", (8, 8)) for k in range(8)], 64)
+    averager = build("maxmin", bucket_size=64).averager(layers, Solo(), 0)
+    assert isinstance(averager, TwoHop)
+    for chosen in range(1, 256):
+        names = tuple(layer.name for k, layer in enumerate(layers) if chosen >> k & 1)
+        offsets = tuple(64 * k for k in range(len(names)))
+        averager.average_(Gradients(torch.randn(64 * len(names)), names, offsets), 0)
+    assert len(averager._groups) <= PlanCache.LIMIT

@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 import compression
 from compression.averagers import TwoHop
-from compression.layers import layers_of
 from tests.support.gloo_ranks import as_rank, run
 from tests.support.threads import ThreadCollectives, run_ranks
 
@@ -396,35 +395,6 @@ def test_an_error_ends_the_backward_that_it_belongs_to(results: Results) -> None
 # Alone
 
 
-@pytest.mark.parametrize(
-    ("attempt", "reason"),
-    [
-        (lambda: compression.attach(nn.ReLU(), "none"), "nothing of this model is trained"),
-        (lambda: compression.attach(lambda: None, "none"), "gradients are those of a module, got function"),  # type: ignore
-        (lambda: compression.attach(network(), "maxmin", bits="4"), "compressor maxmin takes bits as int, got '4'"),
-        (lambda: compression.attach(network(), "maxmin", bits=True), "takes bits as int, got True"),
-        (lambda: compression.build("topk", ratio="1%"), "takes ratio as float or int, got '1%'"),
-        (lambda: compression.build("topk", efx_bits=2.5), "takes efx_bits as int or none, got 2.5"),
-        (lambda: compression.attach(network(), "maxmim"), "no compressor is called 'maxmim'"),
-        (lambda: compression.attach(network(), 4), "a compressor is a name with its options, or what build"),  # type: ignore[arg-type]
-        (lambda: compression.attach(network(), compression.build("none"), bits=4), "got Compressor and bits"),
-    ],
-)
-def test_arguments_that_make_no_sense_are_refused(attempt: Callable[[], Any], reason: str) -> None:
-    with pytest.raises(ValueError, match=reason.replace("(", r"\(")):
-        attempt()
-
-
-def test_momentum_that_would_be_applied_twice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    for momentum, lines in ((0.9, 1), (0.0, 0)):
-        caplog.clear()
-        model = network()
-        with compression.attach(model, "dgc", bucket_size=64):
-            train(model, 0, momentum=momentum)
-        told = [record.message for record in caplog.records if "applies momentum to 0.weight" in record.message]
-        assert len(told) == lines
-
-
 def test_an_overflow_without_a_declared_scale_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     for declared, lines in ((False, 1), (True, 0)):
         caplog.clear()
@@ -456,20 +426,6 @@ def test_time_that_a_loop_spends_elsewhere_is_not_the_exchanges() -> None:
 
     for exposed, total in run_ranks(2, work):
         assert exposed < total - 4 * 0.5 + 0.01
-
-
-def test_plans_of_ever_other_layers_are_not_kept_for_ever() -> None:
-    from compression.gradients import Gradients
-    from compression.plans import PlanCache
-
-    layers = layers_of([(f"layer{k}", (8, 8)) for k in range(8)], 64)
-    averager = compression.build("maxmin", bucket_size=64).averager(layers, compression.Solo(), 0)
-    assert isinstance(averager, TwoHop)
-    for chosen in range(1, 256):
-        names = tuple(layer.name for k, layer in enumerate(layers) if chosen >> k & 1)
-        offsets = tuple(64 * k for k in range(len(names)))
-        averager.average_(Gradients(torch.randn(64 * len(names)), names, offsets), 0)
-    assert len(averager._groups) <= PlanCache.LIMIT
 
 
 if __name__ == "__main__":

@@ -89,7 +89,9 @@ def test_means_that_are_not_finite_change_nothing_and_are_told_to_all() -> None:
 
 def test_what_is_remembered_goes_from_call_to_call_and_is_saved() -> None:
     def work(ranks: ThreadCollectives) -> tuple[Tensor, Tensor, str]:
-        def run(calls: range, state: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
+        def run(
+            calls: range, state: dict[str, Any] | None = None, every_rank: bool = False
+        ) -> tuple[Tensor, dict[str, Any]]:
             own = tensors(ranks.rank)
             with compression.averaging(own, "maxmin", ranks, bits=2, bucket_size=64, error_feedback=True) as averaging:
                 if state is not None:
@@ -98,11 +100,13 @@ def test_what_is_remembered_goes_from_call_to_call_and_is_saved() -> None:
                     for name, tensor in tensors(10 * call + ranks.rank).items():
                         own[name].copy_(tensor)
                     averaging.average_()
-                return values(own), averaging.state_dict()
+                return values(own), averaging.gathered_state_dict() if every_rank else averaging.state_dict()
 
         whole, _ = run(range(4))
         _, state = run(range(2))
         resumed, _ = run(range(2, 4), state)
+        _, gathered = run(range(2), every_rank=True)
+        assert torch.equal(resumed, run(range(2, 4), ranks.broadcast(gathered))[0])
         other = ranks.collect(state)[1 - ranks.rank]
         refused = ""
         try:
