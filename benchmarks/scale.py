@@ -35,6 +35,7 @@ from compression import Layer, build
 from compression.averagers import Averager
 from compression.costs import Cluster, Costs, Run, bound, in_buffers, load_of
 from compression.layers import layers_of
+from compression.network.world import usable_cores
 from image_classification.models import build as build_model
 
 SIDE = 256  # of the square layers that make up a gradient
@@ -117,7 +118,7 @@ def measure(cluster: Cluster, sizes: Sequence[int], repeat: int) -> Iterator[Mea
 
 def clusters(ranks: int) -> Iterator[Cluster]:
     """The arrangements of so many ranks on this machine."""
-    sharing = max(1.0, ranks / len(os.sched_getaffinity(0)))
+    sharing = max(1.0, ranks / usable_cores())
     yield Cluster(ranks, ranks_per_core=sharing)
     if ranks % PAIR == 0 and ranks > PAIR:
         yield Cluster(ranks // PAIR, PAIR, ranks_per_core=sharing)

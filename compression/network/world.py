@@ -130,7 +130,7 @@ def join_ranks(
     Raises ValueError where there is no GPU for this rank, or no Horovod, or the backend is not for its device.
     """
     with launcher.join(device, local_rank, backend, ranks_per_host) as world:
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
+        torch.set_num_threads(threads or max(1, usable_cores() // world.local_size))
         try:
             yield world
         except Failure:
@@ -164,6 +164,13 @@ def join_over_torch(
     finally:
         let_works_go()
         dist.destroy_process_group()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: all of the machine's where the system cannot tell, as on macOS."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def choose_device(device: str, local_rank: int) -> torch.device:

@@ -35,6 +35,12 @@ def test_threads_are_those_asked_for_or_all_cores_of_the_process() -> None:
         assert torch.get_num_threads() == len(os.sched_getaffinity(0))
 
 
+def test_where_the_system_does_not_tell_the_cores_of_a_process_they_are_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    with join_ranks("cpu"):
+        assert torch.get_num_threads() == os.cpu_count()
+
+
 def test_ranks_of_one_host_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 10**6), ("MASTER_PORT", 0)):
         monkeypatch.setenv(name, str(value))
