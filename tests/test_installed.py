@@ -155,3 +155,8 @@ def test_importing_it_loads_nothing_heavy_and_tells_its_version(python: Path, pr
     assert run(python, "-c", program, cwd=project).split() == [compression.__version__, "False", "False"]
     told = run(python, "-c", "from importlib.metadata import version; print(version('gradwire'))", cwd=project)
     assert told.strip() == compression.__version__
+
+
+def test_documents_name_this_version() -> None:
+    assert f"\nversion: {compression.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"({compression.__version__})" in (ROOT / "CHANGELOG.md").read_text()
