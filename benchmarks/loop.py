@@ -38,10 +38,9 @@ from image_classification.training import train_epoch
 class Held:
     """Batches held on the device."""
 
-    skipped = 0
-
     def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
         self.batches = batches
+        self.skipped: list[str] = []
         self.global_batch = len(batches[0][1])
         self.num_images = self.global_batch * len(batches)
 

@@ -75,7 +75,7 @@ class DaliReader:
         self._pipeline: Any = None
 
     def read(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[Pixels]:
-        coming: deque[tuple[Future[Pixels], list[Future[Sample[_Content] | None]]]] = deque()
+        coming: deque[tuple[Future[Pixels], list[Future[Sample[_Content]]]]] = deque()
         try:
             for batch in batches:
                 files = [self._files.submit(self._prepare, epoch, int(index)) for index in batch]
@@ -90,7 +90,7 @@ class DaliReader:
                 for file in files:
                     file.cancel()
 
-    def _prepare(self, epoch: int, index: int) -> Sample[_Content] | None:
+    def _prepare(self, epoch: int, index: int) -> Sample[_Content]:
         def prepare(data: bytes, image: Image.Image, view: View) -> _Content:
             ending = _ENDINGS.get(image.format or "")
             if ending and data.endswith(ending) and image.mode in ("RGB", "L"):
@@ -100,7 +100,7 @@ class DaliReader:
         return self._samples.load(epoch, index, prepare)
 
     def _decode(
-        self, epoch: int, batch: np.ndarray, files: Sequence[Future[Sample[_Content] | None]]
+        self, epoch: int, batch: np.ndarray, files: Sequence[Future[Sample[_Content]]]
     ) -> Pixels:
         samples = [file.result() for file in files]
         if self._pipeline is None:

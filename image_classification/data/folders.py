@@ -109,10 +109,16 @@ def _list_images(folder: Path, classes: tuple[str, ...]) -> Split:
 
 
 def _images_below(folder: Path, name: str) -> list[bytes]:
-    """CLASS/FILE of every image in a class folder and the folders below it."""
+    """CLASS/FILE of every image in a class folder and the folders below it; a folder that links lead to twice once."""
     walked: list[tuple[str, list[str]]] = []
+    seen: set[tuple[int, int]] = set()
     for parent, folders, files in os.walk(folder / name, followlinks=True, onerror=_raise):
-        folders[:] = [each for each in folders if not _is_hidden(each)]  # which os.walk goes down into
+        folders[:] = sorted(each for each in folders if not _is_hidden(each))  # which os.walk goes down into
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         walked.append((parent, files))
     found: list[bytes] = []
     for parent, files in sorted(walked):

@@ -1,8 +1,10 @@
 """Images: from the bytes of a file to the pixels of a view, by Pillow."""
 
 import io
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -16,6 +18,13 @@ _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
 class BadImage(ValueError):
     """A file that does not decode to an image."""
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file. Raises BadImage for what is no file, as a pipe, whose end might never come; OSError."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise BadImage("it is no regular file")
+    return path.read_bytes()
 
 
 @contextmanager
@@ -39,10 +48,23 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def render(image: Image.Image, view: View, image_size: int) -> np.ndarray:
-    """The view's pixels, uint8 [image_size, image_size, 3] in RGB. Raises BadImage where the data is damaged."""
+    """The view's pixels, uint8 [image_size, image_size, 3] in RGB.
+
+    Raises BadImage where the data is damaged, and for integers or floats whose range no format fixes.
+    """
     image.info.pop("transparency", None)  # Pillow warns that RGB drops it
     with _bad_image():
-        rgb = image.convert("RGB")
+        rgb = _eight_bits(image).convert("RGB")
     size = (image_size, image_size)
     shown = rgb.crop(view.box).resize(size, Image.Resampling.BILINEAR, box=view.region)
     return np.asarray(shown.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flip else shown)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Gray values of more than 8 bits scaled to 8: Pillow would cut them off at 255. Other images as they are."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # 0 to 65535, as PPM is read
+        return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floats"
+        raise BadImage(f"its pixels are {kind}, of which nothing says what is white; convert it to 8 or 16 bits")
+    return image

@@ -21,21 +21,22 @@ _STD = (0.229, 0.224, 0.225)
 
 
 class Pixels(NamedTuple):
-    """A batch before normalization, and the undecodable files passed over on the way."""
+    """A batch before normalization, and the undecodable files passed over on the way, with reasons."""
 
     images: Tensor
     """uint8 [B, S, S, 3]."""
     labels: Tensor
     """int64 [B]."""
-    skipped: int
+    skipped: tuple[str, ...]
 
 
-def assemble(samples: Sequence[Sample[T] | None], pixels_of: Callable[[list[T]], Tensor]) -> Pixels:
-    """A batch from its loaded samples, of which None was left out; `pixels_of` maps B contents to [B, S, S, 3]."""
-    shown = [sample for sample in samples if sample is not None]
-    skipped = len(samples) - len(shown) + sum(sample.skipped for sample in shown)
-    images = pixels_of([sample.content for sample in shown]) if shown else torch.empty(0)
-    return Pixels(images, torch.tensor([sample.label for sample in shown], dtype=torch.int64), skipped)
+def assemble(samples: Sequence[Sample[T]], pixels_of: Callable[[list[T]], Tensor]) -> Pixels:
+    """A batch from its loaded samples, but for those left out; `pixels_of` maps B contents to [B, S, S, 3]."""
+    contents = [sample.content for sample in samples if sample.content is not None]
+    labels = [sample.label for sample in samples if sample.content is not None]
+    skipped = tuple(file for sample in samples for file in sample.skipped)
+    images = pixels_of(contents) if contents else torch.empty(0)
+    return Pixels(images, torch.tensor(labels, dtype=torch.int64), skipped)
 
 
 def stack(rendered: Sequence[np.ndarray]) -> Tensor:
@@ -64,7 +65,7 @@ class FolderLoader:
         options = samples.options
         self.num_images = len(samples.split)
         self.global_batch = options.global_batch
-        self.skipped = 0
+        self.skipped: list[str] = []
         if samples.train:
             self._batches = self.num_images // self.global_batch
         else:
@@ -92,7 +93,7 @@ class FolderLoader:
         mine = self._samples.order(epoch)[self._options.rank :: self._options.world_size]
         batches = [mine[batch * size : (batch + 1) * size] for batch in range(start, self._batches)]
         for images, labels, skipped in self._reader.read(epoch, batches):
-            self.skipped += skipped
+            self.skipped.extend(skipped)
             if len(labels):
                 yield self._normalized(images), labels.to(self._options.device, non_blocking=True)
 

@@ -72,8 +72,8 @@ class Loader(Protocol):
     """Images of the split, over all ranks."""
     global_batch: int
     """Images of a full step, over all ranks."""
-    skipped: int
-    """Undecodable images that this rank has passed over so far, in this process."""
+    skipped: list[str]
+    """Undecodable files that this rank has passed over, with reasons, as often as it met them; a reader empties it."""
 
     def __len__(self) -> int:
         """Batches of one epoch on this rank."""

@@ -2,12 +2,13 @@
 
 import mmap
 import signal
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from multiprocessing.context import ForkContext
-from typing import Any
+from multiprocessing.context import ForkContext, ForkProcess
+from multiprocessing.popen_fork import Popen
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from image_classification.data.images import BadImage
 from image_classification.data.loader import FolderLoader, Pixels, assemble, build_folder_loaders, stack
 from image_classification.data.options import DataOptions
 from image_classification.data.samples import Samples
+
+T = TypeVar("T")
 
 _Request = tuple[int, np.ndarray]
 """An epoch, and the indices of one batch."""
@@ -72,8 +75,23 @@ class Flag:
         return self._byte[0] == 1
 
 
+class _Killable(Popen):
+    """A process that is ended by SIGKILL, since workers do not hear SIGTERM."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _Worker(ForkProcess):
+    @staticmethod
+    def _Popen(process_obj: Any) -> Popen:
+        return _Killable(process_obj)
+
+
 class _Forking(ForkContext):
     """The multiprocessing context that a DataLoader makes its workers of."""
+
+    Process = _Worker
 
     def Event(self) -> Any:
         return Flag()
@@ -81,34 +99,42 @@ class _Forking(ForkContext):
 
 # How a DataLoader words it; a connection that breaks says the same.
 _DEATH = ("exited unexpectedly", "is killed by signal")
+STANDSTILL_SECONDS = 900  # without a batch
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+def _deafen() -> None:
+    """Let this thread, and the processes that it starts, not hear what asks the program to end.
+
+    It comes to the whole process group, as `timeout`, Slurm, Docker and a terminal send it, and is the program's to
+    answer, not the workers'.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
 
 
 @contextmanager
-def _unobtrusively() -> Iterator[None]:
-    """Keep a DataLoader from reaching beyond itself when it is made and when it starts.
-
-    It installs a signal handler that raises a worker's death wherever the main thread happens to be. Without it
-    the error comes from the loader, within seconds, and can be told from others. And it warns of more workers
-    than cores; how many there are is the user's to say.
-    """
-    handler = signal.getsignal(signal.SIGCHLD)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="This DataLoader will create")
-            yield
-    finally:
-        if threading.current_thread() is threading.main_thread() and handler is not None:
-            signal.signal(signal.SIGCHLD, handler)
+def _as_many_as_asked() -> Iterator[None]:
+    """Keep a DataLoader from warning of more workers than cores; how many there are is the user's to say."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
 
 
 class PillowReader:
-    """Workers start with the first batch and live until `close`, from epoch to epoch."""
+    """Workers start with the first batch and live until `close`, from epoch to epoch.
+
+    They are started, and waited for, by a thread. In the main thread a DataLoader installs a signal handler that raises
+    a worker's death wherever that thread happens to be; elsewhere the error comes from the loader, within seconds. And
+    where a worker was stopped it waits without a limit, of which only another thread can tell.
+    """
 
     def __init__(self, samples: Samples, batches: int) -> None:
         self._requests = _Requests()
-        self._running: Iterator[Pixels | Exception] | None = None
+        self._running: Any = None
         workers = min(samples.options.workers, batches)
-        with _unobtrusively():
+        self._thread = ThreadPoolExecutor(1, "loader", initializer=_deafen) if workers else None
+        with _as_many_as_asked():
             self._loader = DataLoader(
                 _Batches(samples),
                 batch_size=None,  # a request is a batch already
@@ -122,17 +148,30 @@ class PillowReader:
 
     def read(self, epoch: int, batches: Sequence[np.ndarray]) -> Iterator[Pixels]:
         self._requests.pending = iter([(epoch, batch) for batch in batches])
-        with _unobtrusively():
-            self._running = iter(self._loader)
-        while (result := self._next(self._running)) is not None:
+        self._running = self._waited_for(self._begin)
+        while (result := self._waited_for(self._next)) is not None:
             if isinstance(result, Exception):
                 raise result
             yield result
 
-    def _next(self, results: Iterator[Pixels | Exception]) -> Pixels | Exception | None:
-        """The next result, or None after the last. Raises ChildProcessError where a worker died."""
+    def _begin(self) -> Iterator[Pixels | Exception]:
+        with _as_many_as_asked():
+            return iter(self._loader)
+
+    def _next(self) -> Pixels | Exception | None:
+        """The next result, or None after the last."""
+        return next(self._running, None)
+
+    def _waited_for(self, work: Callable[[], T]) -> T:
+        """What the DataLoader gives. Raises ChildProcessError where a worker died or all stand still."""
         try:
-            return next(results, None)
+            return work() if self._thread is None else self._thread.submit(work).result(STANDSTILL_SECONDS)
+        except TimeoutError:
+            self._end_workers()
+            raise ChildProcessError(
+                f"the data loader's processes have sent nothing for {STANDSTILL_SECONDS} seconds: they were stopped, "
+                "or the disk does not answer; `workers` 0 shows where they wait"
+            ) from None
         except (RuntimeError, ConnectionError, EOFError) as error:
             if isinstance(error, RuntimeError) and not any(words in str(error) for words in _DEATH):
                 raise
@@ -141,9 +180,17 @@ class PillowReader:
                 "shared memory; use fewer `workers` or a smaller `batch_size`"
             ) from error
 
+    def _end_workers(self) -> None:
+        """Kill the workers: one that was stopped hears nothing else, and who waits for it is let go."""
+        for worker in getattr(self._running, "_workers", ()):
+            worker.kill()
+
     def close(self) -> None:
         # A DataLoader ends its workers when the garbage collector finds it, which a traceback can put off.
         shut_down = getattr(self._running, "_shutdown_workers", None)
         if shut_down is not None:
             shut_down()
+        self._end_workers()
         self._running = None
+        if self._thread is not None:
+            self._thread.shutdown()

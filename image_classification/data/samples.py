@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from image_classification.data.folders import Split
-from image_classification.data.images import BadImage, open_image, render
+from image_classification.data.images import BadImage, open_image, read_file, render
 from image_classification.data.options import DataOptions
 from image_classification.data.views import View, train_view, val_view
 
@@ -20,11 +20,14 @@ _ORDER, _VIEW = 1, 2
 
 @dataclass(frozen=True)
 class Sample(Generic[T]):
-    """Content that `load` made of a file, its label, and the number of undecodable files passed over on the way."""
+    """Content that `load` made of a file, its label, and the undecodable files passed over on the way, with reasons.
 
-    content: T
+    A sample that is left out has no content.
+    """
+
+    content: T | None
     label: int
-    skipped: int
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,17 @@ class Samples:
 
     def load(
         self, epoch: int, index: int, prepare: Callable[[bytes, Image.Image, View], T]
-    ) -> Sample[T] | None:
-        """Prepare sample `index`, from its file's bytes, opened image and view. None: left out.
+    ) -> Sample[T]:
+        """Prepare sample `index`, from its file's bytes, opened image and view.
 
         Raises BadImage where the file does not decode, and bad images are not to be skipped, or none decodes. Raises
         OSError where the file cannot be read; that is never skipped, for it may not last.
         """
-        for skipped in range(len(self.split)):
-            file = (index + skipped) % len(self.split)
+        skipped: list[str] = []
+        for file in (*range(index, len(self.split)), *range(index)):
             path = self.split.path(file)
-            data = path.read_bytes()
             try:
+                data = read_file(path)
                 image = open_image(data)
                 content = prepare(data, image, self.view(epoch, index, *image.size))
             except BadImage as error:
@@ -73,12 +76,13 @@ class Samples:
                     raise BadImage(
                         f"{path} is not a readable image ({error}); replace or remove it, or pass `skip_bad_images`"
                     ) from error
+                skipped.append(f"{path} ({error})")
                 if not self.train:
-                    return None
+                    return Sample(None, int(self.split.labels[file]), tuple(skipped))
             else:
-                return Sample(content, int(self.split.labels[file]), skipped)
+                return Sample(content, int(self.split.labels[file]), tuple(skipped))
         raise BadImage(f"{self.split.folder} holds no readable image")
 
-    def rendered(self, epoch: int, index: int) -> Sample[np.ndarray] | None:
+    def rendered(self, epoch: int, index: int) -> Sample[np.ndarray]:
         """Sample `index` as uint8 pixels [image_size, image_size, 3], by Pillow."""
         return self.load(epoch, index, lambda _, image, view: render(image, view, self.options.image_size))

@@ -24,7 +24,7 @@ class SyntheticLoader:
     def __init__(self, options: DataOptions, train: bool, pool: list[tuple[Tensor, Tensor]]) -> None:
         self.num_images = TRAIN_IMAGES if train else VAL_IMAGES
         self.global_batch = options.global_batch
-        self.skipped = 0
+        self.skipped: list[str] = []
         self._batch_size = options.batch_size
         self._pool = pool
         if train:

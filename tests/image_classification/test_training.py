@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -44,7 +44,8 @@ def small_net(classes: int = CLASSES) -> nn.Module:
 class Batches:
     """A loader of random batches; `sizes` are theirs. Where `bad` says so, an image has a NaN."""
 
-    num_images = global_batch = skipped = 0
+    num_images = global_batch = 0
+    skipped: ClassVar[list[str]] = []
 
     def __init__(self, sizes: list[int], bad: tuple[int, ...] = (), classes: int = CLASSES, salt: int = 0) -> None:
         self.sizes, self.bad, self.classes, self.salt = sizes, bad, classes, salt

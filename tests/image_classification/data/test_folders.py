@@ -179,3 +179,15 @@ def batches_of(chosen):
     for loader in loaders:
         loader.close()
     return batches
+
+
+def test_a_folder_that_links_lead_to_again_is_listed_once(tmp_path):
+    root = write_folder(tmp_path, train=6, val=2)
+    folder = root / "train" / "class0"
+    (folder / "again").symlink_to(folder)
+    (folder / "below").mkdir()
+    (folder / "below" / "up").symlink_to(folder)
+    (folder / "000.jpg").rename(folder / "below" / "000.jpg")
+    train, _ = list_splits(root, 2)
+    names = [name.decode() for name in train.names if name.startswith(b"class0")]
+    assert names == ["class0/002.jpg", "class0/004.jpg", "class0/below/000.jpg"]

@@ -1,6 +1,8 @@
 """Files that are no plain RGB JPEG: converted where it is an image, named or skipped where it is not."""
 
 import io
+import os
+import re
 import struct
 import zlib
 
@@ -79,7 +81,7 @@ def read(root, backend, train=True, **changes):
     loaders = data.build(options(root, backend, **changes))
     chosen = loaders[0 if train else 1]
     try:
-        return list(chosen.epoch(0)), chosen.skipped
+        return list(chosen.epoch(0)), len(chosen.skipped)
     finally:
         for loader in loaders:
             loader.close()
@@ -178,5 +180,61 @@ def test_a_file_that_vanished_is_an_error_even_where_bad_images_are_skipped(tmp_
     (tmp_path / "train" / "class0" / "000.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"000\.jpg"):
         list(train.epoch(0))
+    train.close()
+    val.close()
+
+
+GRAY = np.arange(0, 65536, 32, dtype=np.uint16).reshape(32, 64)
+
+
+def deep_images() -> dict[str, bytes]:
+    """The same gray image of 16 bits in every format that can hold it."""
+    image = Image.fromarray(GRAY)
+    return {
+        "deep.png": encoded(image, "PNG"),
+        "deep.tif": encoded(image, "TIFF"),
+        "deep.pgm": b"P5 64 32 65535\n" + GRAY.astype(">u2").tobytes(),
+        "deep.ppm": b"P6 64 32 65535\n" + GRAY.repeat(3).astype(">u2").tobytes(),
+    }
+
+
+@both
+@pytest.mark.parametrize("name", deep_images())
+def test_sixteen_bits_are_scaled_to_eight(tmp_path, backend, name):
+    write_folder(tmp_path, val=2)
+    with_file(tmp_path, name, deep_images()[name], "val")
+    changes = {"train": False, "batch_size": 2, "image_size": 28}
+    deep = read(tmp_path, backend, **changes)[0][0][0]
+    with_file(tmp_path, "flat.png", encoded(Image.fromarray((GRAY / 257).round().astype(np.uint8)), "PNG"), "val")
+    flat = read(tmp_path, backend, **changes)[0][0][0]
+    assert (pixels(deep) - pixels(flat)).abs().max() <= 1.01
+
+
+@both
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_which_nothing_says_what_is_white_are_refused(tmp_path, backend, dtype):
+    write_folder(tmp_path, val=2)
+    with_file(tmp_path, "range.tif", encoded(Image.fromarray(GRAY.astype(dtype)), "TIFF"), "val")
+    kinds = {np.int32: "32-bit integers", np.float32: "floats"}
+    with pytest.raises(data.BadImage, match=rf"range\.tif is not a readable image \(its pixels are {kinds[dtype]}, "):
+        read(tmp_path, backend, train=False)
+
+
+@both
+def test_a_pipe_is_no_image(tmp_path, backend):
+    path = with_file(write_folder(tmp_path), "pipe.png", b"", "val")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(data.BadImage, match=r"pipe\.png is not a readable image \(it is no regular file\)"):
+        read(tmp_path, backend, train=False)
+
+
+@both
+def test_what_was_passed_over_is_named_with_its_reason(tmp_path, backend):
+    path = with_file(write_folder(tmp_path, train=8), "bad.jpg", b"")
+    train, val = data.build(options(tmp_path, backend, batch_size=5, skip_bad_images=True))
+    list(train.epoch(0))
+    (told,) = train.skipped
+    assert re.fullmatch(rf"{re.escape(str(path))} \(.+\)", told)
     train.close()
     val.close()

@@ -4,8 +4,12 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import tarfile
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -276,3 +280,64 @@ def test_a_killed_worker_is_an_error_that_says_what_to_do(root):
     train.close()
     val.close()
     assert multiprocessing.active_children() == []
+
+
+def test_a_worker_that_died_between_epochs_is_the_same_error(root):
+    train, val = data.build(options(root, workers=1, batch_size=1))
+    list(train.epoch(0))
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    worker.join()
+    with pytest.raises(ChildProcessError, match=r"^a data loader process died \([^\n]*\), most often"):
+        list(train.epoch(1))
+    train.close()
+    val.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_to_all_processes_is_not_the_workers_business(root, number):
+    train, val = data.build(options(root, workers=2, batch_size=1))
+    batches = train.epoch(0)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, number)
+    assert len(list(batches)) == 21
+    train.close()
+    val.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_a_worker_that_stands_still_is_named_and_ended(root, monkeypatch):
+    monkeypatch.setattr("image_classification.data.pillow.STANDSTILL_SECONDS", 2)
+    train, val = data.build(options(root, workers=1, batch_size=1))
+    batches = train.epoch(0)
+    next(batches)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGSTOP)
+    with pytest.raises(ChildProcessError, match=r"^the data loader's processes have sent nothing for 2 seconds: .*"):
+        list(batches)
+    train.close()
+    val.close()
+    assert multiprocessing.active_children() == []
+
+
+PARENT = """
+import multiprocessing, sys, time
+from pathlib import Path
+from image_classification import data
+from tests.support.image_folders import options
+train, _ = data.build(options(Path(sys.argv[1]), workers=2, batch_size=1))
+next(train.epoch(0))
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+time.sleep(900)
+"""
+
+
+def test_workers_die_with_their_parent(root):
+    with subprocess.Popen([sys.executable, "-c", PARENT, root], stdout=subprocess.PIPE, text=True) as parent:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert len(workers) == 2
+    until = time.monotonic() + 900
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < until
+        time.sleep(0.1)
