@@ -86,6 +86,9 @@ class PowerSGD(Averager):
     averages are equal. But where ranks see different data, the rank's own part then piles up in its residual step by
     step; here it goes whenever P turns to its directions.
 
+    A vector of Q that comes out zero, as all do of a gradient that is zero, stays what it was: made orthonormal, zeros
+    become the first unit vectors, and a layer that is zero there would never be averaged again. The paper is silent.
+
     The first Q is drawn from `seed`, equal on all ranks. Sums start from the same numbers on all ranks, so that the
     ranks end with the same bits where their machines compute alike.
 
@@ -145,8 +148,9 @@ class PowerSGD(Averager):
             network.sum_(second)
 
         for matrix in plan.matrices:
-            right = matrix.right(second, matrix.right_at)
-            matrix.right(next_basis, matrix.basis_at).copy_(right)
+            right, old = matrix.right(second, matrix.right_at), matrix.right(basis, matrix.basis_at)
+            ended = (right == 0).all(1, keepdim=True)
+            torch.where(ended, old, right, out=matrix.right(next_basis, matrix.basis_at))
             torch.mm(matrix.left(first), _restored(right), out=matrix.view(flat, matrix.gradient_at))
         for span, dense_span in plan.dense:
             flat[span] = dense[dense_span]
@@ -184,21 +188,26 @@ class PowerSGD(Averager):
                 f"resume with `rank` {saved}"
             )
         super().load_state_dict({name: values for name, values in state.items() if name != "rank"})
+        if self._basis.current is not None:
+            for name in self._basis.spans:  # zeros, which earlier versions could not leave
+                vectors = self._basis.current[self._basis.span(name)].view(self.rank, -1)
+                ended = (vectors == 0).all(1, keepdim=True)
+                vectors.copy_(torch.where(ended, self._drawn(name).view_as(vectors), vectors))
 
     def _bases(self, device: torch.device, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(current, pending) Q of all layers; numbers in [-1/2, 1/2) from the seed at first use.
+        """(current, pending) Q of all layers, drawn at first use.
 
         The pending ones will be computed of the layers `names`.
         """
         if self._basis.current is None:
-            indices = np.array([self.layers[name].index for name in self._basis.spans], np.int64)
-            keys = randomness.stream_keys(self._seed, 0, indices, 0, 0).astype(np.int64)
-            draws = [
-                randomness.uniform(torch.arange(count), *torch.from_numpy(key)) - 0.5
-                for count, key in zip(self._basis.spans.values(), keys, strict=True)
-            ]
-            self._basis.current = torch.cat([torch.empty(0), *draws])
+            self._basis.current = torch.cat([torch.empty(0), *map(self._drawn, self._basis.spans)])
         return self._basis.allocate(device, names)
+
+    def _drawn(self, name: str) -> Tensor:
+        """The first Q of a layer: numbers in [-1/2, 1/2) from the seed."""
+        index = np.array([self.layers[name].index], np.int64)
+        (key,) = randomness.stream_keys(self._seed, 0, index, 0, 0).astype(np.int64)
+        return randomness.uniform(torch.arange(self._basis.spans[name]), *torch.from_numpy(key)) - 0.5
 
     def _plan(self, gradients: Gradients) -> _Plan:
         starts = dict(zip(gradients.names, gradients.offsets, strict=True))

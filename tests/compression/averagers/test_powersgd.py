@@ -64,6 +64,40 @@ def low_rank(ranks: Any = None, rank: int = RANK) -> PowerSGD:
     return PowerSGD(rank, LAYERS, ranks or Solo(), seed=7)
 
 
+# After gradients that are zero
+
+
+def dead_corner() -> Tensor:
+    """A gradient that is zero in the first rows and columns of each matrix: units that are dead."""
+    values = gradient(1)
+    for name in FACTORED:
+        matrix = values[span(name)].view(SHAPES[name][0], -1)
+        matrix[:RANK], matrix[:, :RANK] = 0, 0
+    return values
+
+
+def test_a_gradient_of_zeros_does_not_end_a_layer() -> None:
+    bound = low_rank()
+    average(bound, torch.zeros(VALUES), 0)
+    for step in range(1, 5):
+        averages = average(bound, dead_corner(), step)
+    for name in FACTORED:
+        assert averages[span(name)].norm() > 0.3 * dead_corner()[span(name)].norm()
+
+
+def test_a_state_that_was_saved_with_zeros_goes_on() -> None:
+    bound = low_rank()
+    average(bound, gradient(0), 0)
+    state = bound.state_dict()
+    for values in state["basis"].values():
+        values.zero_()
+    resumed = low_rank()
+    resumed.load_state_dict(state)
+    averages = average(resumed, dead_corner(), 1)
+    for name in FACTORED:
+        assert averages[span(name)].norm() > 0
+
+
 # Against others
 
 
