@@ -55,8 +55,10 @@ class DeepGradientCompression(TopKAverager):
     Over the first `ramp_steps` the fraction kept falls in four equal stages, to max(ratio, 1/4), 1/16, 1/64 and 1/256
     (section 3.3, where a stage is an epoch), and is `ratio` from then on.
 
-    `clip` bounds the norm of each rank's own gradient, all layers together, by clip x W^-1/2 before it is accumulated
-    (section 3.2); the gradients must then come all at once.
+    `clip` bounds the norm of each rank's own gradient, all layers together, by clip x W^1/2 before it is accumulated;
+    the gradients must then come all at once. The paper (section 3.2, appendix C) has clip x W^-1/2 for gradients that
+    its algorithm 1 has divided by W already, and ours are not: independent gradients of norms above the bound then have
+    a mean of norm `clip`, on any number of ranks.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class DeepGradientCompression(TopKAverager):
     def average_(self, gradients: Gradients, step: int) -> None:
         if self.clip is not None:
             norm = torch.linalg.vector_norm(gradients.flat, dtype=torch.float64)
-            limit = self.clip / math.sqrt(self.collectives.world_size)
+            limit = self.clip * math.sqrt(self.collectives.world_size)
             factor = (limit / norm).clamp(max=1.0).nan_to_num(nan=1.0)  # a NaN stays in its layer
             gradients.flat.mul_(factor.to(torch.float32))
         super().average_(gradients, step)

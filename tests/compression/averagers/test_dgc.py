@@ -144,11 +144,21 @@ def test_clipping_bounds_the_ranks_gradient_by_the_root_of_their_number(world_si
         return average(bound, gradient(ranks.rank), 0)
 
     def clipped(values: Tensor) -> Tensor:
-        return values * (clip / math.sqrt(world_size) / values.norm())
+        return values * (clip * math.sqrt(world_size) / values.norm()).clamp(max=1.0)
 
     expected = sum(clipped(gradient(rank)) for rank in range(world_size)) / world_size
     for seen in run_ranks(world_size, work):
         assert torch.allclose(seen, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 16])
+def test_independent_gradients_have_a_mean_of_the_clipped_norm_on_any_number_of_ranks(world_size: int) -> None:
+    def rank_main(ranks: ThreadCollectives) -> Tensor:
+        bound = DeepGradientCompression(1.0, LAYERS, ranks, 0.0, clip=1.0)
+        return average(bound, 100 * gradient(ranks.rank), 0)
+
+    (mean, *_) = run_ranks(world_size, rank_main)
+    assert 0.85 < mean.norm() < 1.15
 
 
 def test_clipping_leaves_small_gradients_alone_and_overflows_nowhere() -> None:
