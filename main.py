@@ -2,6 +2,7 @@
 
 The one entry of the program, to be read from top to bottom. Its sections:
 
+    errors        how one line reaches the user, however many ranks have it
     types         values that a flag may have
     parser        every flag, and how a command line is read
     cross-checks  which flags go together
@@ -31,6 +32,7 @@ import math
 import os
 import re
 import secrets
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -38,6 +40,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import compression
 import image_classification as classification
 import search
+from compression.network import launchers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -99,6 +102,31 @@ def in_flags(message: str, flags: argparse.Namespace) -> str:
     return re.sub("`([a-z0-9_]+)`", flag, message)
 
 
+# Errors
+
+
+def tell(error: str, *, aloud: bool = True, follows: bool = False) -> None:
+    """The one line of an error, on standard error where it is said aloud, and in any case for torchrun's summary.
+
+    `follows`: another rank has the cause.
+    """
+    line = f"main.py: error: {' '.join(error.splitlines())}"
+    if aloud:
+        print(line, file=sys.stderr, flush=True)
+    launchers.note_failure(line, follows=follows)
+
+
+def tell_before_ranks_have_met(error: str) -> None:
+    """Likewise, of an error with exit status 2 that other ranks are likely to have, too: one of them says it.
+
+    A rank that a while later is still there is alone with its error.
+    """
+    tell(error, aloud=launchers.speaks_first())
+    if not launchers.speaks_first():
+        launchers.let_the_first_speak(status=2)
+        tell(error)
+
+
 # Types
 
 
@@ -148,7 +176,8 @@ class OneLineParser(argparse.ArgumentParser):
     """Errors are one line and exit status 2; `--help` shows the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
+        tell_before_ranks_have_met(message)
+        self.exit(2)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -369,9 +398,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     if apart := launcher.apart():
-        if apart.rank != 0:  # the first one says it
-            parser.exit(2)
-        parser.error(in_flags(way_together(apart), flags))
+        refuse_apart(apart, flags)
+        parser.exit(2)
     return flags
 
 
@@ -380,9 +408,12 @@ def launcher_of(flags: argparse.Namespace) -> compression.Launcher:
     return compression.HOROVODRUN if flags.hvd else compression.TORCHRUN
 
 
-def way_together(apart: compression.network.launchers.Apart) -> str:
-    """Why processes would train apart, and the command that starts them together."""
-    return f"{apart.message} {START[apart.launcher].format(size=apart.size)}"
+def refuse_apart(apart: launchers.Apart, flags: argparse.Namespace) -> None:
+    """Say why processes would train apart, and the command that starts them together: all know, and the first says."""
+    way_together = f"{apart.message} {START[apart.launcher].format(size=apart.size)}"
+    tell(in_flags(way_together, flags), aloud=apart.rank == 0)
+    if apart.rank != 0:
+        launchers.let_the_first_speak(status=2)
 
 
 def from_environment(name: str, kind: Callable[[str], int], default: int) -> int:
@@ -1238,12 +1269,16 @@ class Snapshot:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns its exit status."""
-    flags = parse(argv)
+    try:
+        return join_and_run(parse(argv))
+    except Exception as error:  # a bug: Python prints its traceback
+        launchers.note_failure(traceback.format_exception_only(error)[-1].rstrip("\n"))
+        raise
+
+
+def join_and_run(flags: argparse.Namespace) -> int:
+    """Join the other ranks and do what the flags ask for. Returns the exit status."""
     launcher = launcher_of(flags)
-
-    def complain(message: str) -> None:
-        print(f"main.py: error: {in_flags(message, flags)}", file=sys.stderr)
-
     classification.allocator.keep_freed_memory()
     try:
         with compression.join_ranks(
@@ -1255,28 +1290,38 @@ def main(argv: Sequence[str] | None = None) -> int:
             ranks_per_host=flags.ranks_per_host,
         ) as ranks:
             if apart := launcher.apart(joined=ranks.size):
-                if apart.rank == 0:
-                    complain(way_together(apart))
+                refuse_apart(apart, flags)
                 return 2
-            shared = {name: value for name, value in vars(flags).items() if name != "local_rank"}
-            ranks.check_equal_across_ranks(shared, "the flags")
-            if "compression_type" not in flags.given and (flags.search or flags.compression_scheme) and ranks.rank == 0:
-                print("no --compression-type given: widths of maxmin are chosen", file=sys.stderr)
-            with contextlib.closing(Run(flags, ranks)) as run:
-                return run.execute()
+            # Said before this rank parts from the others: a launcher ends all ranks once one has ended.
+            try:
+                return run_among(ranks, flags)
+            except compression.Failure as failure:
+                tell(in_flags(str(failure), flags), aloud=ranks.rank == 0)
+                raise
+            except (ValueError, OSError) as error:  # of this rank alone, and the others lose it
+                tell(in_flags(compression.one_line(error), flags))
+                return 2
     except compression.Failure as failure:
-        if launcher.rank_of_this_process() == 0:
-            complain(str(failure))
         return failure.status
-    except (ValueError, OSError) as error:  # on this rank alone, and the others lose it
-        complain(compression.one_line(error))
+    except (ValueError, OSError) as error:
+        tell_before_ranks_have_met(in_flags(compression.one_line(error), flags))
         return 2
     except RuntimeError as error:
         if not launcher.is_lost_peer(error):
             raise
         reason = " ".join(str(error).splitlines()[0].split())
-        complain(f"no way to the other ranks ({reason}); one that has ended says why")
+        tell(f"no way to the other ranks ({reason}); one that has ended says why", follows=True)
         return 1
+
+
+def run_among(ranks: compression.World, flags: argparse.Namespace) -> int:
+    """Do what the flags ask for among ranks that have joined. Returns the exit status."""
+    shared = {name: value for name, value in vars(flags).items() if name != "local_rank"}
+    ranks.check_equal_across_ranks(shared, "the flags")
+    if "compression_type" not in flags.given and (flags.search or flags.compression_scheme) and ranks.rank == 0:
+        print("no --compression-type given: widths of maxmin are chosen", file=sys.stderr)
+    with contextlib.closing(Run(flags, ranks)) as run:
+        return run.execute()
 
 
 if __name__ == "__main__":

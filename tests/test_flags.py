@@ -1,8 +1,12 @@
 """Flags: the list that was asked for, one by one; every range; and nothing that a user set is silently ignored."""
 
+import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -542,6 +546,7 @@ def test_the_total_batch_is_a_multiple_of_all_ranks_batches(monkeypatch, capsys)
 def test_processes_that_would_train_apart_are_refused_and_the_first_says_it_for_all(
     arguments, rank, size, starter, command, monkeypatch, capsys
 ):
+    monkeypatch.setattr(main.launchers, "PARTING_SECONDS", 0)
     monkeypatch.setenv(size, "3")
     monkeypatch.setenv(rank, "0")
     line = error(capsys, ["DIR", *arguments])
@@ -552,6 +557,40 @@ def test_processes_that_would_train_apart_are_refused_and_the_first_says_it_for_
         main.parse(["DIR", *arguments])
     assert stopped.value.code == 2
     assert capsys.readouterr() == ("", "")
+
+
+BY_TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+ALONE = "main.py: error: argument --epochs: expected an integer of at least 1, got '0'\n"
+
+
+def started_as(environment, *arguments):
+    """The program as a process, with the variables that a launcher sets for it."""
+    command, pipe = [sys.executable, "main.py", *arguments], subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_a_rank_that_is_alone_with_its_mistake_says_it(monkeypatch, capsys):
+    """Others have said it by the time that the launcher leaves it."""
+    monkeypatch.setattr(main.launchers, "PARTING_SECONDS", 0)
+    for name, value in BY_TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert error(capsys, ["DIR", "--epochs", "0"]) == ALONE.removeprefix("main.py: error: ").rstrip()
+
+
+def catches(process, number):
+    """Whether a process has a handler for a signal."""
+    [mask] = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+def test_a_rank_that_the_launcher_ends_with_the_first_is_silent_and_keeps_its_status(tmp_path):
+    rank = started_as(BY_TORCHRUN | {main.launchers.ERROR_FILE: str(tmp_path / "error")}, "DIR", "--epochs", "0")
+    while rank.poll() is None and not catches(rank, signal.SIGTERM):
+        time.sleep(0.01)
+    rank.terminate()
+    assert rank.communicate(timeout=900) == ("", "")
+    assert rank.returncode == 2
+    assert json.loads((tmp_path / "error").read_text())["message"]["message"] == ALONE.rstrip()
 
 
 def test_help_is_not_an_error(capsys):
