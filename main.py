@@ -28,12 +28,13 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 import math
 import os
 import re
 import secrets
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -1320,8 +1321,25 @@ def run_among(ranks: compression.World, flags: argparse.Namespace) -> int:
     ranks.check_equal_across_ranks(shared, "the flags")
     if "compression_type" not in flags.given and (flags.search or flags.compression_scheme) and ranks.rank == 0:
         print("no --compression-type given: widths of maxmin are chosen", file=sys.stderr)
-    with contextlib.closing(Run(flags, ranks)) as run:
+    with shown_on_the_first(ranks), contextlib.closing(Run(flags, ranks)) as run:
         return run.execute()
+
+
+@contextlib.contextmanager
+def shown_on_the_first(ranks: compression.World) -> Iterator[None]:
+    """A block in which rank 0 shows what the libraries tell of what takes long; warnings, every rank shows."""
+    if ranks.rank != 0:
+        yield
+        return
+    log, shown = logging.getLogger(compression.__name__), logging.StreamHandler()
+    level = log.level
+    log.addHandler(shown)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.removeHandler(shown)
 
 
 if __name__ == "__main__":

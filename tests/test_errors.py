@@ -1,11 +1,15 @@
 """Errors: under every launcher one line, once, and torchrun's summary quotes it; a bug shows its traceback too."""
 
+import logging
 import re
 import subprocess
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+import main
+from tests.support.program import SMALL, own_rank, run_well
 from tests.test_horovod import horovodrun, needs_horovod, torchrun
 
 LINE = "main.py: error: "
@@ -89,3 +93,22 @@ def test_what_one_rank_alone_has_wrong_is_said_by_that_rank(
         assert own[-1] == f"[rank1]: {words}"
         assert done.stderr.count(words) == 2
     assert done.returncode == 1
+
+
+def log_from_a_library() -> None:
+    """Every rank's run begins with two lines of a library, one of them a warning."""
+    execute = main.Run.execute
+
+    def told(run: main.Run) -> int:
+        logging.getLogger("compression.somewhere").info("this takes long on rank %d", own_rank())
+        logging.getLogger("compression.somewhere").warning("this is odd on rank %d", own_rank())
+        return execute(run)
+
+    patch.object(main.Run, "execute", told).start()
+
+
+def test_the_first_rank_shows_what_libraries_tell_and_each_its_warnings(pictures: Path, tmp_path: Path) -> None:
+    argv = (pictures, *SMALL, "--epochs", 1, "--prof", 1, "--training-only", "--workspace", tmp_path)
+    first, second = run_well(*argv, ranks=2, before=log_from_a_library)
+    assert first.err == "this takes long on rank 0\nthis is odd on rank 0\n"
+    assert second.err == "this is odd on rank 1\n"
