@@ -81,6 +81,7 @@ START = {
     compression.HOROVODRUN: "horovodrun -np {size} python main.py --hvd ...",
 }
 
+PROGRAM = "gradwire"
 STATISTICS = "gradient_stats.jsonl"  # in the workspace, of --compression-type stats
 
 
@@ -372,6 +373,8 @@ def build_parser() -> argparse.ArgumentParser:
               help="with --search and --pretrained-weights: steps of the calibration pass before the first search")
     extension(widths, "--search-target-bits", metavar="BITS", type=positive,
               help="with --search: least error with at most this many bits a value on average")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {compression.__version__}",
+                        help="(extension) show the version and exit")
     return parser
 
 
@@ -838,7 +841,8 @@ class Run:
             ended = saved and (flags.evaluate or self.epoch >= flags.epochs)
             start = classification.logs.END if ended else (self.epoch, self.iteration)
             self.log = build_logger(flags, ranks, self.iterations or len(self.train_loader) or 1, start)
-            self.log.parameters({name: value for name, value in vars(flags).items() if name != "given"})
+            parameters = {name: value for name, value in vars(flags).items() if name != "given"}
+            self.log.parameters(parameters | {"version": compression.__version__})
             if ranks.rank == 0 and not flags.evaluate:
                 path, writers = self.workspace / STATISTICS, self.log.tensorboard_writers
                 if compression.observe(self.exchange.averager, path, self.exchange.step, writers):
@@ -1130,6 +1134,7 @@ class Snapshot:
                     "compressor": settings_of(run.compressor),
                     "seed": run.seed,
                     "world_size": ranks.size,
+                    "version": compression.__version__,
                     "ranks": everyone,
                 }
                 classification.checkpoints.save(

@@ -179,20 +179,20 @@ def test_there_is_no_option_besides_and_extensions_come_last():
     parser = main.build_parser()
     flags = [flag for action in parser._actions for flag in action.option_strings]
     expected = [flag for option in LISTED + EXTENSIONS for flag in option.spellings.split()]
-    assert sorted(flags) == sorted([*expected, "-h", "--help"])
-    assert flags[-len(EXTENSIONS) :] == [option.spellings for option in EXTENSIONS]
+    assert sorted(flags) == sorted([*expected, "-h", "--help", "--version"])
+    assert flags[-len(EXTENSIONS) - 1 :] == [*(option.spellings for option in EXTENSIONS), "--version"]
 
 
 def test_every_option_stands_in_the_group_of_its_topic_and_extensions_are_marked():
     options, *groups = main.build_parser()._action_groups[1:]
-    assert [action.option_strings for action in options._group_actions] == [["-h", "--help"]]
+    assert [action.option_strings for action in options._group_actions] == [["-h", "--help"], ["--version"]]
     of = {flag: group.title for group in groups for action in group._group_actions for flag in action.option_strings}
     assert (of["--arch"], of["--image-size"]) == ("data and model",) * 2
     assert (of["--hvd"], of["--device"], of["--threads"]) == ("ranks",) * 3
     assert (of["--dgc"], of["--dgc-clip"], of["--dense-dtype"]) == ("gradient compression",) * 3
     assert (of["--search"], of["--search-target-bits"]) == ("bit-width search",) * 2
     marked = {flag for flag, action in actions().items() if action.help.startswith("(extension) ")}
-    assert marked == {option.spellings for option in EXTENSIONS}
+    assert marked == {option.spellings for option in EXTENSIONS} | {"--version"}
 
 
 def test_help_shows_defaults_that_are_values():
@@ -217,7 +217,7 @@ def test_help_shows_the_usage_that_was_asked_for(monkeypatch):
     assert asked_usage[-1] == shown_usage[-1] == "DIR"
     assert shown_usage[: len(asked_usage) - 1] == asked_usage[:-1]
     alias = ", --local-rank LOCAL_RANK"
-    extensions = {option.spellings for option in EXTENSIONS}
+    extensions = {option.spellings for option in EXTENSIONS} | {"--version"}
     assert set(invocations(asked)) == {
         flag.replace(alias, "") for flag in invocations(shown) if flag.split()[0] not in extensions
     }
@@ -593,6 +593,14 @@ def test_a_rank_that_the_launcher_ends_with_the_first_is_silent_and_keeps_its_st
     assert json.loads((tmp_path / "error").read_text())["message"]["message"] == ALONE.rstrip()
 
 
+def test_the_version_is_no_error(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main.parse(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"gradwire {compression.__version__}\n"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", compression.__version__)
+
+
 def test_help_is_not_an_error(capsys):
     with pytest.raises(SystemExit) as stopped:
         main.parse(["--help"])
@@ -605,7 +613,13 @@ HEAVY = ("torch", "torchvision", "numpy", "scipy", "PIL", "numba")
 
 @pytest.mark.parametrize(
     ("arguments", "status"),
-    [("--help", 0), ("DIR --bogus", 2), ("DIR --efx-bits 4", 2), ("DIR --raport-file model_best.pth.tar", 2)],
+    [
+        ("--help", 0),
+        ("--version", 0),
+        ("DIR --bogus", 2),
+        ("DIR --efx-bits 4", 2),
+        ("DIR --raport-file model_best.pth.tar", 2),
+    ],
 )
 def test_a_command_line_is_explained_and_refused_without_torch(arguments, status):
     program = (

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import compression
 from image_classification import checkpoints
 from image_classification.logs import records
 from tests.support.program import SMALL, Rank, compiled_code_goes_to, run, run_well, tiny
@@ -184,6 +185,7 @@ def test_the_raport_holds_flags_units_iterations_epochs_and_a_summary(trained: S
     assert trained.metrics().keys() == {*EPOCH_METRICS, "best.top1"}
     [flags] = [record["data"] for record in trained.records() if record["step"] == "PARAMETER"]
     assert (flags["compression_type"], flags["batch_size"], flags["seed"]) == ("maxmin", 4, 1)
+    assert flags["version"] == trained.checkpoint()["version"] == compression.__version__
 
 
 # The search
