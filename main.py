@@ -33,6 +33,7 @@ import math
 import os
 import re
 import secrets
+import shlex
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -405,6 +406,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         refuse_apart(apart, flags)
         parser.exit(2)
     return flags
+
+
+def as_typed(flags: argparse.Namespace) -> str:
+    """The command line that gives these flags: those that differ from their defaults, on any rank."""
+    defaults = vars(build_parser().parse_args(["DIR"]))
+    words = []
+    for name, default in defaults.items():
+        value, flag = getattr(flags, name), spelled(name)
+        if name not in ("data", "local_rank") and value != default:
+            takes_one = not str(value).startswith("-")  # or it would be read as a flag
+            words += [flag] if value is True else [flag, str(value)] if takes_one else [f"{flag}={value}"]
+    return shlex.join(["main.py", flags.data, *words]) + ("" if words else ", all flags at their defaults")
 
 
 def launcher_of(flags: argparse.Namespace) -> compression.Launcher:
@@ -843,10 +856,22 @@ class Run:
             self.log = build_logger(flags, ranks, self.iterations or len(self.train_loader) or 1, start)
             parameters = {name: value for name, value in vars(flags).items() if name != "given"}
             self.log.parameters(parameters | {"version": compression.__version__})
+            self.log.line(f"running {as_typed(flags)}")
+            self.log.line(self._circumstances())
+            if flags.compile:
+                self.log.line("torch.compile compiles in the first steps: a minute or more, less from its own cache")
             if ranks.rank == 0 and not flags.evaluate:
                 path, writers = self.workspace / STATISTICS, self.log.tensorboard_writers
                 if compression.observe(self.exchange.averager, path, self.exchange.step, writers):
                     self.written.append(path)
+
+    def _circumstances(self) -> str:
+        """What the run found or drew where it was not told: ranks, network, device, threads, seed."""
+        ranks, hosts = self.ranks, self.exchange.hosts
+        words = f"{hosts} ranks" if hosts.ranks_per_host else str(hosts)
+        inside = " (float32 sums inside hosts)" if self.exchange.levels is not None else ""
+        among = "one process" if ranks.size == 1 else f"{words} over {ranks.network}{inside}, each"
+        return f"{among} on {ranks.computes_on}; seed {self.seed}"
 
     def say(self, line: str) -> None:
         """One line for who started the run, on standard error."""

@@ -251,7 +251,8 @@ def _show(text: str) -> None:
 class Terminal(Sink):
     """A line for each record, of the metrics that fit on it; on a terminal, iterations move a progress bar instead.
 
-    The bar shows the rate and the time left of its epoch.
+    The bar shows the rate and the time left of its epoch. Parameters are not shown: they are many,
+    and most are defaults.
     """
 
     def __init__(self, iterations: int, show: Callable[[str], None] = _show, bar: bool | None = None) -> None:
@@ -260,9 +261,6 @@ class Terminal(Sink):
         self.show = show
         self.with_bar = sys.stderr.isatty() if bar is None else bar
         self.bar: tqdm[Any] | None = None
-
-    def parameters(self, data: Mapping[str, Any]) -> None:
-        self.line("parameters: " + ", ".join(f"{name} {value}" for name, value in data.items()))
 
     def log(self, step: Step, data: Mapping[str, Value]) -> None:
         values = " | ".join(_readable(name, value) for name, value in data.items() if _metric(name).shown)

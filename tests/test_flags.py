@@ -1,8 +1,11 @@
 """Flags: the list that was asked for, one by one; every range; and nothing that a user set is silently ignored."""
 
+import contextlib
+import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -591,6 +594,34 @@ def test_a_rank_that_the_launcher_ends_with_the_first_is_silent_and_keeps_its_st
     assert rank.communicate(timeout=900) == ("", "")
     assert rank.returncode == 2
     assert json.loads((tmp_path / "error").read_text())["message"]["message"] == ALONE.rstrip()
+
+
+# What is shown of the flags
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.sampled_from([
+    "--lr 0.5", "--wd 0", "-b 8", "-p 3", "--arch resnet18", "--error-feedback --compression-type topk", "--hvd",
+    "--search", "--amp --opt-level O2", "--workspace=with/a\\ space", "--local_rank 1", "--epochs 90", "--mom .5",
+    "--data-backend synthetic", "--run-epochs 2", "--seed 0", "--workspace=-x", "--static-loss-scale 8 --fp16",
+])))  # fmt: skip
+def test_the_command_line_that_is_shown_gives_the_same_flags(words):
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            flags = main.parse(["DIR", *shlex.split(" ".join(words))])
+    except SystemExit:
+        return
+    program, *shown = shlex.split(main.as_typed(flags).removesuffix(", all flags at their defaults"))
+    again = main.parse(shown)
+    assert program == "main.py"
+    assert vars(again) | {"given": (), "local_rank": 0} == vars(flags) | {"given": (), "local_rank": 0}
+    defaults = vars(main.parse(["DIR"]))
+    assert not [name for name in again.given if name != "data" and getattr(again, name) == defaults[name]]
+
+
+def test_only_what_differs_from_the_defaults_is_shown():
+    assert main.as_typed(parse("")) == "main.py DIR, all flags at their defaults"
+    assert main.as_typed(parse("--epochs 90 --wd 0 --nesterov")) == "main.py DIR --weight-decay 0.0 --nesterov"
 
 
 def test_the_version_is_no_error(capsys):

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -186,6 +187,18 @@ def test_the_raport_holds_flags_units_iterations_epochs_and_a_summary(trained: S
     [flags] = [record["data"] for record in trained.records() if record["step"] == "PARAMETER"]
     assert (flags["compression_type"], flags["batch_size"], flags["seed"]) == ("maxmin", 4, 1)
     assert flags["version"] == trained.checkpoint()["version"] == compression.__version__
+
+
+def test_a_run_begins_with_the_flags_that_differ_and_what_it_found(trained: Stage) -> None:
+    first, found, *_ = trained.ranks[0].out.splitlines()
+    program, *words = shlex.split(first.removeprefix("running "))
+    assert program == "main.py"
+    typed = [*SMALL, "--threads", "1", "--workspace", str(trained.workspace), "--epochs", "2", "--compression-type"]
+    assert sorted(words[1:]) == sorted(
+        [{"-a": "--arch", "-b": "--batch-size", "-j": "--workers"}.get(word, word) for word in typed]
+        + ["maxmin", "--error-feedback"]
+    )
+    assert found == "1 host x 2 ranks over gloo, each on CPU, 1 thread; seed 1"
 
 
 # The search

@@ -179,7 +179,6 @@ def test_plain_lines_show_every_record_with_units_as_far_as_it_can_be_read():
     terminal.line("a sentence")
     terminal.close()
     assert shown == [
-        "parameters: arch vgg16, seed 1",
         "epoch 0 iteration 10/20 | train.loss 2.5000 | train.total_ips 1234.6 images/s",
         "epoch 0 | val.top1 12.50 % | comm.bytes_sent 1,234,568 bytes/step | best.top1 12.50 %",
         "summary | val.top1 12.50 % | stopped early",
