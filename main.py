@@ -945,7 +945,7 @@ class Run:
         except classification.training.NonFiniteGradientError as error:
             raise compression.Failure(str(error), status=1) from error
         self._traffic()
-        self.summary = {**result.metrics, **self.sent.metrics()}
+        self.summary = {**result.metrics, **self._step_times(result), **self.sent.metrics()}
         self.epoch, self.iteration = epoch, result.iteration
         if not result.finished or flags.search or not flags.training_only:  # what follows may fail, or be stopped
             self._save(best=False)
@@ -981,6 +981,13 @@ class Run:
         report = self.exchange.report().mean(self.ranks.sum, self.ranks.size, self.ranks.device)
         self.sent += report
         return report.metrics()
+
+    def _step_times(self, result: classification.training.EpochResult) -> dict[str, float]:
+        """Where the time of a step went, mean over ranks. On a GPU nobody waits where the host's clock could tell."""
+        travels = self.ranks.size > 1 or self.compressor.encodes
+        measured = travels and self.ranks.device.type == "cpu" and self.sent.steps > 0
+        exchange = self.sent.exposed_seconds / self.sent.steps if measured else None
+        return result.step_times(self.accumulation, exchange)
 
     # The search
 

@@ -8,7 +8,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 LINKED = [
-    ROOT / name for name in ("README.md", "BENCHMARKS.md", "docs/LOG.md", "docs/hosts.md", "ADDING_A_COMPRESSOR.md")
+    ROOT / name
+    for name in (
+        "README.md",
+        "BENCHMARKS.md",
+        "docs/LOG.md",
+        "docs/hosts.md",
+        "docs/metrics.md",
+        "ADDING_A_COMPRESSOR.md",
+    )
 ]
 WIDTH, WORDS = 120, 2000
 
