@@ -16,6 +16,8 @@ import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from .averagers.observed import observe
     from .exchange.attached import Attached

@@ -35,7 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_readme_shows_every_way_in() -> None:
     shown = " ".join(COMMANDS)
-    assert all(word in shown for word in ("torch.distributed.launch", "horovodrun", "--search", "plot_run.py"))
+    assert all(word in shown for word in ("torchrun", "horovodrun", "--search", "plot_run.py"))
+    assert "`python -m torch.distributed.launch` works as well" in README
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)
