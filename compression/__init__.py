@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from .network.world import Failure, World, join_ranks, one_line
     from .registry import COMPRESSORS, Compressor, build, codec, with_bits, with_stale_updates
 
-__version__ = "0.1.0"
-
 _MODULE_OF = {
     "COMPRESSORS": "registry",
     "DENSE": "layers",
