@@ -14,6 +14,8 @@ from .collectives import Blocking
 from .hosts import Hosts
 
 Result = TypeVar("Result")
+_LEFT = object()
+"""The value of a rank that takes part no longer."""
 
 
 class ThreadCollectives(Blocking):
@@ -32,8 +34,14 @@ class ThreadCollectives(Blocking):
         self._slots[self.rank] = value
         self._barrier.wait()
         values = list(self._slots)
+        if value is not _LEFT and (gone := [rank for rank, other in enumerate(values) if other is _LEFT]):
+            raise RuntimeError(f"rank {self.rank} waits for rank {gone[0]}, which has ended")
         self._barrier.wait()
         return values
+
+    def leave(self) -> None:
+        """Wait until all ranks do so; RuntimeError on one that waits for something else instead."""
+        self.collect(_LEFT)
 
     def broadcast(self, value: Any) -> Any:
         return self.collect(value)[0]
@@ -118,6 +126,8 @@ def _run(
     def run(rank: int) -> None:
         try:
             results[rank] = rank_main(networks[rank])
+            for network in networks[rank]:
+                network.leave()
         except threading.BrokenBarrierError:
             pass
         except BaseException as error:
