@@ -5,7 +5,7 @@ An example is either values, which a codec encodes or a rank that is alone avera
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol, Self, TypeVar
 
@@ -151,12 +151,9 @@ def _caught(measure: "Measure[E]", example: E) -> str | None:
     try:
         return measure(example)
     except Exception as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return in_a_line(error)
 
 
-def worlds(
-    ranks: Sequence[int], shapes: Sequence[tuple[str, tuple[int, ...]]], kinds: Sequence[str]
-) -> Iterator[World]:
-    """Worlds of so many ranks with these layers, and gradients of each kind."""
-    for size, kind in itertools.product(ranks, kinds):
-        yield World(size, tuple(shapes), kind)
+def in_a_line(error: Exception) -> str:
+    """An exception's type, and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -7,7 +7,7 @@ from enum import Enum
 
 import torch
 
-from .examples import Finding
+from .examples import Finding, in_a_line
 from .properties import PROPERTIES, Property
 from .targets import Subject, Target
 
@@ -80,7 +80,10 @@ def result_of(each: Property, subjects: Sequence[Subject]) -> Result:
                 continue
             codecs.append(codec)
         with _one_thread():
-            outcome = each.check(subject)
+            try:
+                outcome = each.check(subject)
+            except Exception as error:
+                outcome = Finding(in_a_line(error), "any: it is raised before an example is chosen")
         if isinstance(outcome, Finding):
             return Result(each, Status.FAILS, subject.label, outcome)
         if outcome is None:
