@@ -21,7 +21,7 @@ BUCKET = 64
 """Values that a layer needs to be encoded, by codecs that have no bucket size."""
 
 KNOWN = (
-    "a codec, a class or function that makes one (from its options, or from a `layer`), a registry's Row, or a "
+    "a codec, a class or function that makes one (from its options, or for each layer), a registry's Row, or a "
     "Compressor that was built"
 )
 
@@ -135,7 +135,10 @@ def _of_object(name: str, target: object, options: Mapping[str, Any]) -> Target:
 
 
 def _of_factory(name: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Target:
-    parameters = inspect.signature(factory).parameters
+    try:
+        parameters = inspect.signature(factory).parameters
+    except ValueError as error:  # of a type that is built in
+        raise UnknownTarget(f"{name} makes nothing that can be checked: name {KNOWN}") from error
     own, feedback = dict(options), _feedback(options)
     takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     if "error_feedback" in parameters:

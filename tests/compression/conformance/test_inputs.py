@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compression.conformance import INPUTS, Input, check, values_of
+from compression.conformance import INPUTS, PROPERTIES, Input, Status, resolve, result_of, values_of
 from tests.support.broken_promises import Signs
 
 
@@ -31,8 +31,10 @@ def test_what_is_added_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
             wire = super().encode(values_RN, seed)
             return wire[:, 1:] if (values_RN == 13).any() else wire
 
-    assert check(Superstitious()).ok
+    (size,) = (each for each in PROPERTIES if each.name == "exact size")
+    subjects = resolve(Superstitious(), {}).subjects
+    assert result_of(size, subjects).status is Status.OK
     monkeypatch.setitem(INPUTS, "unlucky", Input(lambda count, generator: torch.full((count,), 13.0)))
-    verdict = check(Superstitious())
-    assert "exact size" in [result.property.name for result in verdict.failures]
-    assert "torch.tensor([13.0])" in str(verdict)
+    result = result_of(size, subjects)
+    assert result.status is Status.FAILS
+    assert "torch.tensor([13.0])" in str(result)
