@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from compression.exchange.engine import Engine
+from compression.network.threads import ThreadCollectives, run_ranks
 from compression.streams import Meanwhile, Phases, device_future
-from tests.support.threads import ThreadCollectives, Uncompletable, run_ranks, within
+from tests.support.threads import Uncompletable, within
 
 CPU = torch.device("cpu")
 

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import compression
 from compression.averagers import TwoHop
+from compression.network.threads import ThreadCollectives, run_ranks
 from tests.support.gloo_ranks import as_rank, run
-from tests.support.threads import ThreadCollectives, run_ranks
 
 RANKS = 2
 FEEDBACK = {"bits": 2, "bucket_size": 64, "error_feedback": True}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import compression
 from compression import COMPRESSORS
-from tests.support.threads import ThreadCollectives, run_ranks
+from compression.network.threads import ThreadCollectives, run_ranks
 
 VARIANTS = [
     (name, {"bucket_size": 64} if "bucket_size" in row.takes else {}) for name, row in COMPRESSORS.items()
