@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [path for folder in (".", "docs", "examples") for path in sorted(ROOT.glob(f"{folder}/*.md"))]
 LINKED = [
     ROOT / name for name in ("README.md", "BENCHMARKS.md", "docs/LOG.md", "docs/hosts.md", "ADDING_A_COMPRESSOR.md")
 ]
