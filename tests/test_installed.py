@@ -54,7 +54,8 @@ dist.destroy_process_group()
 
 
 def run(*command: str | Path, cwd: Path, **variables: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
+    apart = ("PYTHONPATH", "PYTHONUNBUFFERED")  # unbuffered, ranks' lines and their ends come in any order
+    environment = {name: value for name, value in os.environ.items() if name not in apart} | variables
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
