@@ -50,7 +50,7 @@ def test_an_example_trains_equal_replicas_by_fewer_bytes(
 ) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     output = run(shlex.split(command, comments=True), environment, tmp_path)
-    # Not lines: where Python writes unbuffered, a line's end is a write of its own, and others may come between.
+    # Not lines: torchrun's ranks are unbuffered, so that a line's end is a write of its own, and others come between.
     first, second = map(json.loads, re.findall(r'\{"[^{}]*\}', output))
     assert first["weights"] == second["weights"]
     for rank in (first, second):

@@ -46,16 +46,16 @@ for _ in range(3):
 weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach().numpy().tobytes()
 report = exchange.report()
 names = [name for name in sys.modules if name.split(".")[0] in ("compression", "search")]
-print(json.dumps([hashlib.sha256(weights).hexdigest(), report.bytes_sent, report.bytes_dense, names,
-                  compression.ratio, search.how, gradwire.__file__, gradwire.__version__]))
+line = json.dumps([hashlib.sha256(weights).hexdigest(), report.bytes_sent, report.bytes_dense, names,
+                   compression.ratio, search.how, gradwire.__file__, gradwire.__version__])
+sys.stdout.write(line + "\\n")  # in one piece: torchrun's ranks are unbuffered, and print writes a line's end apart
 exchange.close()
 dist.destroy_process_group()
 """
 
 
 def run(*command: str | Path, cwd: Path, **variables: str) -> str:
-    apart = ("PYTHONPATH", "PYTHONUNBUFFERED")  # unbuffered, ranks' lines and their ends come in any order
-    environment = {name: value for name, value in os.environ.items() if name not in apart} | variables
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
