@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install lint test slow horovod demo bench speed training docs clean FORCE
+.PHONY: help install lint test slow examples horovod demo bench speed training docs clean FORCE
 
 # The first of these that runs and has venv is taken: what .venv was made of, where there is one.
 PYTHON ?= .venv/bin/python python3.11 python3.12 python3.13 python3.14
@@ -48,6 +48,9 @@ test: lint  ## lint, then every test but the slow ones; what was skipped is list
 
 slow: $(INSTALLED)  ## the slow tests, and properties on ten times as many examples: writes docs/slow.md
 	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile=slow -p tests.support.slow_report
+
+examples: $(INSTALLED)  ## every example, in an environment of its own that is made once; `make test` skips them
+	python=$$(examples/environment.sh $(BIN)/python); EXAMPLES_PYTHON=$$python $(BIN)/python -m pytest tests/test_examples.py
 
 horovod: $(INSTALLED)  ## Horovod into .venv: 5 minutes the first time, seconds from the cached wheel afterwards
 	build_horovod/install.sh $(BIN)/python
@@ -94,6 +97,6 @@ $(DOCS_INSTALLED): $(INSTALLED) docs/requirements.txt
 	$(BIN)/python -m pip --quiet --disable-pip-version-check install -r docs/requirements.txt
 	@touch $@
 
-clean:  ## undo all of the above; the cached Horovod wheel stays
+clean:  ## undo all of the above; what is cached stays: Horovod's wheel, the examples' environment
 	rm -rf site .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

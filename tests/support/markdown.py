@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [path for folder in (".", "docs", "examples") for path in sorted(ROOT.glob(f"{folder}/*.md"))]
 
 
 class Block(NamedTuple):

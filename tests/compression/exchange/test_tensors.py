@@ -120,6 +120,17 @@ def test_what_is_remembered_goes_from_call_to_call_and_is_saved() -> None:
         assert "each rank remembers what it owes alone" in refused
 
 
+def test_a_report_is_of_calls_that_were_made_not_of_those_that_were_loaded() -> None:
+    with compression.averaging(tensors(0), "maxmin") as averaging:
+        for _ in range(3):
+            averaging.average_()
+        state = averaging.state_dict()
+    with compression.averaging(tensors(0), "maxmin") as averaging:
+        averaging.load_state_dict(state)
+        averaging.average_()
+        assert averaging.report().steps == 1
+
+
 def test_alone_tensors_are_encoded_and_stay_near() -> None:
     own = tensors(0)
     with compression.averaging(own, "maxmin", bits=8, bucket_size=64) as averaging:
