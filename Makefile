@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install lint test slow horovod demo bench speed training clean FORCE
+.PHONY: help install lint test slow examples horovod demo bench speed training docs clean FORCE
 
 # The first of these that runs and has venv is taken: what .venv was made of, where there is one.
 PYTHON ?= .venv/bin/python python3.11 python3.12 python3.13 python3.14
@@ -12,6 +12,7 @@ CIFAR10 ?= ../shared/data/cifar10.tar.xz
 RUNS ?= runs/accuracy.jsonl
 BIN := .venv/bin
 INSTALLED := .venv/installed
+DOCS_INSTALLED := .venv/docs-installed
 # Prints what an environment is made of, as "3.11.7 /usr/bin/python3.11", by a Python that has venv and the pins' wheels.
 MADE_OF := import ensurepip, os, platform, sys; (3, 11) <= sys.version_info[:2] <= (3, 14) and \
   print(platform.python_version(), os.path.realpath(sys._base_executable))
@@ -48,6 +49,9 @@ test: lint  ## lint, then every test but the slow ones; what was skipped is list
 slow: $(INSTALLED)  ## the slow tests, and properties on ten times as many examples: writes docs/slow.md
 	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile=slow -p tests.support.slow_report
 
+examples: $(INSTALLED)  ## every example, in an environment of its own that is made once; `make test` skips them
+	python=$$(examples/environment.sh $(BIN)/python); EXAMPLES_PYTHON=$$python $(BIN)/python -m pytest tests/test_examples.py
+
 horovod: $(INSTALLED)  ## Horovod into .venv: 5 minutes the first time, seconds from the cached wheel afterwards
 	build_horovod/install.sh $(BIN)/python
 
@@ -56,8 +60,8 @@ demo: $(INSTALLED)  ## what the program does, on two ranks of this machine
 
 bench: speed training  ## every table and picture of BENCHMARKS.md: hours
 
-# Minutes on 2 idle cores: search 1, codecs 2, topk 1, loop 5, clocks 1, fidelity 1, exchange 15 and broken_barrier 15
-# (most of them at 100 Mbit/s), scale 3, loaders 2.
+# Minutes on 2 idle cores: search 1, codecs 2, topk 1, loop 5, clocks 1, fidelity 1, error_against_bits 2, exchange 15
+# and broken_barrier 15 (most of them at 100 Mbit/s), scale 3, loaders 2.
 speed: $(INSTALLED)  ## those that are no trainings: three quarters of an hour; as root also over slow links
 	$(BIN)/python benchmarks/search.py
 	$(BIN)/python benchmarks/codecs.py
@@ -65,6 +69,7 @@ speed: $(INSTALLED)  ## those that are no trainings: three quarters of an hour; 
 	$(BIN)/python benchmarks/loop.py
 	$(BIN)/python benchmarks/clocks.py
 	$(BIN)/python benchmarks/fidelity.py -o docs/fidelity.md
+	$(BIN)/python benchmarks/error_against_bits.py -o docs/error_against_bits.png
 	$(BIN)/python benchmarks/exchange.py -o docs/exchange.png
 	$(BIN)/python benchmarks/scale.py
 	if [ "$$(id -u)" = 0 ]; then $(BIN)/python benchmarks/broken_barrier.py -o docs/broken_barrier.png; else \
@@ -81,6 +86,17 @@ training: $(INSTALLED)  ## those of trainings: hours; as root also time to accur
 	if [ -e $(CIFAR10) ]; then bash benchmarks/training.sh $(BIN)/python $(CIFAR10) $(RUNS); else \
 	  echo "make: no images at $(CIFAR10), so no tables of trainings; name yours: make bench CIFAR10=/path/to/folder/or/tar"; fi
 
-clean:  ## undo all of the above; the cached Horovod wheel stays
-	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache
+# In .venv, because the reference of the library is taken from its modules, which import torch.
+docs: $(DOCS_INSTALLED)  ## the documentation, as web pages in site/; any warning is an error
+	rm -rf site
+	$(BIN)/python -m sphinx -b html -n -W --keep-going -q docs site
+	@echo "Built: open site/index.html"
+
+$(DOCS_INSTALLED): $(INSTALLED) docs/requirements.txt
+	@echo "Installing Sphinx and its theme into .venv: 80 MB, seconds."
+	$(BIN)/python -m pip --quiet --disable-pip-version-check install -r docs/requirements.txt
+	@touch $@
+
+clean:  ## undo all of the above; what is cached stays: Horovod's wheel, the examples' environment
+	rm -rf site .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,6 +2,7 @@
 
 The one entry of the program, to be read from top to bottom. Its sections:
 
+    errors        how one line reaches the user, however many ranks have it
     types         values that a flag may have
     parser        every flag, and how a command line is read
     cross-checks  which flags go together
@@ -27,17 +28,21 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 import math
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import compression
 import image_classification as classification
 import search
+from compression.network import launchers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -77,6 +82,7 @@ START = {
     compression.HOROVODRUN: "horovodrun -np {size} python main.py --hvd ...",
 }
 
+PROGRAM = "gradwire"
 STATISTICS = "gradient_stats.jsonl"  # in the workspace, of --compression-type stats
 
 
@@ -97,6 +103,31 @@ def in_flags(message: str, flags: argparse.Namespace) -> str:
         return spelled(name) if hasattr(flags, name) else match[0]
 
     return re.sub("`([a-z0-9_]+)`", flag, message)
+
+
+# Errors
+
+
+def tell(error: str, *, aloud: bool = True, follows: bool = False) -> None:
+    """The one line of an error, on standard error where it is said aloud, and in any case for torchrun's summary.
+
+    `follows`: another rank has the cause.
+    """
+    line = f"main.py: error: {' '.join(error.splitlines())}"
+    if aloud:
+        print(line, file=sys.stderr, flush=True)
+    launchers.note_failure(line, follows=follows)
+
+
+def tell_before_ranks_have_met(error: str) -> None:
+    """Likewise, of an error with exit status 2 that other ranks are likely to have, too: one of them says it.
+
+    A rank that a while later is still there is alone with its error.
+    """
+    tell(error, aloud=launchers.speaks_first())
+    if not launchers.speaks_first():
+        launchers.let_the_first_speak(status=2)
+        tell(error)
 
 
 # Types
@@ -148,7 +179,8 @@ class OneLineParser(argparse.ArgumentParser):
     """Errors are one line and exit status 2; `--help` shows the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
+        tell_before_ranks_have_met(message)
+        self.exit(2)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -342,6 +374,8 @@ def build_parser() -> argparse.ArgumentParser:
               help="with --search and --pretrained-weights: steps of the calibration pass before the first search")
     extension(widths, "--search-target-bits", metavar="BITS", type=positive,
               help="with --search: least error with at most this many bits a value on average")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {compression.__version__}",
+                        help="(extension) show the version and exit")
     return parser
 
 
@@ -369,10 +403,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     if apart := launcher.apart():
-        if apart.rank != 0:  # the first one says it
-            parser.exit(2)
-        parser.error(in_flags(way_together(apart), flags))
+        refuse_apart(apart, flags)
+        parser.exit(2)
     return flags
+
+
+def as_typed(flags: argparse.Namespace) -> str:
+    """The command line that gives these flags: those that differ from their defaults, on any rank."""
+    defaults = vars(build_parser().parse_args(["DIR"]))
+    words = []
+    for name, default in defaults.items():
+        value, flag = getattr(flags, name), spelled(name)
+        if name not in ("data", "local_rank") and value != default:
+            takes_one = not str(value).startswith("-")  # or it would be read as a flag
+            words += [flag] if value is True else [flag, str(value)] if takes_one else [f"{flag}={value}"]
+    return shlex.join(["main.py", flags.data, *words]) + ("" if words else ", all flags at their defaults")
 
 
 def launcher_of(flags: argparse.Namespace) -> compression.Launcher:
@@ -380,9 +425,12 @@ def launcher_of(flags: argparse.Namespace) -> compression.Launcher:
     return compression.HOROVODRUN if flags.hvd else compression.TORCHRUN
 
 
-def way_together(apart: compression.network.launchers.Apart) -> str:
-    """Why processes would train apart, and the command that starts them together."""
-    return f"{apart.message} {START[apart.launcher].format(size=apart.size)}"
+def refuse_apart(apart: launchers.Apart, flags: argparse.Namespace) -> None:
+    """Say why processes would train apart, and the command that starts them together: all know, and the first says."""
+    way_together = f"{apart.message} {START[apart.launcher].format(size=apart.size)}"
+    tell(in_flags(way_together, flags), aloud=apart.rank == 0)
+    if apart.rank != 0:
+        launchers.let_the_first_speak(status=2)
 
 
 def from_environment(name: str, kind: Callable[[str], int], default: int) -> int:
@@ -806,11 +854,24 @@ class Run:
             ended = saved and (flags.evaluate or self.epoch >= flags.epochs)
             start = classification.logs.END if ended else (self.epoch, self.iteration)
             self.log = build_logger(flags, ranks, self.iterations or len(self.train_loader) or 1, start)
-            self.log.parameters({name: value for name, value in vars(flags).items() if name != "given"})
+            parameters = {name: value for name, value in vars(flags).items() if name != "given"}
+            self.log.parameters(parameters | {"version": compression.__version__})
+            self.log.line(f"running {as_typed(flags)}")
+            self.log.line(self._circumstances())
+            if flags.compile:
+                self.log.line("torch.compile compiles in the first steps: a minute or more, less from its own cache")
             if ranks.rank == 0 and not flags.evaluate:
                 path, writers = self.workspace / STATISTICS, self.log.tensorboard_writers
                 if compression.observe(self.exchange.averager, path, self.exchange.step, writers):
                     self.written.append(path)
+
+    def _circumstances(self) -> str:
+        """What the run found or drew where it was not told: ranks, network, device, threads, seed."""
+        ranks, hosts = self.ranks, self.exchange.hosts
+        words = f"{hosts} ranks" if hosts.ranks_per_host else str(hosts)
+        inside = " (float32 sums inside hosts)" if self.exchange.levels is not None else ""
+        among = "one process" if ranks.size == 1 else f"{words} over {ranks.network}{inside}, each"
+        return f"{among} on {ranks.computes_on}; seed {self.seed}"
 
     def say(self, line: str) -> None:
         """One line for who started the run, on standard error."""
@@ -884,7 +945,7 @@ class Run:
         except classification.training.NonFiniteGradientError as error:
             raise compression.Failure(str(error), status=1) from error
         self._traffic()
-        self.summary = {**result.metrics, **self.sent.metrics()}
+        self.summary = {**result.metrics, **self._step_times(result), **self.sent.metrics()}
         self.epoch, self.iteration = epoch, result.iteration
         if not result.finished or flags.search or not flags.training_only:  # what follows may fail, or be stopped
             self._save(best=False)
@@ -920,6 +981,13 @@ class Run:
         report = self.exchange.report().mean(self.ranks.sum, self.ranks.size, self.ranks.device)
         self.sent += report
         return report.metrics()
+
+    def _step_times(self, result: classification.training.EpochResult) -> dict[str, float]:
+        """Where the time of a step went, mean over ranks. On a GPU nobody waits where the host's clock could tell."""
+        travels = self.ranks.size > 1 or self.compressor.encodes
+        measured = travels and self.ranks.device.type == "cpu" and self.sent.steps > 0
+        exchange = self.sent.exposed_seconds / self.sent.steps if measured else None
+        return result.step_times(self.accumulation, exchange)
 
     # The search
 
@@ -1098,6 +1166,7 @@ class Snapshot:
                     "compressor": settings_of(run.compressor),
                     "seed": run.seed,
                     "world_size": ranks.size,
+                    "version": compression.__version__,
                     "ranks": everyone,
                 }
                 classification.checkpoints.save(
@@ -1238,12 +1307,16 @@ class Snapshot:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. Returns its exit status."""
-    flags = parse(argv)
+    try:
+        return join_and_run(parse(argv))
+    except Exception as error:  # a bug: Python prints its traceback
+        launchers.note_failure(traceback.format_exception_only(error)[-1].rstrip("\n"))
+        raise
+
+
+def join_and_run(flags: argparse.Namespace) -> int:
+    """Join the other ranks and do what the flags ask for. Returns the exit status."""
     launcher = launcher_of(flags)
-
-    def complain(message: str) -> None:
-        print(f"main.py: error: {in_flags(message, flags)}", file=sys.stderr)
-
     classification.allocator.keep_freed_memory()
     try:
         with compression.join_ranks(
@@ -1255,28 +1328,55 @@ def main(argv: Sequence[str] | None = None) -> int:
             ranks_per_host=flags.ranks_per_host,
         ) as ranks:
             if apart := launcher.apart(joined=ranks.size):
-                if apart.rank == 0:
-                    complain(way_together(apart))
+                refuse_apart(apart, flags)
                 return 2
-            shared = {name: value for name, value in vars(flags).items() if name != "local_rank"}
-            ranks.check_equal_across_ranks(shared, "the flags")
-            if "compression_type" not in flags.given and (flags.search or flags.compression_scheme) and ranks.rank == 0:
-                print("no --compression-type given: widths of maxmin are chosen", file=sys.stderr)
-            with contextlib.closing(Run(flags, ranks)) as run:
-                return run.execute()
+            # Said before this rank parts from the others: a launcher ends all ranks once one has ended.
+            try:
+                return run_among(ranks, flags)
+            except compression.Failure as failure:
+                tell(in_flags(str(failure), flags), aloud=ranks.rank == 0)
+                raise
+            except (ValueError, OSError) as error:  # of this rank alone, and the others lose it
+                tell(in_flags(compression.one_line(error), flags))
+                return 2
     except compression.Failure as failure:
-        if launcher.rank_of_this_process() == 0:
-            complain(str(failure))
         return failure.status
-    except (ValueError, OSError) as error:  # on this rank alone, and the others lose it
-        complain(compression.one_line(error))
+    except (ValueError, OSError) as error:
+        tell_before_ranks_have_met(in_flags(compression.one_line(error), flags))
         return 2
     except RuntimeError as error:
         if not launcher.is_lost_peer(error):
             raise
         reason = " ".join(str(error).splitlines()[0].split())
-        complain(f"no way to the other ranks ({reason}); one that has ended says why")
+        tell(f"no way to the other ranks ({reason}); one that has ended says why", follows=True)
         return 1
+
+
+def run_among(ranks: compression.World, flags: argparse.Namespace) -> int:
+    """Do what the flags ask for among ranks that have joined. Returns the exit status."""
+    shared = {name: value for name, value in vars(flags).items() if name != "local_rank"}
+    ranks.check_equal_across_ranks(shared, "the flags")
+    if "compression_type" not in flags.given and (flags.search or flags.compression_scheme) and ranks.rank == 0:
+        print("no --compression-type given: widths of maxmin are chosen", file=sys.stderr)
+    with shown_on_the_first(ranks), contextlib.closing(Run(flags, ranks)) as run:
+        return run.execute()
+
+
+@contextlib.contextmanager
+def shown_on_the_first(ranks: compression.World) -> Iterator[None]:
+    """A block in which rank 0 shows what the libraries tell of what takes long; warnings, every rank shows."""
+    if ranks.rank != 0:
+        yield
+        return
+    log, shown = logging.getLogger(compression.__name__), logging.StreamHandler()
+    level = log.level
+    log.addHandler(shown)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.removeHandler(shown)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """The cost of encoding and decoding: every quantizer at several widths, in units of copying the tensor once.
 
     python benchmarks/codecs.py [--bits 1 2 3 4 8] [--types maxmin terngrad ...] [--bucket-size 512] [--repeats 9]
+        [--arch resnet50] [--torch]
 
-The tensor has the layers and the 25.6 million values of ResNet-50's gradient, and is encoded as one message, as a rank
+The tensor has the layers of a gradient, of ResNet-50's 25.6 million values, and is encoded as one message, as a rank
 does in the first hop; `add` decodes onto what is there, as the owner of a shard does. A ratio is the median, over the
 repeats, of a time over that of a copy_ into a touched tensor made just before it, so that a busy machine slows both.
+
+With `--torch` the quantizers' definitions in torch run in place of their kernels, as those of a quantizer without any.
 """
 
 import argparse
@@ -12,7 +15,9 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's threads go on spinning after a copy, where ours run
@@ -28,6 +33,7 @@ from compression.codecs.quantizer import Quantizer
 from compression.layers import DENSE, Layer, layers_of
 from compression.plans import Plan, Segment
 from compression.randomness import stream_keys
+from image_classification.allocator import keep_freed_memory
 from image_classification.models import build
 
 QUANTIZERS = {name: row for name, row in COMPRESSORS.items() if row.quantizer is not None}
@@ -58,14 +64,25 @@ def works(quantizer: Quantizer, layers: tuple[Layer, ...], values: Tensor) -> di
     }
 
 
+def without_kernels(quantizer: Quantizer) -> Quantizer:
+    """The same quantizer by its torch definition alone: a subclass belongs to no family of kernels."""
+    kind: Any = type(quantizer)
+    options = {field.name: getattr(quantizer, field.name) for field in fields(kind) if field.init}
+    made: Quantizer = type(kind.__name__, (kind,), {})(**options)
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bits", type=int, nargs="+", default=[1, 2, 3, 4, 8])
     parser.add_argument("--types", nargs="+", choices=QUANTIZERS, default=list(QUANTIZERS))
     parser.add_argument("--bucket-size", type=int, default=512, help="values that share scales, -1: a layer's")
     parser.add_argument("--repeats", type=int, default=9, help="times that each is measured")
+    parser.add_argument("--arch", default="resnet50", help="whose gradient it is (default: %(default)s)")
+    parser.add_argument("--torch", action="store_true", help="the definitions in torch, in place of the kernels")
     asked = parser.parse_args()
-    network = build("resnet50", "classic", 1000)
+    keep_freed_memory()  # as the trainer does: torch's definitions allocate much
+    network = build(asked.arch, "classic", 1000)
     layers = layers_of([(name, tuple(p.shape)) for name, p in network.named_parameters()], asked.bucket_size)
     values = torch.randn(sum(layer.numel for layer in layers), generator=torch.Generator().manual_seed(0))
     target = torch.zeros_like(values)
@@ -79,6 +96,7 @@ def main() -> None:
         row = QUANTIZERS[name]
         for bits in [bits for bits in asked.bits if bits >= row.min_bits] if row.has_bits else [None]:
             quantizer = codec(name, bucket_size=asked.bucket_size, **({} if bits is None else {"bits": bits}))
+            quantizer = without_kernels(quantizer) if asked.torch else quantizer
             found = {
                 what: relative(work, lambda: target.copy_(values), asked.repeats)
                 for what, work in works(quantizer, layers, values).items()

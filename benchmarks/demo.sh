@@ -10,7 +10,8 @@ TMPDIR=$(mktemp -d)  # torch's launcher leaves its logs in it
 export TMPDIR
 trap 'rm -rf "$TMPDIR"' EXIT
 model="digits -a resnet18 --num-classes 10 --image-size 32 --crop-scale 0.6 --hflip 0 --data-backend pytorch -j 0 --seed 1"
-ranks="python -m torch.distributed.launch --standalone --nproc_per_node 2 main.py"
+# OMP_NUM_THREADS is what torchrun sets, too, but with a warning; the program sets its threads itself.
+ranks="env OMP_NUM_THREADS=1 python -m torch.distributed.run --standalone --nproc_per_node 2 main.py"
 recipe="-b 32 --print-freq 11 --compression-type maxmin --error-feedback"
 
 echo "== 1/3 train on two ranks, max-min at 4 bits with error feedback"

@@ -8,7 +8,6 @@ after training; each is the mean over seeds, with the deviation from seed to see
 
 import argparse
 import json
-import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,16 +21,25 @@ import torch
 from benchmarks.ranks import over_loopback
 from benchmarks.search import machine
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "diloco.py"
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples" / "diloco.py"
+# The package is called gradwire once installed; in a checkout it is the folder `compression`.
+FROM_CHECKOUT = """
+import runpy, sys
+import compression
+sys.modules["gradwire"] = compression
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def run(ranks: int, every: int, bits: int, seed: int, steps: int) -> tuple[float, float]:
     """(loss, megabytes that a rank sent) of one training."""
     options = {"every": every, "bits": bits, "seed": seed, "steps": steps}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    os.environ["PYTHONPATH"] = str(EXAMPLE.parents[1])
-    result = json.loads(over_loopback(ranks, [sys.executable, str(EXAMPLE), *words])[0])
-    return result["loss"], result["megabytes_sent"]
+    command = ["env", f"PYTHONPATH={ROOT}", sys.executable, "-c", FROM_CHECKOUT, str(EXAMPLE), *words]
+    result = json.loads(over_loopback(ranks, command)[0])
+    return result["loss"], result["bytes_sent"] / 1e6
 
 
 def rows(ranks: Sequence[int], every: Sequence[int], seeds: int, steps: int) -> Iterator[str]:

@@ -16,6 +16,8 @@ import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from .averagers.observed import observe
     from .exchange.attached import Attached
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
     from .network.torch_distributed import TorchDistributed
     from .network.world import Failure, World, join_ranks, one_line
     from .registry import COMPRESSORS, Compressor, build, codec, with_bits, with_stale_updates
-
-__version__ = "0.1.0"
 
 _MODULE_OF = {
     "COMPRESSORS": "registry",

@@ -5,7 +5,7 @@ and one row here. Rows load what they build when they build it: to list names an
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -219,10 +219,42 @@ class Row:
         made: Quantizer = kind(**{field.name: getattr(options, field.name) for field in fields(kind) if field.init})
         return made
 
+    def chosen(self, name: str, options: Mapping[str, Any]) -> Any:
+        """The options of its class with these values, the defaults for the others. `name` is what errors call it.
+
+        Raises ValueError for an option that it does not take, and for a value out of range.
+        """
+        unknown = sorted(set(options) - set(self.takes))
+        if unknown:
+            raise ValueError(
+                f"compressor {name} takes no option {unknown[0]!r}; it takes {', '.join(self.takes) or 'none'}"
+            )
+        for option, value in options.items():
+            _check_type(name, option, value, get_type_hints(self.options)[option])
+        chosen = self.options(**options)
+        if self.quantizer is not None:
+            self.quantizer_of(chosen)
+        for option, codec in (("ratio", "sparsifiers.TopK"), ("efx_randk", "sparsifiers.RandomK")):
+            if getattr(chosen, option, None) is not None:
+                _load(codec)(getattr(chosen, option))
+        if getattr(chosen, "efx_bits", None) is not None:
+            _load("quantizers.MaxMin")(chosen.efx_bits, chosen.bucket_size)
+        return chosen
+
     def averager(
         self, options: Any, layers: Sequence["Layer"], collectives: "Collectives", seed: int
     ) -> "Averager":
-        """The averager bound to layers and ranks, its warm-up aside."""
+        """The averager bound to layers and ranks, behind its warm-up where there is one."""
+        inner = self._averager(options, layers, collectives, seed)
+        if options.warmup_steps == 0 or self.own_warmup:
+            return inner
+        from .averagers import WarmUp
+
+        return WarmUp(inner, _none(options, layers, collectives, seed), options.warmup_steps)
+
+    def _averager(
+        self, options: Any, layers: Sequence["Layer"], collectives: "Collectives", seed: int
+    ) -> "Averager":
         if self.average is not None:
             return self.average(options, layers, collectives, seed)
         from .averagers import TwoHop
@@ -436,13 +468,7 @@ class Compressor:
 
     def averager(self, layers: Sequence["Layer"], collectives: "Collectives", seed: int) -> "Averager":
         """Bind to layers and ranks."""
-        row = COMPRESSORS[self.name]
-        inner = row.averager(self.options, layers, collectives, seed)
-        if self.options.warmup_steps == 0 or row.own_warmup:
-            return inner
-        from .averagers import WarmUp
-
-        return WarmUp(inner, _none(self.options, layers, collectives, seed), self.options.warmup_steps)
+        return COMPRESSORS[self.name].averager(self.options, layers, collectives, seed)
 
 
 def build(name: str, **options: Any) -> Compressor:
@@ -451,23 +477,7 @@ def build(name: str, **options: Any) -> Compressor:
     Raises ValueError for a name or an option that does not exist, an option that this compressor does not take, and a
     value out of range.
     """
-    row = _row(name)
-    unknown = sorted(set(options) - set(row.takes))
-    if unknown:
-        raise ValueError(
-            f"compressor {name} takes no option {unknown[0]!r}; it takes {', '.join(row.takes) or 'none'}"
-        )
-    for option, value in options.items():
-        _check_type(name, option, value, get_type_hints(row.options)[option])
-    chosen = row.options(**options)
-    if row.quantizer is not None:
-        row.quantizer_of(chosen)
-    for option, codec in (("ratio", "sparsifiers.TopK"), ("efx_randk", "sparsifiers.RandomK")):
-        if getattr(chosen, option, None) is not None:
-            _load(codec)(getattr(chosen, option))
-    if getattr(chosen, "efx_bits", None) is not None:
-        _load("quantizers.MaxMin")(chosen.efx_bits, chosen.bucket_size)
-    return Compressor(name, chosen)
+    return Compressor(name, _row(name).chosen(name, options))
 
 
 def codec(name: str, **options: Any) -> Any:

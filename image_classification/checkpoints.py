@@ -19,6 +19,7 @@ keys only, and knows neither models, optimizers nor ranks.
 | `compressor` | its `name`, and its options: what compression remembers is of use to the same one only |
 | `seed` | seed of the run, also where none was asked for |
 | `world_size` | ranks that wrote it |
+| `version` | version of the program that wrote it, for people: nothing depends on it |
 | `ranks` | per rank: `random` (see `random_state`), `buffers` (batch-norm statistics), `exchange` (residuals and all |
 | | other memory of its compressor) |
 """

@@ -43,6 +43,10 @@ METRICS = {
     "train.data_time": Metric("s", ".4f", shown=False),
     "train.compute_time": Metric("s", ".4f", shown=False),
     "lr": Metric("", ".5g"),
+    "step.time": Metric("s", ".4f", shown=False),
+    "step.data_time": Metric("s", ".4f", shown=False),
+    "step.compute_time": Metric("s", ".4f", shown=False),
+    "step.exchange_time": Metric("s", ".4f", shown=False),  # on CPUs, where gradients travel or are encoded
     "val.top1": Metric("%", ".2f"),
     "val.top5": Metric("%", ".2f"),
     "val.loss": Metric("", ".4f"),
@@ -64,7 +68,7 @@ METRICS = {
     "codec.time": Metric("s", ".4f", shown=False),
     "comm.exposed_time": Metric("s", ".4f", shown=False),
 }
-"""Every metric of training and validation. Times are seconds per iteration."""
+"""Every metric of training and validation; docs/metrics.md says what each is."""
 
 
 class Sink:
@@ -251,7 +255,8 @@ def _show(text: str) -> None:
 class Terminal(Sink):
     """A line for each record, of the metrics that fit on it; on a terminal, iterations move a progress bar instead.
 
-    The bar shows the rate and the time left of its epoch.
+    The bar shows the rate and the time left of its epoch. An epoch's line ends with the parts of a step. Parameters are
+    not shown: they are many, and most are defaults.
     """
 
     def __init__(self, iterations: int, show: Callable[[str], None] = _show, bar: bool | None = None) -> None:
@@ -261,15 +266,15 @@ class Terminal(Sink):
         self.with_bar = sys.stderr.isatty() if bar is None else bar
         self.bar: tqdm[Any] | None = None
 
-    def parameters(self, data: Mapping[str, Any]) -> None:
-        self.line("parameters: " + ", ".join(f"{name} {value}" for name, value in data.items()))
-
     def log(self, step: Step, data: Mapping[str, Value]) -> None:
-        values = " | ".join(_readable(name, value) for name, value in data.items() if _metric(name).shown)
+        shown = [name for name in data if _metric(name).shown and not _says_nothing(name, data)]
+        values = " | ".join(_readable(name, data[name]) for name in shown)
         if len(step) == 2 and self.with_bar:
             self._move(int(step[0]), int(step[1]), values)
             return
         self.close()
+        if len(step) == 1 and "step.time" in data:
+            values += f" | {parts_of_step(data)}"
         where = {0: "summary", 1: "epoch {}", 2: "epoch {} iteration {}/{}"}[len(step)].format(*step, self.iterations)
         self.line(f"{where} | {values}")
 
@@ -289,6 +294,40 @@ class Terminal(Sink):
         self.bar.set_postfix_str(values, refresh=False)
         self.bar.update(iteration - self.bar.n)
         self.bar.refresh()
+
+
+def parts_of_step(data: Mapping[str, Value]) -> str:
+    """Where a step's time went, in ms: `step 412 ms = data 3 + compute 371 + exchange not hidden 38 (codec 96, ...)`.
+
+    The sum is that of the rounded parts; those that round to 0 are left out. Codec and network are in parentheses: they
+    are busy beside backward as well.
+    """
+    whole = 1000 * float(data["step.time"])
+    digits = 0 if whole >= 100 else 1 if whole >= 10 else 2
+
+    def rounded(words: Mapping[str, str]) -> dict[str, float]:
+        values = {word: round(1000 * float(data.get(name, 0.0)), digits) for name, word in words.items()}
+        return {word: value for word, value in values.items() if value > 0}
+
+    parts, beside = rounded(_PARTS_OF_STEP), {}
+    if "step.exchange_time" in data:
+        beside = rounded({"codec.time": "codec", "comm.time": "network"})
+    total = f"{sum(parts.values()):.{digits}f}"
+    terms = " + ".join(f"{word} {value:.{digits}f}" for word, value in parts.items())
+    more = ", ".join(f"{word} {value:.{digits}f}" for word, value in beside.items())
+    return f"step {total} ms = {terms}" + (f" ({more})" if more else "")
+
+
+_PARTS_OF_STEP = {
+    "step.data_time": "data",
+    "step.compute_time": "compute",
+    "step.exchange_time": "exchange not hidden",
+}
+
+
+def _says_nothing(name: str, data: Mapping[str, Value]) -> bool:
+    """Whether a metric tells of traffic where there is none and nothing is encoded."""
+    return name in ("comm.bytes_sent", "comm.ratio") and data.get("comm.bytes_sent") == 0 and data["comm.ratio"] == 1
 
 
 def _metric(name: str) -> Metric:

@@ -88,6 +88,24 @@ class EpochResult:
     finished: bool
     """False where `should_stop` ended the pass before its last step."""
 
+    def step_times(self, accumulation: int, exchange_seconds: float | None) -> dict[str, float]:
+        """Seconds of an optimizer step of `accumulation` iterations, and its parts, which add up to it.
+
+        step.time = step.data_time (waiting for images) + step.exchange_time (waiting for averages: `exchange_seconds`
+        of each step) + step.compute_time (the rest). The exchange is part of the rest where it is None. All are means
+        over the ranks where that one is.
+        """
+        data = accumulation * self.metrics["train.data_time"]
+        rest = accumulation * self.metrics["train.compute_time"]
+        if exchange_seconds is None:
+            return {"step.time": data + rest, "step.data_time": data, "step.compute_time": rest}
+        return {
+            "step.time": data + rest,
+            "step.data_time": data,
+            "step.compute_time": rest - exchange_seconds,
+            "step.exchange_time": exchange_seconds,
+        }
+
 
 def train_epoch(
     model: nn.Module,

@@ -1,8 +1,15 @@
 """Flags: the list that was asked for, one by one; every range; and nothing that a user set is silently ignored."""
 
+import contextlib
+import io
+import json
+import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -175,20 +182,20 @@ def test_there_is_no_option_besides_and_extensions_come_last():
     parser = main.build_parser()
     flags = [flag for action in parser._actions for flag in action.option_strings]
     expected = [flag for option in LISTED + EXTENSIONS for flag in option.spellings.split()]
-    assert sorted(flags) == sorted([*expected, "-h", "--help"])
-    assert flags[-len(EXTENSIONS) :] == [option.spellings for option in EXTENSIONS]
+    assert sorted(flags) == sorted([*expected, "-h", "--help", "--version"])
+    assert flags[-len(EXTENSIONS) - 1 :] == [*(option.spellings for option in EXTENSIONS), "--version"]
 
 
 def test_every_option_stands_in_the_group_of_its_topic_and_extensions_are_marked():
     options, *groups = main.build_parser()._action_groups[1:]
-    assert [action.option_strings for action in options._group_actions] == [["-h", "--help"]]
+    assert [action.option_strings for action in options._group_actions] == [["-h", "--help"], ["--version"]]
     of = {flag: group.title for group in groups for action in group._group_actions for flag in action.option_strings}
     assert (of["--arch"], of["--image-size"]) == ("data and model",) * 2
     assert (of["--hvd"], of["--device"], of["--threads"]) == ("ranks",) * 3
     assert (of["--dgc"], of["--dgc-clip"], of["--dense-dtype"]) == ("gradient compression",) * 3
     assert (of["--search"], of["--search-target-bits"]) == ("bit-width search",) * 2
     marked = {flag for flag, action in actions().items() if action.help.startswith("(extension) ")}
-    assert marked == {option.spellings for option in EXTENSIONS}
+    assert marked == {option.spellings for option in EXTENSIONS} | {"--version"}
 
 
 def test_help_shows_defaults_that_are_values():
@@ -213,7 +220,7 @@ def test_help_shows_the_usage_that_was_asked_for(monkeypatch):
     assert asked_usage[-1] == shown_usage[-1] == "DIR"
     assert shown_usage[: len(asked_usage) - 1] == asked_usage[:-1]
     alias = ", --local-rank LOCAL_RANK"
-    extensions = {option.spellings for option in EXTENSIONS}
+    extensions = {option.spellings for option in EXTENSIONS} | {"--version"}
     assert set(invocations(asked)) == {
         flag.replace(alias, "") for flag in invocations(shown) if flag.split()[0] not in extensions
     }
@@ -542,6 +549,7 @@ def test_the_total_batch_is_a_multiple_of_all_ranks_batches(monkeypatch, capsys)
 def test_processes_that_would_train_apart_are_refused_and_the_first_says_it_for_all(
     arguments, rank, size, starter, command, monkeypatch, capsys
 ):
+    monkeypatch.setattr(main.launchers, "PARTING_SECONDS", 0)
     monkeypatch.setenv(size, "3")
     monkeypatch.setenv(rank, "0")
     line = error(capsys, ["DIR", *arguments])
@@ -552,6 +560,76 @@ def test_processes_that_would_train_apart_are_refused_and_the_first_says_it_for_
         main.parse(["DIR", *arguments])
     assert stopped.value.code == 2
     assert capsys.readouterr() == ("", "")
+
+
+BY_TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+ALONE = "main.py: error: argument --epochs: expected an integer of at least 1, got '0'\n"
+
+
+def started_as(environment, *arguments):
+    """The program as a process, with the variables that a launcher sets for it."""
+    command, pipe = [sys.executable, "main.py", *arguments], subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_a_rank_that_is_alone_with_its_mistake_says_it(monkeypatch, capsys):
+    """Others have said it by the time that the launcher leaves it."""
+    monkeypatch.setattr(main.launchers, "PARTING_SECONDS", 0)
+    for name, value in BY_TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert error(capsys, ["DIR", "--epochs", "0"]) == ALONE.removeprefix("main.py: error: ").rstrip()
+
+
+def catches(process, number):
+    """Whether a process has a handler for a signal."""
+    [mask] = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+def test_a_rank_that_the_launcher_ends_with_the_first_is_silent_and_keeps_its_status(tmp_path):
+    rank = started_as(BY_TORCHRUN | {main.launchers.ERROR_FILE: str(tmp_path / "error")}, "DIR", "--epochs", "0")
+    while rank.poll() is None and not catches(rank, signal.SIGTERM):
+        time.sleep(0.01)
+    rank.terminate()
+    assert rank.communicate(timeout=900) == ("", "")
+    assert rank.returncode == 2
+    assert json.loads((tmp_path / "error").read_text())["message"]["message"] == ALONE.rstrip()
+
+
+# What is shown of the flags
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.sampled_from([
+    "--lr 0.5", "--wd 0", "-b 8", "-p 3", "--arch resnet18", "--error-feedback --compression-type topk", "--hvd",
+    "--search", "--amp --opt-level O2", "--workspace=with/a\\ space", "--local_rank 1", "--epochs 90", "--mom .5",
+    "--data-backend synthetic", "--run-epochs 2", "--seed 0", "--workspace=-x", "--static-loss-scale 8 --fp16",
+])))  # fmt: skip
+def test_the_command_line_that_is_shown_gives_the_same_flags(words):
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            flags = main.parse(["DIR", *shlex.split(" ".join(words))])
+    except SystemExit:
+        return
+    program, *shown = shlex.split(main.as_typed(flags).removesuffix(", all flags at their defaults"))
+    again = main.parse(shown)
+    assert program == "main.py"
+    assert vars(again) | {"given": (), "local_rank": 0} == vars(flags) | {"given": (), "local_rank": 0}
+    defaults = vars(main.parse(["DIR"]))
+    assert not [name for name in again.given if name != "data" and getattr(again, name) == defaults[name]]
+
+
+def test_only_what_differs_from_the_defaults_is_shown():
+    assert main.as_typed(parse("")) == "main.py DIR, all flags at their defaults"
+    assert main.as_typed(parse("--epochs 90 --wd 0 --nesterov")) == "main.py DIR --weight-decay 0.0 --nesterov"
+
+
+def test_the_version_is_no_error(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main.parse(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"gradwire {compression.__version__}\n"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", compression.__version__)
 
 
 def test_help_is_not_an_error(capsys):
@@ -566,7 +644,13 @@ HEAVY = ("torch", "torchvision", "numpy", "scipy", "PIL", "numba")
 
 @pytest.mark.parametrize(
     ("arguments", "status"),
-    [("--help", 0), ("DIR --bogus", 2), ("DIR --efx-bits 4", 2), ("DIR --raport-file model_best.pth.tar", 2)],
+    [
+        ("--help", 0),
+        ("--version", 0),
+        ("DIR --bogus", 2),
+        ("DIR --efx-bits 4", 2),
+        ("DIR --raport-file model_best.pth.tar", 2),
+    ],
 )
 def test_a_command_line_is_explained_and_refused_without_torch(arguments, status):
     program = (

@@ -17,16 +17,18 @@ from compression import Solo, build
 from compression.layers import layers_of
 from image_classification import models
 from image_classification.logs import records
+from tests.support.markdown import blocks, commands
 from tests.test_horovod import needs_horovod
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "hosts.md").read_text(encoding="utf-8")
-RUN = re.findall(r"^```bash\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+BLOCKS = blocks(ROOT / "docs" / "hosts.md")
+RUN = [block.text for block in BLOCKS if block.language == "bash"]
 [SBATCH] = [block for block in RUN if block.startswith("#!/bin/bash\n#SBATCH")]
 HERE = [block for block in RUN if block != SBATCH]
 ON_A_CLUSTER = {
-    command.split()[0]: command.replace("\\\n", " ")
-    for command in re.findall(r"^```console\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    command.split()[0]: command
+    for block in BLOCKS if block.language == "console" for command in commands(block.text)
 }
 WITH_PYTHON = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 WHY_NOT = available()

@@ -6,7 +6,6 @@ The environment has what the wheel asks for and nothing else, as links to the pa
 import importlib.metadata
 import json
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -18,9 +17,9 @@ import pytest
 from packaging.requirements import Requirement
 
 import compression
+from tests.support.wheel import build_wheel
 
 ROOT = Path(__file__).parents[1]
-FOLDERS, FILES = ("compression", "search"), ("LICENSE", "README.md", "pyproject.toml", "setup.py")
 OWN_SEARCH, OWN_COMPRESSION = "how = 'theirs'\n", "ratio = 'theirs'\n"
 
 TRAIN = """
@@ -47,8 +46,9 @@ for _ in range(3):
 weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach().numpy().tobytes()
 report = exchange.report()
 names = [name for name in sys.modules if name.split(".")[0] in ("compression", "search")]
-print(json.dumps([hashlib.sha256(weights).hexdigest(), report.bytes_sent, report.bytes_dense, names,
-                  compression.ratio, search.how, gradwire.__file__, gradwire.__version__]))
+line = json.dumps([hashlib.sha256(weights).hexdigest(), report.bytes_sent, report.bytes_dense, names,
+                   compression.ratio, search.how, gradwire.__file__, gradwire.__version__])
+sys.stdout.write(line + "\\n")  # in one piece: torchrun's ranks are unbuffered, and print writes a line's end apart
 exchange.close()
 dist.destroy_process_group()
 """
@@ -75,15 +75,7 @@ def closure(requirements: list[str]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a copy of the sources: a build writes beside them."""
-    copy = tmp_path_factory.mktemp("sources")
-    for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in FILES:
-        shutil.copy(ROOT / name, copy)
-    command = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", "wheels", ".")
-    run(sys.executable, *command, cwd=copy)
-    return next((copy / "wheels").glob("gradwire-*.whl"))
+    return build_wheel(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,17 @@ def test_averagers_speak_to_codecs_and_not_to_kernels() -> None:
     assert {"compression.codecs.quantizer.Quantizer", "compression.codecs.sparsifiers.TopK"} <= names
 
 
+def test_nothing_depends_on_the_check_of_what_it_promises() -> None:
+    """Nor on ranks in threads, which are for such checks."""
+    for path in MODULES:
+        if "conformance" in path.parts:
+            assert not [text for text in messages(path) if "compression." in text], "the package has other names too"
+        else:
+            names = {name for name, _ in imported(path)}
+            assert not [name for name in names if is_within(name, "compression.conformance")]
+            assert not [name for name in names if is_within(name, "compression.network.threads")]
+
+
 def test_no_codec_makes_layers_to_reach_a_kernel() -> None:
     """Nor does it plan layers: their names, owners and shards are averagers' business."""
     codecs = sorted((ROOT / "compression" / "codecs").glob("*.py"))

@@ -13,13 +13,15 @@ from torch.distributed.run import get_args_parser
 
 import main
 from compression import COMPRESSORS
+from tests.support.markdown import blocks, commands
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-COMMANDS = [line for block in BLOCKS for line in block.splitlines() if not line.startswith("make ")]
+BLOCKS = blocks(ROOT / "README.md")
+SHOWN = [line for block in BLOCKS if block.language == "bash" for line in commands(block.text)]
+COMMANDS = [line for line in SHOWN if not line.startswith("make ")]
 # Blocks of `console` need machines that the tests have not.
-ON_A_CLUSTER = re.findall(r"^```console\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+ON_A_CLUSTER = [line for block in BLOCKS if block.language == "console" for line in commands(block.text)]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_readme_shows_every_way_in() -> None:
     shown = " ".join(COMMANDS)
-    assert all(word in shown for word in ("torch.distributed.launch", "horovodrun", "--search", "plot_run.py"))
+    assert all(word in shown for word in ("torchrun", "horovodrun", "--search", "plot_run.py"))
+    assert "`python -m torch.distributed.launch` works as well" in README
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)
@@ -55,7 +58,7 @@ def test_every_command_works_as_shown(command: str, folder: Path) -> None:
 
 def test_imagenet_trains_by_flags_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     [command] = ON_A_CLUSTER
-    launcher, *words = shlex.split(command.replace("\\\n", " "))
+    launcher, *words = shlex.split(command)
     launch = get_args_parser().parse_args(words)
     assert (launcher, launch.training_script) == ("torchrun", "main.py")
     monkeypatch.delenv("LOCAL_RANK", raising=False)

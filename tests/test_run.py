@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+import compression
 from image_classification import checkpoints
-from image_classification.logs import records
+from image_classification.logs import parts_of_step, records
 from tests.support.program import SMALL, Rank, compiled_code_goes_to, run, run_well, tiny
 
 COMPRESSED = {"3.weight": 16 * 32 * 9, "5.weight": 32 * 48 * 9, "10.weight": 48 * 64}
@@ -29,9 +31,9 @@ EPOCH_METRICS = {
     "val.top5", "val.loss", "val.compute_ips", "val.total_ips", "val.data_time", "val.compute_latency",
     "val.compute_latency_at95", "val.compute_latency_at99", "val.compute_latency_at100", "comm.bytes_sent",
     "comm.bytes_dense", "comm.ratio", "comm.host_bytes", "comm.host_bytes_dense", "comm.time", "codec.time",
-    "comm.exposed_time",
+    "comm.exposed_time", "step.time", "step.data_time", "step.compute_time", "step.exchange_time",
 }  # fmt: skip
-ITERATION_METRICS = {name for name in EPOCH_METRICS if not name.startswith("val.")}
+ITERATION_METRICS = {name for name in EPOCH_METRICS if not name.startswith(("val.", "step."))}
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,9 @@ def encoded_bytes(name: str, bits: int, bucket_size: int = 512) -> int:
     """Bytes of one layer: a minimum and a step in float32 for every bucket, and codes in whole bytes."""
     full, rest = divmod(COMPRESSED[name], bucket_size)
     return sum(8 + math.ceil(count * bits / 8) for count in [bucket_size] * full + [rest] * (rest > 0))
+
+
+PARTS = ("step.data_time", "step.compute_time", "step.exchange_time")
 
 
 def ratio(widths: Mapping[str, int]) -> float:
@@ -184,6 +189,51 @@ def test_the_raport_holds_flags_units_iterations_epochs_and_a_summary(trained: S
     assert trained.metrics().keys() == {*EPOCH_METRICS, "best.top1"}
     [flags] = [record["data"] for record in trained.records() if record["step"] == "PARAMETER"]
     assert (flags["compression_type"], flags["batch_size"], flags["seed"]) == ("maxmin", 4, 1)
+    assert flags["version"] == trained.checkpoint()["version"] == compression.__version__
+
+
+def test_a_run_begins_with_the_flags_that_differ_and_what_it_found(trained: Stage) -> None:
+    first, found, *_ = trained.ranks[0].out.splitlines()
+    program, *words = shlex.split(first.removeprefix("running "))
+    assert program == "main.py"
+    typed = [*SMALL, "--threads", "1", "--workspace", str(trained.workspace), "--epochs", "2", "--compression-type"]
+    assert sorted(words[1:]) == sorted(
+        [{"-a": "--arch", "-b": "--batch-size", "-j": "--workers"}.get(word, word) for word in typed]
+        + ["maxmin", "--error-feedback"]
+    )
+    assert found == "1 host x 2 ranks over gloo, each on CPU, 1 thread; seed 1"
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_the_parts_of_a_step_add_up_to_it_and_fit_into_the_epoch(trained: Stage, epoch: int) -> None:
+    found = trained.metrics(epoch)
+    assert found["step.time"] == pytest.approx(sum(found[name] for name in PARTS))
+    assert all(found[name] >= 0 for name in PARTS)
+    assert found["step.time"] == pytest.approx(found["train.data_time"] + found["train.compute_time"])
+    assert found["step.exchange_time"] == found["comm.exposed_time"]
+    ends = [float(record["elapsedtime"]) for record in trained.records() if record["step"] in ([epoch], [epoch - 1])]
+    assert 9 * found["step.time"] <= ends[-1] - (ends[0] if epoch else 0)
+    [line] = [line for line in trained.ranks[0].out.splitlines() if line.startswith(f"epoch {epoch} | ")]
+    assert line.endswith(" | " + parts_of_step(found))
+
+
+def test_accumulated_batches_are_one_step_whose_parts_add_up(pictures: Path, tmp_path: Path) -> None:
+    flags = "--epochs 1 --prof 4 --training-only --no-checkpoints --optimizer-batch-size 16 --compression-type maxmin"
+    found = stage(tmp_path, pictures, flags).metrics(0)
+    assert found["step.time"] == pytest.approx(2 * (found["train.data_time"] + found["train.compute_time"]))
+    assert found["step.time"] == pytest.approx(sum(found[name] for name in PARTS))
+    assert all(found[name] >= 0 for name in PARTS)
+
+
+def test_without_ranks_and_compressor_a_step_is_data_and_compute(pictures: Path, tmp_path: Path) -> None:
+    argv = (pictures, *SMALL, "--epochs", 1, "--prof", 2, "--training-only", "--no-checkpoints")
+    [rank] = run_well(*argv, "--workspace", tmp_path)
+    found = Stage(tmp_path, [rank]).metrics(0)
+    assert "step.exchange_time" not in found
+    assert found["step.time"] == pytest.approx(found["step.data_time"] + found["step.compute_time"])
+    [line] = [line for line in rank.out.splitlines() if line.startswith("epoch 0 | ")]
+    assert not [word for word in ("comm.", "codec", "network", "exchange") if word in line]
+    assert rank.out.splitlines()[1] == "one process on CPU, 1 thread; seed 1"
 
 
 # The search

@@ -72,7 +72,7 @@ class OneHop(Averager):
             return codec.encode(values[None], seed)[0]
         residual, pending = self._residual.allocate(values.device, [name])
         span = self._residual.span(name)
-        compensated = torch.add(values, residual[span], out=pending[span])
-        wire = codec.encode(compensated[None], seed)
-        compensated -= codec.decode(wire, len(values))[0]
+        compensated = values + residual[span]
+        wire = codec.encode(compensated[None], seed)  # which may be the same memory, as float32's is
+        torch.sub(compensated, codec.decode(wire, len(values))[0], out=pending[span])
         return wire[0]

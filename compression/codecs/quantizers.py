@@ -18,6 +18,7 @@ from ..kernels.reference.arithmetic import (
     tree_sum,
     unpack_ternary,
 )
+from ..layers import bucket_length
 from ..limits import LIMIT
 from .quantizer import Quantizer, VariableWidth
 
@@ -220,6 +221,11 @@ class TernGrad(SignedLevels, family="terngrad"):
         mean = divided(tree_sum(fractions * fractions).unsqueeze(1), vectors_MK.shape[1])
         clipped = torch.minimum(super().fit(vectors_MK), 2.5 * (mean.double().sqrt().float() * power))
         return nan_unless_finite(vectors_MK, clipped)
+
+    def bias_bound(self, values_RN: Tensor) -> Tensor:
+        """What clipping takes from each value, which is the bias of its code: [R, N]."""
+        length = bucket_length(values_RN.shape[1], self.bucket_size)
+        return torch.cat([(part.abs() - self.fit(part)).clamp_min(0) for part in values_RN.split(length, 1)], dim=1)
 
     def packed_bytes(self, count: int) -> int:
         return -(-count // 5)

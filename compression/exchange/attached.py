@@ -174,7 +174,9 @@ class Attached(ABC):
             self.binding.load_state_dict(state)
             if self.recorder is not None:
                 self.recorder.state.load_state_dict(state["recorded"])
-        self.step = int(state["step"])
+        loaded = int(state["step"])
+        self.meter.skip(loaded - self.step)
+        self.step = loaded
 
     @property
     def widths(self) -> dict[str, int]:

@@ -16,10 +16,12 @@ A job reports what goes wrong in it itself. Where one raises all the same, no ot
 future that is still to be completed gets the exception. One that completes no future ends the thread with it.
 """
 
+import atexit
 import contextlib
 import itertools
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -58,6 +60,7 @@ class Engine:
         self.failure: BaseException | None = None  # raised by a job: none begins anymore
         self._thread = threading.Thread(target=self._run, name="communication", daemon=True)
         self._thread.start()
+        _engines.add(self)
 
     def submit(self, job: Job, futures: Futures = ()) -> int:
         """Queue a job. Returns how many have been submitted so. Raises RuntimeError once closed."""
@@ -80,7 +83,7 @@ class Engine:
     def wait(self) -> None:
         """Wait for all jobs to end; on a GPU, only the caller's stream waits for their kernels."""
         with self._changed:
-            self._changed.wait_for(lambda: self._idle and not (self._waiting or self._urgent))
+            self._changed.wait_for(self._at_rest)
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
@@ -91,6 +94,9 @@ class Engine:
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def _at_rest(self) -> bool:
+        return (self._idle and not (self._waiting or self._urgent)) or not self._thread.is_alive()
 
     @contextlib.contextmanager
     def _queueing(self) -> Iterator[None]:
@@ -170,6 +176,18 @@ class Engine:
             else:
                 self._taken += 1
             return queue.popleft()
+
+
+_engines: "weakref.WeakSet[Engine]" = weakref.WeakSet()
+LAST_SECONDS = 1.0  # for a job that waits for a rank that is gone
+
+
+@atexit.register
+def _await_the_last_jobs() -> None:
+    """Let threads that nobody closed come to rest: one that comes back from torch to a Python that has ended aborts."""
+    for engine in list(_engines):
+        with engine._changed:
+            engine._changed.wait_for(engine._at_rest, LAST_SECONDS)
 
 
 class _Running:

@@ -67,6 +67,7 @@ class Exchange(Attached):
         return self.common_state()
 
     def load_state_dict(self, state: Mapping[str, Any], ranks_alike: bool = True) -> None:
+        self._end_step()
         state = self.binding.own_state(state, ranks_alike)
         if state.get("late"):
             raise ValueError(

@@ -83,7 +83,7 @@ class Meter:
         self._values = sum(layer.numel for layer in binding.layers)
         self._exposed_seconds = 0.0
         self._submitted_at: float | None = None  # the last gradients of the step under way
-        self._reported = (0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0)
+        self._reported: tuple[float, ...] = (0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0)
 
     def submitted(self) -> None:
         """Backward has handed over gradients."""
@@ -94,6 +94,11 @@ class Meter:
         if self._submitted_at is not None:
             self._exposed_seconds += max(0.0, self._pipeline.completed_at - self._submitted_at)
             self._submitted_at = None
+
+    def skip(self, steps: int) -> None:
+        """The total has become so many steps larger by loading a state: no report is of those."""
+        reported, *sums = self._reported
+        self._reported = (reported + steps, *sums)
 
     def report(self, steps: int) -> Report:
         """Bytes and seconds since the last report, at a total of `steps`."""

@@ -140,7 +140,9 @@ class Averaging:
         """
         own = self.binding.own_state(state)
         self.binding.load_state_dict(own)
-        self.calls = int(own["calls"])
+        loaded = int(own["calls"])
+        self.meter.skip(loaded - self.calls)
+        self.calls = loaded
 
     def close(self) -> None:
         """End the communication thread, and what was made for it. Calling it twice is harmless."""

@@ -4,12 +4,17 @@ Records, and what the environment says. The code that joins ranks is loaded when
 takes no torch.
 """
 
+import contextlib
+import json
 import os
 import pkgutil
+import signal
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     from .world import World
@@ -42,6 +47,12 @@ STARTERS = (
 )
 """Those that say nothing of a world to torch."""
 
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""The variable that names the file in which torchrun looks for a process's reason to end."""
+
+PARTING_SECONDS = 3.0
+"""Seconds within which a launcher has ended the other ranks of one that failed, and ranks that start together start."""
+
 LOST_ON_HOST = "of this host has ended"
 """Words of the error about a rank that shared memory with others."""
 
@@ -68,10 +79,6 @@ class Launcher:
 
     def started_in(self, environment: Mapping[str, str]) -> bool:
         return self.rank in environment
-
-    def rank_of_this_process(self) -> int:
-        """The rank that the environment gives; 0 where the launcher did not start this process."""
-        return int(os.environ.get(self.rank, 0))
 
     def apart(self, environment: Mapping[str, str] = os.environ, joined: int | None = None) -> Apart | None:
         """Why this process would be one of several that train apart; None where nothing says so.
@@ -138,6 +145,42 @@ HOROVODRUN = Launcher(
     joined_by=f"{__package__}.horovod:join",
     lost_peer=("gloo", "Horovod", LOST_ON_HOST),
 )
+
+
+def speaks_first(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the first of those that share a terminal, whichever program started them."""
+    local = TORCHRUN.local_rank if TORCHRUN.local_rank in environment else TORCHRUN.rank
+    return not any(_number(environment, name) for name in (local, HOROVODRUN.rank, *(s.rank for s in STARTERS)))
+
+
+def let_the_first_speak(status: int) -> None:
+    """Wait for the launcher to end this process because another one has failed: it then ends with `status`.
+
+    It returns where nobody else has failed, after `PARTING_SECONDS`. Called on the main thread, by a process that is
+    about to end. Without this, one that ends in silence would have the launcher end the one that speaks before it does.
+    """
+
+    def end(number: int, frame: object) -> NoReturn:
+        os._exit(status)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        time.sleep(PARTING_SECONDS)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def note_failure(line: str, environment: Mapping[str, str] = os.environ, *, follows: bool = False) -> None:
+    """Leave the reason why this process ends to torchrun, whose summary quotes it; other launchers ask for none.
+
+    One that `follows` from another rank's is noted as a second later: the earliest is taken for the cause of all. In
+    the form of torch's own handler (torch.distributed.elastic.multiprocessing.errors.ErrorHandler), which to import
+    would take seconds; of its fields, the summary shows the one for a traceback.
+    """
+    if path := environment.get(ERROR_FILE):
+        more = {"py_callstack": line, "timestamp": str(int(time.time()) + follows)}
+        with contextlib.suppress(OSError):  # it only informs, and what it informs of is worse
+            Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": more}}), encoding="utf-8")
 
 
 class _Company(NamedTuple):

@@ -55,6 +55,18 @@ class World:
     def size(self) -> int:
         return self.control.world_size
 
+    @property
+    def network(self) -> str:
+        """The name of the library that carries messages."""
+        return str(dist.get_backend()) if dist.is_initialized() else "Horovod"
+
+    @property
+    def computes_on(self) -> str:
+        """Words for this rank's device, and for its threads."""
+        kind = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        threads = torch.get_num_threads()
+        return f"{kind}, {threads} {'thread' if threads == 1 else 'threads'}"
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over the ranks."""
         total = values.clone()

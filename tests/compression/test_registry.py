@@ -12,7 +12,7 @@ from compression.averagers import Averager
 from compression.exchange.flat_gradient import FlatGradient
 from compression.gradients import Gradients
 from compression.layers import layers_of
-from tests.support.threads import Counting, ThreadCollectives, run_ranks
+from compression.network.threads import Counting, ThreadCollectives, run_ranks
 
 SHAPES = {"conv": (7, 5, 3, 3), "norm": (7,), "wide": (130, 40), "small": (2, 3), "fc": (11, 64), "bias": (11,)}
 LAYERS = layers_of(SHAPES.items(), 64)
@@ -200,7 +200,7 @@ def test_counted_bytes_are_the_messages_bytes(name: str, options: dict[str, Any]
             return super().gather(message, sizes)
 
     def work(ranks: ThreadCollectives) -> tuple[float, float]:
-        weighed = Weighed(ranks.rank, ranks._slots, ranks._barrier)
+        weighed = Weighed.of(ranks)
         metered = Metered(weighed)
         bound = averager(name, options, metered)
         for step in range(3):
@@ -301,7 +301,7 @@ def test_a_row_says_whether_the_network_adds_up(name: str) -> None:
             super().sum_(values)
 
     def work(ranks: ThreadCollectives) -> int:
-        noted = Noted(ranks.rank, ranks._slots, ranks._barrier)
+        noted = Noted.of(ranks)
         average(averager(name, {}, noted), gradient(ranks.rank, 0), 0)
         return noted.sums
 

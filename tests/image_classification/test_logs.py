@@ -5,6 +5,7 @@ import math
 import os
 import resource
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from image_classification import logs
 
 METRICS_OF_THE_PROGRAM = [
     "train.loss", "train.compute_ips", "train.total_ips", "train.data_time", "train.compute_time", "lr",
+    "step.time", "step.data_time", "step.compute_time", "step.exchange_time",
     "val.top1", "val.top5", "val.loss", "val.compute_ips", "val.total_ips", "val.data_time",
     "val.compute_latency", "val.compute_latency_at95", "val.compute_latency_at99",
     "val.compute_latency_at100", "best.top1", "comm.bytes_sent", "comm.bytes_dense", "comm.ratio",
@@ -179,12 +181,68 @@ def test_plain_lines_show_every_record_with_units_as_far_as_it_can_be_read():
     terminal.line("a sentence")
     terminal.close()
     assert shown == [
-        "parameters: arch vgg16, seed 1",
         "epoch 0 iteration 10/20 | train.loss 2.5000 | train.total_ips 1234.6 images/s",
         "epoch 0 | val.top1 12.50 % | comm.bytes_sent 1,234,568 bytes/step | best.top1 12.50 %",
         "summary | val.top1 12.50 % | stopped early",
         "a sentence",
     ]
+
+
+def step(total, **parts):
+    """The metrics of a step, in seconds, of milliseconds."""
+    return {f"step.{name}_time": ms / 1000 for name, ms in parts.items()} | {"step.time": total / 1000}
+
+
+BESIDE = {"codec.time": 0.0961, "comm.time": 0.21}
+
+
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        (
+            step(412.4, data=3.4, compute=370.6, exchange=38.4) | BESIDE,
+            "step 412 ms = data 3 + compute 371 + exchange not hidden 38 (codec 96, network 210)",
+        ),
+        (step(412.4, data=3.4, compute=409) | BESIDE, "step 412 ms = data 3 + compute 409"),
+        (step(251, data=0.2, compute=250.4, exchange=0.4) | {"codec.time": 0, "comm.time": 0}, "step 250 ms = compute "
+         "250"),
+        (step(12.5, data=0.06, compute=12.44), "step 12.5 ms = data 0.1 + compute 12.4"),
+        (step(1.51, data=0.01, compute=1.5), "step 1.51 ms = data 0.01 + compute 1.50"),
+    ],
+)  # fmt: skip
+def test_an_epochs_line_ends_with_the_parts_of_a_step(data, shown):
+    lines = []
+    terminal = logs.Terminal(20, lines.append, bar=False)
+    terminal.log((0,), {"val.top1": 12.5, **data})
+    terminal.log((), {"val.top1": 12.5, **data})
+    assert lines == [f"epoch 0 | val.top1 12.50 % | {shown}", "summary | val.top1 12.50 %"]
+
+
+@given(st.lists(st.floats(0, 10), min_size=3, max_size=3), st.booleans())
+def test_the_parts_that_are_shown_add_up_to_the_step_that_is_shown(seconds, exchanges):
+    parts = dict(zip(("step.data_time", "step.compute_time", "step.exchange_time"), seconds, strict=True))
+    if not exchanges:
+        del parts["step.exchange_time"]
+    shown = logs.parts_of_step(parts | {"step.time": sum(parts.values())})
+    total, _, terms = shown.removeprefix("step ").partition(" ms = ")
+    numbers = [term.split()[-1] for term in terms.split(" + ") if term]
+    assert sum(map(Decimal, numbers)) == Decimal(total)
+    assert float(total) == pytest.approx(1000 * sum(parts.values()), rel=0.03, abs=0.03)
+    assert all(float(number) > 0 for number in numbers)
+
+
+@pytest.mark.parametrize(
+    ("sent", "ratio", "shown"),
+    [
+        (0.0, 1.0, ""),
+        (0.0, 0.13, " | comm.bytes_sent 0 bytes/step | comm.ratio 0.1300"),
+        (8.0, 1.0, " | comm.bytes_sent 8 bytes/step | comm.ratio 1.0000"),
+    ],
+)
+def test_traffic_is_shown_where_there_is_some_or_something_is_encoded(sent, ratio, shown):
+    lines = []
+    logs.Terminal(20, lines.append, bar=False).log((0, 1), {"lr": 1.0, "comm.bytes_sent": sent, "comm.ratio": ratio})
+    assert lines == [f"epoch 0 iteration 1/20 | lr 1{shown}"]
 
 
 def test_a_terminal_shows_a_bar_with_rate_and_time_left(capsys):

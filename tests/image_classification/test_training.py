@@ -338,6 +338,49 @@ def test_lines_and_result_have_the_metrics_of_the_report() -> None:
         assert metrics["train.compute_ips"] == pytest.approx(4 / metrics["train.compute_time"])
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("start", [0, 2])
+def test_the_seconds_of_a_step_are_where_they_were_spent(
+    accumulation: int, start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that stands still but for 3 s a batch in the loader, 5 in the loss, 2 in each exchange, 100 in lines.
+
+    All are powers or sums of powers of 2, so that nothing is rounded.
+    """
+    now = [0.0]
+    monkeypatch.setattr("image_classification.training.time.perf_counter", lambda: now[0])
+
+    class Slow(Batches):
+        def batch(self, epoch: int, iteration: int) -> tuple[Tensor, Tensor]:
+            now[0] += 3
+            return super().batch(epoch, iteration)
+
+    run = Run()
+    compute, finish = training_loss(), run.exchange.finish
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        now[0] += 5
+        return compute(logits, targets)
+
+    def exchanged() -> Tensor:
+        now[0] += 2
+        return finish()
+
+    def log(iteration: int, metrics: dict[str, float]) -> None:
+        now[0] += 100
+
+    run.exchange.finish = exchanged  # type: ignore[method-assign]
+    options = {"loss": loss, "log": log, "accumulation": accumulation, "start": start, "print_freq": 3}
+    result = run.train(Slow([4] * 10), **options)
+    data, work = 3.0 * accumulation, 5.0 * accumulation
+    assert result.step_times(accumulation, 2.0) == {
+        "step.time": data + work + 2, "step.data_time": data, "step.compute_time": work, "step.exchange_time": 2,
+    }  # fmt: skip
+    assert result.step_times(accumulation, None) == {
+        "step.time": data + work + 2, "step.data_time": data, "step.compute_time": work + 2,
+    }  # fmt: skip
+
+
 def test_images_per_second_are_those_of_all_ranks() -> None:
     run = Run()
     result = run.train(Batches([4] * 2), print_freq=2, world_size=3, sum_over_ranks=lambda totals: 3 * totals)

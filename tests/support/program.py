@@ -7,6 +7,7 @@ architecture `tiny`, each rank keeps what it ends with for the test to see, and 
 
 import contextlib
 import itertools
+import logging
 import multiprocessing
 import os
 import signal
@@ -203,6 +204,7 @@ def _rank_main(argv: list[str], environment: dict[str, str], note: Path, before:
         os.environ.pop(name, None)
     os.environ.update(environment)
     models.ARCHITECTURES["tiny"] = tiny
+    logging.getLogger("compression.kernels").setLevel(logging.WARNING)  # what compiles is up to what ran before
     close = main.Run.close
 
     def keep_and_close(run: main.Run) -> None:

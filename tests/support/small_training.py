@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import compression
-from tests.support.threads import ThreadCollectives, run_ranks
+from compression.network.threads import ThreadCollectives, run_ranks
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ numba compiles as it is: to the same bits, after one warning.
 import contextlib
 import functools
 import hashlib
+import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,10 +19,34 @@ from types import ModuleType
 from typing import Any
 
 import numba
+from numba.core import event
 
 PINNED = "0.68.1"
 
 _config: Any = numba.config  # its type hints leave out what the environment sets
+_log = logging.getLogger(__name__)
+
+
+class _Telling(event.Listener):
+    """Logs one line when the first of our kernels begins to compile, where the cache has not got it."""
+
+    told = False
+
+    def on_start(self, event: Any) -> None:
+        kernel = event.data["dispatcher"]
+        if self.told or not kernel.py_func.__module__.startswith(f"{__package__}."):
+            return
+        self.told = True
+        once = "once on this machine"
+        if kernel.stats.cache_path is None:
+            once = "in every run, because no cache folder can be written; set NUMBA_CACHE_DIR to one"
+        _log.info("compiling the CPU kernels takes 10 s or so, %s", once)
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+event.register("numba:compile", _Telling())
 
 
 def jit(function: Callable[..., Any], makes_arrays: bool = False) -> Callable[..., Any]:

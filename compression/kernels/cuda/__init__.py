@@ -22,6 +22,7 @@ from ..protocols import Definition
 from ..reference.arithmetic import HISTOGRAM_BITS
 from ..reference.buckets import expected_squared_error
 from . import buckets, quantiles
+from .compiling import tell_of_compiling
 from .pieces import Pieces, to_decode, to_encode
 
 __all__ = ["FAMILIES", "decode", "encode", "expected_squared_error", "recode"]
@@ -30,6 +31,8 @@ FAMILIES = frozenset({"maxmin", "norm_uniform", "exponential", "1bit", "terngrad
 
 DECODING_REGISTERS = 48  # of a thread: with more, fewer warps fit beside one another, and memory waits for them
 NO_FMA = {"enable_fp_fusion": False}  # options to compile with: a product is rounded before it is added
+
+tell_of_compiling()
 
 
 def encode(

@@ -8,8 +8,8 @@ from compression import Metered, build
 from compression.averagers import Dense, RoundedDense
 from compression.gradients import Gradients
 from compression.layers import layers_of
+from compression.network.threads import ThreadCollectives, run_ranks
 from compression.registry import COMPRESSORS
-from tests.support.threads import ThreadCollectives, run_ranks
 
 LAYERS = layers_of([("weight", (40, 25)), ("bias", (40,))], 64)
 VALUES = 1040

@@ -15,7 +15,7 @@ from compression.codecs.sparsifiers import TopK
 from compression.gradients import Gradients
 from compression.layers import layers_of
 from compression.network.collectives import Solo
-from tests.support.threads import ThreadCollectives, run_ranks
+from compression.network.threads import ThreadCollectives, run_ranks
 
 SHAPES = {"weight": (40, 30), "bias": (40,)}
 LAYERS = layers_of(SHAPES.items(), 64)

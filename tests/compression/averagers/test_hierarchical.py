@@ -15,7 +15,7 @@ from compression.layers import layers_of, owned_slices
 from compression.network.hosts import Hosts
 from compression.network.inside import Levels as Networks
 from compression.network.inside import OverNetwork
-from tests.support.threads import Counting, Levels, ThreadCollectives, run_hosts, run_ranks
+from compression.network.threads import Counting, ThreadCollectives, ThreadLevels, run_hosts, run_ranks
 
 SHAPES = {"conv": (13, 3, 3, 3), "norm": (13,), "wide": (40, 65), "bias": (40,), "fc": (7, 91)}  # odd sizes
 LAYERS = layers_of(SHAPES.items(), 64)
@@ -49,7 +49,7 @@ def hosts_of(grid: tuple[int, int]) -> Hosts:
 
 
 def bound(
-    levels: Levels, name: str, options: Mapping[str, Any], between: Collectives | None = None
+    levels: ThreadLevels, name: str, options: Mapping[str, Any], between: Collectives | None = None
 ) -> Hierarchical:
     networks = Networks(OverNetwork(levels.inside), between or levels.between)
     averager = build(name, **options).hierarchical(LAYERS, networks, seed=3)
@@ -73,7 +73,7 @@ def laid_out(flat: torch.Tensor) -> Gradients:
 @every_variant
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_all_ranks_get_the_same_bits(name: str, options: dict[str, Any], grid: tuple[int, int]) -> None:
-    def work(levels: Levels) -> list[torch.Tensor]:
+    def work(levels: ThreadLevels) -> list[torch.Tensor]:
         return averages_of(bound(levels, name, options), lambda step: gradient(levels.everyone.rank, step))
 
     first, *others = run_hosts(hosts_of(grid), work)
@@ -89,7 +89,7 @@ def test_it_sends_the_bytes_that_it_promises(name: str, options: dict[str, Any],
     """Between hosts; what ranks of a host give one another crosses no link."""
     hosts, ranks_per_host = grid
 
-    def work(levels: Levels) -> tuple[float, float, float]:
+    def work(levels: ThreadLevels) -> tuple[float, float, float]:
         between = Metered(levels.between)
         averager = bound(levels._replace(between=between), name, options)
         step = options.get("warmup_steps", 0)
@@ -142,7 +142,7 @@ def test_one_owner_averages_as_the_hosts_alone_would(grid: tuple[int, int]) -> N
             total = part if place == 0 else total + part
         return total
 
-    def in_levels(levels: Levels) -> list[torch.Tensor]:
+    def in_levels(levels: ThreadLevels) -> list[torch.Tensor]:
         return averages_of(bound(levels, "maxmin", options), lambda step: gradient(levels.everyone.rank, step))
 
     def flat(ranks: ThreadCollectives) -> list[torch.Tensor]:
@@ -179,7 +179,7 @@ def test_residuals_account_for_every_loss(name: str, options: dict[str, Any], gr
     hosts, ranks_per_host = grid
     steps = 5
 
-    def work(levels: Levels) -> torch.Tensor:
+    def work(levels: ThreadLevels) -> torch.Tensor:
         averager = bound(levels, name, options)
         total = sum(averages_of(averager, lambda step: gradient(levels.everyone.rank, step), steps))
         assert isinstance(total, torch.Tensor)
@@ -208,7 +208,7 @@ def test_residuals_account_for_every_loss(name: str, options: dict[str, Any], gr
 
 @every_variant
 def test_state_resumes_exactly(name: str, options: dict[str, Any]) -> None:
-    def work(levels: Levels) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def work(levels: ThreadLevels) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         def run(averager: Averager, first: int, last: int) -> list[torch.Tensor]:
             averages = []
             for step in range(first, last):
@@ -234,7 +234,7 @@ def test_state_resumes_exactly(name: str, options: dict[str, Any]) -> None:
 def test_a_gradient_that_is_not_finite_reaches_every_rank_and_no_residual(
     name: str, options: dict[str, Any], bad: float
 ) -> None:
-    def work(levels: Levels) -> tuple[bool, bool]:
+    def work(levels: ThreadLevels) -> tuple[bool, bool]:
         averager = bound(levels, name, options)
         averages_of(averager, lambda step: gradient(levels.everyone.rank, step), 2)
         before = {key: dict(values) if isinstance(values, dict) else values
@@ -259,7 +259,7 @@ def test_a_gradient_that_is_not_finite_reaches_every_rank_and_no_residual(
 
 
 def test_widths_are_set_on_slices_as_on_layers() -> None:
-    def work(levels: Levels) -> tuple[dict[str, int], float, float]:
+    def work(levels: ThreadLevels) -> tuple[dict[str, int], float, float]:
         between = Metered(levels.between)
         averager = bound(levels._replace(between=between), "maxmin", {"bucket_size": 64})
         averager.set_widths({"conv": 8, "wide": 2, "fc": DENSE})
@@ -276,7 +276,7 @@ def test_noise_of_owners_is_independent() -> None:
     """Two owners' slices of one and the same values are not rounded alike."""
     layers = (Layer(0, "layer", (128, 64), True),)
 
-    def work(levels: Levels) -> torch.Tensor:
+    def work(levels: ThreadLevels) -> torch.Tensor:
         networks = Networks(OverNetwork(levels.inside), levels.between)
         averager = build("maxmin", bits=2, bucket_size=64).hierarchical(layers, networks, seed=0)
         flat = gradient(0, 0)[:64].repeat(128)
@@ -292,14 +292,14 @@ def test_noise_of_owners_is_independent() -> None:
 def test_owners_send_what_is_promised(name: str, options: dict[str, Any], grid: tuple[int, int]) -> None:
     """The owners of one place, as a mean over hosts; and all ranks, as a mean over them."""
 
-    def work(levels: Levels) -> tuple[int, float, float, float]:
+    def work(levels: ThreadLevels) -> tuple[int, float, float, float]:
         network = Counting.of(levels.between)
         between = Metered(network)
         averager = bound(levels, name, options, between)
         averager.average_(laid_out(gradient(0, 0)), step=options.get("warmup_steps", 0))
         return levels.inside.rank, between.traffic.bytes_sent, network.messages, network.rounds
 
-    def promised(levels: Levels) -> tuple[Sent, list[Sent]]:
+    def promised(levels: ThreadLevels) -> tuple[Sent, list[Sent]]:
         averager = bound(levels, name, options)
         return averager.sent(LAYERS, grid[0] * grid[1]), averager.sent_by_place(LAYERS, grid[0] * grid[1])
 

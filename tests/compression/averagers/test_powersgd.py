@@ -23,7 +23,7 @@ from compression.averagers import PowerSGD
 from compression.codecs.base import BFloat16
 from compression.gradients import Gradients
 from compression.layers import layers_of
-from tests.support.threads import ThreadCollectives, run_ranks
+from compression.network.threads import ThreadCollectives, run_ranks
 
 RANK = 2
 SHAPES = {"conv": (16, 6, 3, 3), "norm": (16,), "fc": (30, 40), "twin": (30, 40), "slim": (2, 40), "bias": (30,)}
@@ -169,7 +169,7 @@ def test_in_bfloat16_only_what_is_not_factored_is_rounded() -> None:
                 self.sums.append(values.nbytes)
                 super().sum_(values)
 
-        noted = Noted(ranks.rank, ranks._slots, ranks._barrier)
+        noted = Noted.of(ranks)
         noted.sums = []
         exact, rounded = low_rank(noted), PowerSGD(RANK, LAYERS, noted, seed=7, dense=BFloat16())
         plain, seen = (average(bound, gradient(0, ranks.rank)) for bound in (exact, rounded))

@@ -14,7 +14,7 @@ from compression.codecs.sparsifiers import RandomK, TopK
 from compression.gradients import Gradients
 from compression.layers import layers_of
 from compression.network.collectives import Solo
-from tests.support.threads import ThreadCollectives, run_ranks
+from compression.network.threads import ThreadCollectives, run_ranks
 
 SHAPES = {"wide": (40, 30), "bias": (40,), "conv": (8, 4, 3, 3), "small": (3, 3)}
 LAYERS = layers_of(SHAPES.items(), 64)

@@ -14,8 +14,8 @@ from compression.exchange.engine import Engine
 from compression.gradients import Gradients
 from compression.layers import layers_of
 from compression.network.collectives import PostedExchange, PostedGather
+from compression.network.threads import Counting, ThreadCollectives, run_ranks
 from compression.plans import PlanCache
-from tests.support.threads import Counting, ThreadCollectives, run_ranks
 
 LAYERS = layers_of([("weight", (40, 50)), ("bias", (40,))], 64)
 VALUES = 2040
@@ -259,7 +259,7 @@ def test_all_chunks_are_posted_and_one_is_encoded_while_another_travels(monkeypa
                 told.append(words)
 
     def work(ranks: ThreadCollectives) -> None:
-        average(two_hop(Noted(ranks.rank, ranks._slots, ranks._barrier), bits=4), GRADIENTS[ranks.rank], 0)
+        average(two_hop(Noted.of(ranks), bits=4), GRADIENTS[ranks.rank], 0)
 
     run_ranks(2, work)
     assert told == [

@@ -14,7 +14,7 @@ from compression.averagers import OneHop
 from compression.codecs.low_rank import SpectralAtoms, inclusion_probabilities, systematic_sample
 from compression.gradients import Gradients
 from compression.layers import layers_of
-from tests.support.threads import ThreadCollectives, run_ranks
+from compression.network.threads import ThreadCollectives, run_ranks
 
 KINDS = ("normal", "heavy tail", "zeros", "constant", "rank one", "one value", "denormal", "huge", "tiny")
 

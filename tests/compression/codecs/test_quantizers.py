@@ -14,7 +14,7 @@ from compression.averagers import TwoHop
 from compression.codecs.quantizers import Quantizer
 from compression.gradients import Gradients
 from compression.layers import layers_of
-from tests.support.threads import ThreadCollectives, run_ranks
+from compression.network.threads import ThreadCollectives, run_ranks
 
 QUANTIZERS = {name: row for name, row in COMPRESSORS.items() if row.quantizer is not None}
 AT_ALL_WIDTHS = [

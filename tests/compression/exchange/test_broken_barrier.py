@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import compression
 from compression.exchange.broken_barrier import prefix_length
 from compression.network.collectives import Collectives
-from tests.support.threads import ThreadCollectives, run_ranks
+from compression.network.threads import ThreadCollectives, run_ranks
 
 CPU = torch.device("cpu")
 
@@ -183,9 +183,6 @@ def test_late_averages_get_the_loss_scale_of_the_step_that_applies_them() -> Non
 class Slow(ThreadCollectives):
     """A network on which late averages pile up."""
 
-    def __init__(self, ranks: ThreadCollectives) -> None:
-        super().__init__(ranks.rank, ranks._slots, ranks._barrier)
-
     def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
         time.sleep(0.01)
         return super().exchange(messages, sizes)
@@ -211,7 +208,7 @@ def train_quantized(network: ThreadCollectives, fraction: float, steps: int = 6)
 @pytest.mark.parametrize("fraction", [0.3, 0.6, 0.95])
 def test_averages_do_not_depend_on_the_order_on_the_wire(fraction: float) -> None:
     first, second = run_ranks(2, lambda ranks: train_quantized(ranks, fraction))
-    slow, _ = run_ranks(2, lambda ranks: train_quantized(Slow(ranks), fraction))
+    slow, _ = run_ranks(2, lambda ranks: train_quantized(Slow.of(ranks), fraction))
     assert all(map(torch.equal, first, second))
     assert all(map(torch.equal, first, slow))
 

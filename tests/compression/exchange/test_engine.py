@@ -1,16 +1,22 @@
 """The communication thread: which job runs when."""
 
+import os
+import subprocess
+import sys
 import threading
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from compression.exchange.engine import Engine
+from compression.network.threads import ThreadCollectives, run_ranks
 from compression.streams import Meanwhile, Phases, device_future
-from tests.support.threads import ThreadCollectives, Uncompletable, run_ranks, within
+from tests.support.threads import Uncompletable, within
 
+ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 
 
@@ -60,6 +66,18 @@ def test_an_engine_ends_though_another_ranks_job_never_comes() -> None:
     engine = Engine(CPU, lambda urgent: True)
     engine.submit(lambda: pytest.fail("rank 0 chose another"))
     engine.close()
+
+
+def test_a_program_that_closes_nothing_ends_once_its_jobs_have() -> None:
+    """A job that is in torch when Python ends can end the process with an abort."""
+    program = """
+import time, torch
+from compression.exchange.engine import Engine
+Engine(torch.device("cpu"), bool).submit(lambda: (time.sleep(0.3), print("done"))[1])
+"""
+    command, environment = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
 def test_a_closed_engine_takes_no_job() -> None:

@@ -1,6 +1,7 @@
 """The exchange in real backward passes: under DDP over gloo, and through hooks in a single process."""
 
 import contextlib
+import copy
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -398,6 +399,31 @@ def test_a_report_counts_steps_and_what_was_encoded() -> None:
         assert report.bytes_sent == 0
         assert report.ratio == pytest.approx(encoded / (4 * sum(layer.numel for layer in layers)))
         assert exchange.report().steps == 0
+
+
+def test_a_report_is_of_steps_that_were_taken_not_of_those_that_were_loaded() -> None:
+    with solo("maxmin") as (network, exchange):
+        for step in range(3):
+            backward(network, step)
+        state = exchange.state_dict()
+    with solo("maxmin") as (network, exchange):
+        backward(network, 0)
+        exchange.load_state_dict(state)
+        backward(network, 3)
+        assert exchange.report().steps == 2
+
+
+def test_loading_ends_a_step_that_the_loop_did_not_end() -> None:
+    with solo("maxmin", error_feedback=True) as (network, exchange):
+        for step in range(2):
+            backward(network, step)
+        saved = copy.deepcopy(exchange.state_dict())
+        backward(network, 2)
+        exchange.load_state_dict(saved)
+        loaded = exchange.state_dict()
+        assert loaded["step"] == saved["step"] == 2
+        residuals = [state["averager"]["residual"] for state in (loaded, saved)]
+        assert all(torch.equal(residuals[0][name], values) for name, values in residuals[1].items())
 
 
 def test_the_time_that_backward_does_not_hide_is_counted() -> None:

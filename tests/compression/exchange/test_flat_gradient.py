@@ -1,6 +1,7 @@
 """All gradients as one tensor: one encoding and one exchange after backward."""
 
 import itertools
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from compression.exchange.flat_gradient import FlatGradient
 from compression.gradients import Gradients
 from compression.layers import layers_of
 from compression.network.collectives import Solo
-from tests.support.threads import ThreadCollectives, run_ranks
+from compression.network.threads import ThreadCollectives, run_ranks
 
 VALUES = 64 * 48 + 48 + 48 * 56 + 56
 
@@ -42,8 +43,8 @@ def backward(wrapped: nn.Module, rank: int = 0, step: int = 0) -> Tensor:
 class Counted(ThreadCollectives):
     """Counts the calls of this rank."""
 
-    def __init__(self, ranks: ThreadCollectives) -> None:
-        super().__init__(ranks.rank, ranks._slots, ranks._barrier)
+    def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
+        super().__init__(rank, slots, barrier)
         self.calls: Counter[str] = Counter()
 
     def sum_(self, values: Tensor) -> None:
@@ -80,7 +81,7 @@ def test_one_step_is_one_exchange(name: str) -> None:
     def work(ranks: ThreadCollectives) -> tuple[Counter[str], Counter[str], Tensor]:
         calls = []
         for big_grad in (True, False):
-            counted, network = Counted(ranks), model()
+            counted, network = Counted.of(ranks), model()
             compressor = compression.build(name, big_grad=big_grad)
             exchange = compression.attach(network, compressor, counted, seed=3)
             averaged = backward(network, ranks.rank)

@@ -8,7 +8,7 @@ from compression import Solo, build
 from compression.exchange.pipeline import Pipeline
 from compression.gradients import Gradients
 from compression.layers import layers_of
-from tests.support.threads import ThreadCollectives, run_ranks
+from compression.network.threads import ThreadCollectives, run_ranks
 
 LAYERS = layers_of([("a", (40, 50)), ("b", (30,)), ("c", (25, 40))], 64)
 CPU = torch.device("cpu")

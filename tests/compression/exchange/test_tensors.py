@@ -9,7 +9,7 @@ from torch import Tensor
 
 import compression
 from compression import COMPRESSORS
-from tests.support.threads import ThreadCollectives, run_ranks
+from compression.network.threads import ThreadCollectives, run_ranks
 
 VARIANTS = [
     (name, {"bucket_size": 64} if "bucket_size" in row.takes else {}) for name, row in COMPRESSORS.items()
@@ -118,6 +118,17 @@ def test_what_is_remembered_goes_from_call_to_call_and_is_saved() -> None:
     for whole, resumed, refused in run_ranks(2, work):
         assert torch.equal(whole, resumed)
         assert "each rank remembers what it owes alone" in refused
+
+
+def test_a_report_is_of_calls_that_were_made_not_of_those_that_were_loaded() -> None:
+    with compression.averaging(tensors(0), "maxmin") as averaging:
+        for _ in range(3):
+            averaging.average_()
+        state = averaging.state_dict()
+    with compression.averaging(tensors(0), "maxmin") as averaging:
+        averaging.load_state_dict(state)
+        averaging.average_()
+        assert averaging.report().steps == 1
 
 
 def test_alone_tensors_are_encoded_and_stay_near() -> None:

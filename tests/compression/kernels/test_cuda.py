@@ -321,6 +321,43 @@ def assembly(kernel: str, family: str, language: str, rows: int = 1, values: int
     return str(compiled.asm[language])
 
 
+def lines_while_compiling(folder: str) -> list[list[str]]:
+    """What is logged while kernels compile that a cache has not got, twice, and again while it has."""
+    import logging
+
+    from triton import knobs
+
+    from compression.kernels import cuda
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log, found = logging.getLogger("compression"), []
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    with patch.object(knobs.compilation, "listener", None), patch.object(knobs.cache, "dir", folder):
+        for kernels in (("buckets.decode", "buckets.encode"), ("buckets.decode",)):
+            cuda.tell_of_compiling()
+            for kernel in kernels:
+                assembly(kernel, "maxmin", "ptx")
+            found.append(lines.copy())
+            lines.clear()
+            knobs.compilation.listener = None
+    log.removeHandler(handler)
+    return found
+
+
+def test_the_first_kernel_that_compiles_is_told_of_and_none_that_is_kept(compiler: Executor, tmp_path: Path) -> None:
+    first, later = compiler.submit(lines_while_compiling, str(tmp_path)).result()
+    [line] = first
+    assert re.fullmatch(
+        r"compiling the GPU kernels, once on this machine: the first took [\d.]+ s, and the others come in the first "
+        r"steps",
+        line,
+    )
+    assert later == []
+
+
 @pytest.mark.parametrize(("kernel", "family"), KERNELS)
 def test_compiled_kernels_round_every_operation(compiler: Executor, kernel: str, family: str) -> None:
     code = compiler.submit(assembly, kernel, family, "ptx").result()

@@ -1,8 +1,11 @@
 """Launchers: processes that were started together and do not know of each other are told so, and others are not."""
 
-import pytest
+from pathlib import Path
 
-from compression.network.launchers import HOROVODRUN, TORCHRUN
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from compression.network.launchers import ERROR_FILE, HOROVODRUN, TORCHRUN, note_failure, speaks_first
 
 MISFIT = "in the environment, so that ranks would wait for ever or train apart; use"
 
@@ -125,3 +128,45 @@ def test_with_horovod_its_own_launcher_counts_and_others_are_judged_by_who_has_j
         assert alone.message.startswith(f"{starter} started 8 processes that are told of no others")
         assert alone.rank == 3
     assert HOROVODRUN.apart({}, joined=1) is None
+
+
+# Who speaks, and what launchers are told
+
+
+@pytest.mark.parametrize(
+    ("words", "first"),
+    [
+        ("", True),
+        (by_torchrun(0, (4,)), True),
+        (by_torchrun(3, (4,)), False),
+        (by_torchrun(4, (4, 4)), True),  # a host's torchrun has a terminal of its own
+        (f"SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2 {by_torchrun(4, (4, 4))}", False),  # where srun did not start it
+        ("RANK=0 WORLD_SIZE=2", True),
+        ("RANK=1 WORLD_SIZE=2", False),
+        ("HOROVOD_RANK=0 HOROVOD_SIZE=4 HOROVOD_LOCAL_RANK=0", True),
+        ("HOROVOD_RANK=2 HOROVOD_SIZE=4 HOROVOD_LOCAL_RANK=0", False),
+        ("SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=8", True),
+        ("SLURM_PROCID=3 SLURM_STEP_NUM_TASKS=8", False),
+        ("OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2", False),
+    ],
+)
+def test_one_process_of_those_that_share_a_terminal_speaks_first(words: str, first: bool) -> None:
+    assert speaks_first(variables(words)) is first
+
+
+def test_torchruns_summary_quotes_the_line_of_a_failure(tmp_path: Path) -> None:
+    """That of the rank that has the cause, not of the one that lost it: also where both are noted at one time."""
+    lost, cause = tmp_path / "0.json", tmp_path / "1.json"
+    note_failure("main.py: error: a line", {ERROR_FILE: str(cause)})
+    note_failure("main.py: error: no way to the others", {ERROR_FILE: str(lost)}, follows=True)
+    failures = {0: ProcessFailure(0, 10, 1, str(lost)), 1: ProcessFailure(1, 11, 2, str(cause))}
+    others, _, root = str(ChildFailedError("main.py", failures)).partition("Root Cause")
+    assert "  traceback : main.py: error: a line\n" in root
+    assert "  exitcode  : 2 (pid: 11)" in root
+    assert "  traceback : main.py: error: no way to the others\n" in others
+
+
+def test_a_failure_can_be_noted_nowhere(tmp_path: Path) -> None:
+    note_failure("a line", {})
+    note_failure("a line", {ERROR_FILE: str(tmp_path / "no folder/error.json")})
+    assert list(tmp_path.iterdir()) == []

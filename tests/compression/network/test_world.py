@@ -53,10 +53,8 @@ def test_ranks_of_one_host_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("launcher", [TORCHRUN, HOROVODRUN], ids=lambda launcher: launcher.name)
 def test_a_launcher_reads_its_own_environment(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not launcher.started_this_process()
-    assert launcher.rank_of_this_process() == 0
     monkeypatch.setenv(launcher.rank, "3")
     assert launcher.started_this_process()
-    assert launcher.rank_of_this_process() == 3
 
 
 def test_a_lost_peer_is_told_by_the_type_of_an_error_or_by_its_words() -> None:

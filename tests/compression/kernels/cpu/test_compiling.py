@@ -14,20 +14,26 @@ from compression.kernels.cpu.compiling import PINNED
 
 ROOT = Path(__file__).parents[4]
 
-# Encodes and decodes, and says what of that was loaded, what was compiled, and the bytes that came out.
+# Encodes and decodes, and says what was loaded, what was compiled, the bytes that came out, and what was logged.
 WORK = """
 import json
+import logging
 import torch
 from compression import codec
 from compression.kernels.cpu import buckets
 
+said = []
+handler = logging.Handler()
+handler.emit = lambda record: said.append(record.getMessage())
+logging.getLogger("compression").addHandler(handler)
+logging.getLogger("compression").setLevel(logging.INFO)
 quantizer, values = codec("maxmin"), torch.linspace(-1, 1, 2000)[None]
 wire = quantizer.encode(values, 0)
 quantizer.decode(wire, 2000)
 stats = [kernel.stats for kernel in (buckets.recode, buckets.decode)]
 hits = [sum(each.cache_hits.values()) for each in stats]
 misses = [sum(each.cache_misses.values()) for each in stats]
-print(json.dumps([hits, misses, wire.flatten().tolist()]))
+print(json.dumps([hits, misses, wire.flatten().tolist(), said]))
 """
 
 
@@ -77,28 +83,30 @@ def ran(program: str, folder: Path) -> Any:
     return json.loads(done.stdout)
 
 
-def worked(folder: Path) -> list[list[int]]:
-    """Kernels loaded, kernels compiled, bytes: of a process that keeps kernels in a folder."""
-    found: list[list[int]] = ran(WORK, folder)
+def worked(folder: Path) -> list[list[Any]]:
+    """Kernels loaded, kernels compiled, bytes, lines logged: of a process that keeps kernels in a folder."""
+    found: list[list[Any]] = ran(WORK, folder)
     return found
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
+def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[Any]]]:
     """A folder in which a first process has kept its kernels, and what that process said."""
     folder = tmp_path_factory.mktemp("kernels") / "made"
     return folder, worked(folder)
 
 
-def test_the_first_process_compiles_and_the_next_one_loads(kept: tuple[Path, list[list[int]]]) -> None:
+def test_the_first_process_compiles_and_the_next_one_loads(kept: tuple[Path, list[list[Any]]]) -> None:
     folder, first = kept
     later = worked(folder)
     assert first[:2] == [[0, 0], [1, 1]]
     assert later[:2] == [[1, 1], [0, 0]]
     assert first[2] == later[2]
+    assert first[3] == ["compiling the CPU kernels takes 10 s or so, once on this machine"]
+    assert later[3] == []
 
 
-def test_a_damaged_cache_is_none(kept: tuple[Path, list[list[int]]]) -> None:
+def test_a_damaged_cache_is_none(kept: tuple[Path, list[list[Any]]]) -> None:
     folder, first = kept
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert files
@@ -107,7 +115,7 @@ def test_a_damaged_cache_is_none(kept: tuple[Path, list[list[int]]]) -> None:
     assert worked(folder)[2] == first[2]
 
 
-def test_where_no_folder_can_be_made_kernels_are_compiled(kept: tuple[Path, list[list[int]]], tmp_path: Path) -> None:
+def test_where_no_folder_can_be_made_kernels_are_compiled(kept: tuple[Path, list[list[Any]]], tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.touch()
     assert worked(blocked / "kernels")[2] == kept[1][2]
@@ -123,7 +131,7 @@ def plainly_kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("change", "reason"), [(OTHER_VERSION, "numba 0.0.1 is installed"), (OTHER_INTERNALS, "JITCodeLibrary")]
 )
 def test_any_other_numba_gives_the_same_bits_and_one_warning(
-    kept: tuple[Path, list[list[int]]], plainly_kept: Path, change: str, reason: str
+    kept: tuple[Path, list[list[Any]]], plainly_kept: Path, change: str, reason: str
 ) -> None:
     usual, quiet = ran(FAMILIES, kept[0])
     found, heard = ran(change + FAMILIES, plainly_kept)
@@ -144,6 +152,8 @@ def test_plain_numba_keeps_kernels_where_it_can(plainly_kept: Path, tmp_path: Pa
     assert later[:2] == [[1, 1], [0, 0]]
     assert alone[0] == [0, 0]
     assert first[2] == later[2] == alone[2]
+    assert [len(said) for *_, said in (first, later, alone)] == [1, 0, 1]
+    assert alone[3][0].endswith("in every run, because no cache folder can be written; set NUMBA_CACHE_DIR to one")
     assert all(path.name.startswith("kernels-") for path in plainly_kept.iterdir())
 
 
