@@ -142,6 +142,14 @@ except ModuleNotFoundError as error:
     )
 
 
+def test_it_checks_compressors_of_others(python: Path, project: Path) -> None:
+    (project / "mine.py").write_text(
+        "from gradwire.codecs.base import Float32\n\nclass Mine(Float32):\n    'Values as they are.'\n"
+    )
+    verdict = run(python, "-m", "gradwire.conformance", "mine:Mine", cwd=project)
+    assert " 0 FAILS" in verdict.splitlines()[-1]
+
+
 def test_importing_it_loads_nothing_heavy_and_tells_its_version(python: Path, project: Path) -> None:
     program = "import gradwire, sys; print(gradwire.__version__, 'torch' in sys.modules, 'numpy' in sys.modules)"
     assert run(python, "-c", program, cwd=project).split() == [compression.__version__, "False", "False"]
