@@ -3,8 +3,10 @@
 The decoder works on bytes, in plain Python; float32 arithmetic is numpy's.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,7 @@ def quantized(name: str, raw: bytes, count: int, bits: int = 1, bucket_size: int
 
 
 def sparse(raw: bytes, count: int, ratio: float) -> Iterator[Float]:
-    kept = int(np.ceil(ratio * count))
+    kept = math.ceil(Fraction(str(ratio)) * count)
     width = int(np.log2(count // kept))
     lows_at = 4 * kept
     rests_at = lows_at + -(-kept * width // 8)
@@ -195,7 +197,7 @@ def test_random_numbers_are_those_of_the_page() -> None:
 
     def bits(i: int, key: int) -> int:
         x = (i + key) % 2**32
-        x = (x ^ x >> 16) * 0x21F0AAAD % 2**32
+        x = (x ^ x >> 15) * 0x7FEB352D % 2**32
         x ^= key >> 32
         x = (x ^ x >> 15) * 0x735A2D97 % 2**32
         return x ^ x >> 15

@@ -9,6 +9,7 @@ Shapes: R messages, N values per message, B = wire_bytes(N).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -19,6 +20,11 @@ from ..layers import Ints
 from ..sparse_plans import SparsePlan
 from ..streams import on_device
 from .base import prepared
+
+
+def part_of(fraction: float, count: int) -> int:
+    """ceil(fraction count) of the number as it is written: 7 of 100 at 0.07, which times 100 is above 7 in floats."""
+    return math.ceil(Fraction(str(float(fraction))) * count)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class TopK:
 
     def kept(self, count: int) -> int:
         """k of `count` values."""
-        return math.ceil(self.ratio * count)
+        return part_of(self.ratio, count)
 
     # Messages of many layers in one call: see `kernels.SparseKernels` for shapes
 
@@ -116,7 +122,7 @@ class RandomK:
 
     def kept(self, count: int) -> int:
         """The number of positions drawn of `count`."""
-        return math.ceil(self.fraction * count)
+        return part_of(self.fraction, count)
 
     def positions(self, count: int, key: tuple[int, int], device: torch.device) -> Tensor:
         """Different indices below `count`: int64 [kept(count)]. `key`: the low and the high half of a stream's key."""

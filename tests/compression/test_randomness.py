@@ -1,6 +1,7 @@
 """Hashed random numbers: uniform, and independent from stream to stream."""
 
 import numpy as np
+import pytest
 import torch
 
 from compression.randomness import stream_key, stream_keys, uniform
@@ -42,8 +43,9 @@ def test_every_part_of_the_name_gives_another_stream_without_correlation():
     assert float(correlation) < 5 / len(ELEMENTS) ** 0.5
 
 
-def test_neighbors_are_not_correlated():
-    numbers = draw(1, 2, 3, 1, 0).double() - 0.5
-    for lag in (1, 2, 8, 512):
+@pytest.mark.parametrize("lag", [1, 2, 8, 512, 1024, 4096, 8192, 12288, 16384, 20480, 32768, 65536])
+def test_elements_are_not_correlated_at_any_distance(lag):
+    for rank in range(12):
+        numbers = draw(1, 2, 3, 1, rank).double() - 0.5
         products = numbers[:-lag] * numbers[lag:]
         assert abs(float(products.mean())) < 5 * float(products.std()) / len(products) ** 0.5

@@ -86,8 +86,8 @@ def _get_rounded(wire: np.ndarray, at: int, count: int, out: np.ndarray, to: int
 @inlined
 def _word(bits: np.uint32, high: np.uint32) -> np.uint32:
     """As `randomness.words`, of an element to which the key's lower half has been added."""
-    bits ^= bits >> np.uint32(16)
-    bits = np.uint32(bits * np.uint32(0x21F0AAAD))
+    bits ^= bits >> np.uint32(15)
+    bits = np.uint32(bits * np.uint32(0x7FEB352D))
     bits ^= high
     bits ^= bits >> np.uint32(15)
     bits = np.uint32(bits * np.uint32(0x735A2D97))

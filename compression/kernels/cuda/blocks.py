@@ -93,8 +93,8 @@ def _random_bits(hashed: tl.tensor, mixed: tl.tensor) -> tl.tensor:
 
     Made here, the compiler would take it apart again, for one more operation a value.
     """
-    hashed ^= hashed >> 16
-    hashed *= 0x21F0AAAD
+    hashed ^= hashed >> 15
+    hashed *= 0x7FEB352D
     hashed ^= (hashed >> 15) ^ mixed
     hashed *= 0x735A2D97
     return hashed ^ (hashed >> 15)

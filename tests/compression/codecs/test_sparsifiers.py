@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -45,6 +46,12 @@ def largest(values: list[float], kept: int) -> list[int]:
     """Indices of the largest magnitudes by sorting; NaN above infinity by payload, ties to the lower index."""
     keys = (np.array(values, np.float32).view(np.int32) & 0x7FFFFFFF).tolist()
     return sorted(sorted(range(len(keys)), key=lambda i: (-keys[i], i))[:kept])
+
+
+@given(hundredths=st.integers(1, 100), hundreds=st.integers(1, 100))
+def test_a_fraction_is_the_number_as_it_is_written(hundredths: int, hundreds: int) -> None:
+    assert TopK(hundredths / 100).kept(100 * hundreds) == hundredths * hundreds
+    assert RandomK(hundredths / 100).kept(100 * hundreds) == hundredths * hundreds
 
 
 @settings(deadline=None, max_examples=60)
@@ -94,7 +101,7 @@ def test_a_message_is_as_long_as_promised_and_decodes_to_the_largest_values(valu
     decoded = codec.decode(wire, count)
     for row, out in zip(vector, decoded, strict=True):
         expected = torch.zeros(count)
-        chosen = largest(row.tolist(), math.ceil(ratio * count))
+        chosen = largest(row.tolist(), math.ceil(Fraction(str(ratio)) * count))
         expected[chosen] = row[chosen] + 0.0  # decoding adds to zero: no negative zero
         assert same_bits(out, expected)
     assert torch.equal(codec.decode(codec.encode(decoded), count).nan_to_num(), decoded.nan_to_num())
@@ -202,7 +209,7 @@ def test_random_positions_are_as_many_as_promised_and_all_different(
 ) -> None:
     codec = RandomK(fraction)
     positions = codec.positions(count, key, CPU)
-    assert len(positions) == codec.kept(count) == math.ceil(fraction * count)
+    assert len(positions) == codec.kept(count) == math.ceil(Fraction(str(fraction)) * count)
     assert len(set(positions.tolist())) == len(positions)
     assert 0 <= positions.min() <= positions.max() < count
     assert torch.equal(positions, codec.positions(count, key, CPU))
