@@ -1167,6 +1167,7 @@ class Snapshot:
                     "seed": run.seed,
                     "world_size": ranks.size,
                     "version": compression.__version__,
+                    "arithmetic": compression.ARITHMETIC,
                     "ranks": everyone,
                 }
                 classification.checkpoints.save(
@@ -1248,6 +1249,12 @@ class Snapshot:
         if useless and alike and any(own["exchange"]["averager"].values()):
             dropped.append("what compression remembered")
         kept = [name for name in changed if name in ("big_grad", "seed")] if any(remembered.values()) else []
+        written = saved.get("arithmetic", 1)
+        if written != compression.ARITHMETIC and run.compressor.encodes:
+            run.say(
+                f"the checkpoint was written with version {written} of the compressors' arithmetic, and goes on with "
+                f"version {compression.ARITHMETIC}; CHANGELOG.md says what differs"
+            )
         if dropped or kept:
             names, fate = (useless, "dropped: " + ", ".join(dropped)) if dropped else (kept, "residuals are kept")
             run.say(f"the checkpoint is of {in_words(was, names)}, and this run of {in_words(now, names)}; {fate}")

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+ARITHMETIC = 2
+"""Version of what compressors compute of the same gradients and seed. CHANGELOG.md says what each changed."""
+
 if TYPE_CHECKING:
     from .averagers.observed import observe
     from .exchange.attached import Attached

@@ -20,6 +20,7 @@ keys only, and knows neither models, optimizers nor ranks.
 | `seed` | seed of the run, also where none was asked for |
 | `world_size` | ranks that wrote it |
 | `version` | version of the program that wrote it, for people: nothing depends on it |
+| `arithmetic` | version of what compressors compute, 1 where it is missing |
 | `ranks` | per rank: `random` (see `random_state`), `buffers` (batch-norm statistics), `exchange` (residuals and all |
 | | other memory of its compressor) |
 """

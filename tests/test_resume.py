@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import main
-from compression import Solo, build
+from compression import ARITHMETIC, Solo, build
 from compression.layers import layers_of
 from image_classification.checkpoints import load_weights
 from image_classification.logs import records
@@ -408,6 +408,7 @@ def test_a_checkpoint_of_earlier_code_goes_on_bit_for_bit(name: str, tmp_path: P
         assert differences(before["ranks"], after["ranks"]) == []
         assert differences(dict(straight[0].weights), dict(resumed[0].weights)) == []
     assert all(torch.equal(*(rank.weights[name] for rank in resumed)) for name in parameters)
+    assert f"version 1 of the compressors' arithmetic, and goes on with version {ARITHMETIC}" in resumed[0].err
     layers = layers_of(((name, parameter.shape) for name, parameter in parameters.items()), 512)
     for rank, own in enumerate(before["ranks"]):
         averager = build(compressor, **options).averager(layers, Solo(rank, world_size=2), 1)
