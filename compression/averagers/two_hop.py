@@ -150,7 +150,7 @@ class TwoHop(Averager):
         for chunk, messages in zip(group.chunks, posted, strict=True):
             summands = (messages.shards.wait(), flat, rank, 1.0 / network.world_size)
             residuals = self._residuals("share_residual", flat, group)
-            codec.recode_plan(chunk.owned, *summands, keys[1], messages.own, *residuals)
+            codec.of_averages.recode_plan(chunk.owned, *summands, keys[1], messages.own, *residuals)
             messages.averages.send()
         yield Meanwhile.OTHERS_BEGIN
         for chunk, messages in zip(group.chunks, posted, strict=True):

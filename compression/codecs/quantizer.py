@@ -105,6 +105,11 @@ class Quantizer(ABC):
     # Sizes
 
     @property
+    def of_averages(self) -> "Quantizer":
+        """The quantizer of averages of what this one has encoded: records and levels are the same."""
+        return self
+
+    @property
     def shard_bucket_size(self) -> int | None:
         """Values that share scales within one rank's shard of a layer; None where all of them do."""
         return self.bucket_size

@@ -205,15 +205,34 @@ class OneBit(Quantizer, family="1bit"):
 
 
 @dataclass(frozen=True)
-class TernGrad(SignedLevels, family="terngrad"):
-    """Three values, s sign(x) with probability |x| / s and else 0, five to a byte.
-
-    s is the largest magnitude after clipping at 2.5 sigma: the root mean square of the bucket. Unbiased for the clipped
-    values. Wen et al. 2017 (arXiv:1705.07878), who take s and sigma, the standard deviation, over each layer.
-    """
+class Ternary(SignedLevels, family="ternary"):
+    """Three values, s sign(x) with probability |x| / s and else 0, five to a byte. s is the largest magnitude."""
 
     bits: int = field(default=2, init=False)  # of a code, before five of them make a byte
     bucket_size: int = 512
+
+    def packed_bytes(self, count: int) -> int:
+        return -(-count // 5)
+
+    def pack(self, codes_MK: Tensor) -> Tensor:
+        return pack_ternary(codes_MK)
+
+    def unpack(self, packed_MB: Tensor, count: int) -> Tensor:
+        return unpack_ternary(packed_MB, count)
+
+
+@dataclass(frozen=True)
+class TernGrad(Ternary, family="terngrad"):
+    """Three values, s sign(x) with probability |x| / s and else 0, five to a byte.
+
+    s is the largest magnitude after clipping at 2.5 sigma: the root mean square of the bucket. Unbiased for the clipped
+    values. Wen et al. 2017 (arXiv:1705.07878), who take s and sigma, the standard deviation, over each layer, and send
+    averages as they are; here they are `Ternary`, without a second clipping.
+    """
+
+    @property
+    def of_averages(self) -> Ternary:
+        return Ternary(self.bucket_size)
 
     def fit(self, vectors_MK: Tensor) -> Tensor:
         power = leading_power(vectors_MK)
@@ -226,12 +245,3 @@ class TernGrad(SignedLevels, family="terngrad"):
         """What clipping takes from each value, which is the bias of its code: [R, N]."""
         length = bucket_length(values_RN.shape[1], self.bucket_size)
         return torch.cat([(part.abs() - self.fit(part)).clamp_min(0) for part in values_RN.split(length, 1)], dim=1)
-
-    def packed_bytes(self, count: int) -> int:
-        return -(-count // 5)
-
-    def pack(self, codes_MK: Tensor) -> Tensor:
-        return pack_ternary(codes_MK)
-
-    def unpack(self, packed_MB: Tensor, count: int) -> Tensor:
-        return unpack_ternary(packed_MB, count)

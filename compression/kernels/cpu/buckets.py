@@ -11,11 +11,11 @@ from ..reference.arithmetic import BFLOAT16_NAN, FRACTION_BITS, INFINITY, TREE
 from .compiling import inlined, jit
 from .families import (
     ONEBIT,
-    TERNGRAD,
     axis,
     clamp,
     fit,
     is_even,
+    is_ternary,
     levels,
     max_magnitude,
     positions,
@@ -142,7 +142,7 @@ def _put_codes(
     family: int, codes: np.ndarray, count: int, bits: int, tile: int, words: np.ndarray, wire: np.ndarray, at: int
 ) -> None:
     """Pack a tile of a record whose codes begin at byte `at`."""
-    if family == TERNGRAD:
+    if is_ternary(family):
         pack_ternary(codes, count, wire, at + tile // 5)
     else:
         pack(codes, count, bits, words, wire, at + tile * bits // 8)
@@ -150,7 +150,7 @@ def _put_codes(
 
 @inlined
 def _get_codes(family: int, wire: np.ndarray, at: int, tile: int, count: int, bits: int, codes: np.ndarray) -> None:
-    if family == TERNGRAD:
+    if is_ternary(family):
         unpack_ternary(wire, at + tile // 5, count, codes)
     else:
         unpack(wire, at + tile * bits // 8, count, bits, codes)
@@ -282,7 +282,7 @@ def _decode(
     """
     codes, _, decoded, scales, _, _, _, _, _ = scratch
     # Between short tiles the processor goes on reading what they are added to.
-    step = TREE if accumulate and family != TERNGRAD else TILE
+    step = TREE if accumulate and not is_ternary(family) else TILE
     for m in range(start, stop):
         n, b, head = count[m], bits[m], wire_at[m]
         if b < BFLOAT16:

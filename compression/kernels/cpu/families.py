@@ -14,8 +14,8 @@ from .sums import START, add_sides, add_squares, blocks_of, total
 from .vectors import LOOKED_UP, look_up
 
 # From NORM_UNIFORM on, one scale and codes on both sides of zero.
-FAMILIES = {"maxmin": 0, "quantile": 1, "1bit": 2, "norm_uniform": 3, "terngrad": 4, "exponential": 5}
-MAXMIN, QUANTILE, ONEBIT, NORM_UNIFORM, TERNGRAD, EXPONENTIAL = FAMILIES.values()
+FAMILIES = {"maxmin": 0, "quantile": 1, "1bit": 2, "norm_uniform": 3, "terngrad": 4, "ternary": 5, "exponential": 6}
+MAXMIN, QUANTILE, ONEBIT, NORM_UNIFORM, TERNGRAD, TERNARY, EXPONENTIAL = FAMILIES.values()
 
 BINS = 1 << HISTOGRAM_BITS
 _ORIGIN, _SHIFT = BINS, BINS + 1  # where a histogram says how keys become bins
@@ -113,7 +113,13 @@ def fit(
 @inlined
 def is_even(family: int) -> bool:
     """Whether all codes of the family are equally far apart."""
-    return family in (MAXMIN, NORM_UNIFORM, TERNGRAD)
+    return family in (MAXMIN, NORM_UNIFORM, TERNGRAD, TERNARY)
+
+
+@inlined
+def is_ternary(family: int) -> bool:
+    """Whether five codes of the family make a byte."""
+    return family in (TERNGRAD, TERNARY)
 
 
 @inlined

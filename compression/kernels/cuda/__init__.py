@@ -27,7 +27,7 @@ from .pieces import Pieces, to_decode, to_encode
 
 __all__ = ["FAMILIES", "decode", "encode", "expected_squared_error", "recode"]
 
-FAMILIES = frozenset({"maxmin", "norm_uniform", "exponential", "1bit", "terngrad", "quantile"})
+FAMILIES = frozenset({"maxmin", "norm_uniform", "exponential", "1bit", "terngrad", "ternary", "quantile"})
 
 DECODING_REGISTERS = 48  # of a thread: with more, fewer warps fit beside one another, and memory waits for them
 NO_FMA = {"enable_fp_fusion": False}  # options to compile with: a product is rounded before it is added

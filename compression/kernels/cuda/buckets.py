@@ -45,14 +45,15 @@ def encode(
     bits = tl.where(size > 0, 8, bits)
     start, mixed = streams(table, pieces, row, keys)
     mask = mask_of(quad, count, ALIGNED)
-    POLICY: tl.constexpr = "" if FAMILY == "terngrad" else "evict_first"  # whether values are read again
+    AGAIN: tl.constexpr = FAMILY == "terngrad" or FAMILY == "ternary"  # whether values are read again
+    POLICY: tl.constexpr = "" if AGAIN else "evict_first"
     vectors = _vectors(values + position, residual + state, mask, FEEDBACK, POLICY)
     first, second = fit(vectors, mask, count, bits, FAMILY)
     over = divisor(first, second, bits, FAMILY)
     payload = record + 4 * scale_count(bits, FAMILY)
     hashed = start + quad.to(tl.uint32) + four.to(tl.uint32)
     codes = _codes(vectors, first, over, bits, hashed, mixed, FAMILY)
-    if FAMILY == "terngrad":
+    if FAMILY == "terngrad" or FAMILY == "ternary":
         bucket = values + column(table, pieces, row, POSITION)
         residuals = residual + column(table, pieces, row, STATE_AT)
         byte = tl.arange(0, Q)[:, None, None]
@@ -135,7 +136,7 @@ def _decoded(
     """The pieces' values from the records of one message."""
     coded, four = mask & (size == 0), tl.arange(0, 4)[None, None, :]
     payload = record + 4 * scale_count(bits, FAMILY)
-    if FAMILY == "terngrad":
+    if FAMILY == "terngrad" or FAMILY == "ternary":
         codes = ternary_unpack(first, quad + four, length, payload, coded)
     else:
         codes = unpack(first, tl.where(size > 0, 0, count), quad, bits, payload)

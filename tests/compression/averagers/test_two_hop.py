@@ -12,7 +12,7 @@ from compression.averagers import Averager, TwoHop
 from compression.codecs.base import BFloat16
 from compression.exchange.engine import Engine
 from compression.gradients import Gradients
-from compression.layers import layers_of
+from compression.layers import layers_of, shard
 from compression.network.collectives import PostedExchange, PostedGather
 from compression.network.threads import Counting, ThreadCollectives, run_ranks
 from compression.plans import PlanCache
@@ -45,6 +45,31 @@ def test_the_average_is_unbiased(bits: int) -> None:
     variance = averages[:, :2000].var(0) / steps
     # The mean square over 2,000 values is the mean variance, with a deviation of about 0.03 of it; 5 sigma.
     assert float((error**2).mean() / variance.mean()) < 1.16
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_an_average_of_clipped_values_is_clipped_no_further(world_size: int) -> None:
+    """TernGrad is unbiased for what one clipping leaves of what travels; an owner adds its own values as they are."""
+    steps, quantizer = 400, codec("terngrad", bucket_size=64)
+    heavy = GRADIENTS**3
+    buckets = heavy[:world_size, :1984].reshape(-1, 64)  # whole ones of the layer
+    largest = quantizer.fit(buckets)
+    added = buckets.clamp(-largest, largest).reshape(world_size, -1)
+    if world_size > 1:
+        for rank, (start, stop) in enumerate(shard(2000, 64, world_size, 0)):
+            added[rank, start:stop] = heavy[rank, start : min(stop, 1984)]
+    expected = added.mean(0)
+    assert not torch.equal(expected, heavy[:world_size, :1984].mean(0))
+
+    def work(ranks: ThreadCollectives) -> torch.Tensor:
+        bound = TwoHop(quantizer, LAYERS, ranks, 0)
+        return torch.stack([average(bound, heavy[ranks.rank], step)[:1984] for step in range(steps)])
+
+    averages = run_ranks(world_size, work)[0].double()
+    error = averages.mean(0) - expected
+    noise = averages.std(0) / steps**0.5
+    assert float(error.abs().sum()) < 1.2 * float(noise.sum())  # 0.8 of it is expected
+    assert abs(float((error * expected).sum())) < 5 * float((noise * expected).norm())
 
 
 def test_layers_that_are_not_compressed_travel_exactly() -> None:

@@ -98,7 +98,7 @@ def test_sums_over_ranks_are_encoded_with_the_same_bits(
     for kernels in (reference, cpu):
         wire, pending = torch.zeros(plan.wire_bytes, dtype=torch.uint8), torch.zeros(plan.values)
         states, own_shard = (residual.clone(), pending) if feedback else (), values.clone()
-        kernels.recode(codec(name), plan, received, own_shard, rank, 1 / 3, keys, wire, *states)
+        kernels.recode(codec(name).of_averages, plan, received, own_shard, rank, 1 / 3, keys, wire, *states)
         found.append((wire, pending, own_shard))
     decoded = torch.empty_like(values)
     reference.decode(codec(name), plan, wire, decoded)

@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compression import codec, kernels, plans
+from compression.codecs.quantizer import Quantizer
+from compression.codecs.quantizers import Ternary
 from compression.kernels import reference
 from compression.layers import BFLOAT16, DENSE, Layer, shard
 from compression.plans import Plan, Segment
@@ -40,6 +42,7 @@ WIDTHS = {
     "exponential": range(2, 9),
     "1bit": [1],
     "terngrad": [2],
+    "ternary": [2],
     "quantile": range(1, 9),
 }
 ENCODED = [family for family in WIDTHS if family != "quantile"]
@@ -55,6 +58,10 @@ KINDS = {
     "NaN": lambda noise: noise.where(noise < noise.max(), torch.nan),
     "infinite": lambda noise: noise.where(noise < noise.max(), -torch.inf),
 }
+
+def quantizer(family: str) -> Quantizer:
+    return Ternary() if family == "ternary" else codec(family)
+
 
 Layers = list[tuple[int, int, str]]  # of each the values, the bits, and which of KINDS
 
@@ -98,7 +105,7 @@ def planned(family: str, layers: Layers, bucket_size: int, world_size: int) -> P
     shards = {layer.name: shard(layer.numel, bucket_size, world_size, layer.index) for layer in compressed}
     bits = {layer.name: width for layer, (_, width, _) in zip(compressed, layers, strict=True)}
     rule = None if family == "quantile" else bucket_size
-    return plans.plan(segments, range(world_size), shards, bits, rule, codec(family).record_bytes)
+    return plans.plan(segments, range(world_size), shards, bits, rule, quantizer(family).record_bytes)
 
 
 def differences(
@@ -119,9 +126,9 @@ def differences(
         pending = torch.zeros(plan.values, device=target)
         states = (residual.to(target), pending) if feedback else ()
         record = wire[1:-1]  # at an odd address, with a byte on either side that is not ours
-        module.encode(codec(family), plan, values.to(target), keys, record, *states)
+        module.encode(quantizer(family), plan, values.to(target), keys, record, *states)
         decoded = torch.ones(plan.values, device=target)
-        module.decode(codec(family), plan, record, decoded, 0.3, accumulate=adding)
+        module.decode(quantizer(family), plan, record, decoded, 0.3, accumulate=adding)
         found.append((wire.cpu(), pending.cpu(), decoded.cpu()))
     names = ("wire", "pending", "decoded")
     return [name for name, slow, fast in zip(names, *found, strict=True) if not same(slow, fast)]
@@ -139,7 +146,7 @@ def differences_of_sums(
     residual = torch.randn(plan.values, generator=generator)
     received = torch.zeros(messages, plan.wire_bytes, dtype=torch.uint8)
     for other, message in enumerate(received):
-        reference.encode(codec(family), plan, values.roll(other), stream_keys(1, 2, plan.layers, 1, other), message)
+        reference.encode(quantizer(family), plan, values.roll(other), stream_keys(1, 2, plan.layers, 1, other), message)
     keys = stream_keys(1, 2, plan.layers, 2, 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = []
@@ -150,7 +157,7 @@ def differences_of_sums(
         )
         states = (residual.to(target), pending) if feedback else ()
         own = values.clone().to(target)
-        module.recode(codec(family), plan, received.to(target), own, rank, 1 / (messages + 1), keys, wire, *states)
+        module.recode(quantizer(family), plan, received.to(target), own, rank, 1 / (messages + 1), keys, wire, *states)
         found.append((wire.cpu(), pending.cpu(), own.cpu()))
     names = ("wire", "pending", "decoded")
     return [name for name, slow, fast in zip(names, *found, strict=True) if not same(slow, fast)]
@@ -235,8 +242,8 @@ def work_without_waiting(family: str) -> None:
     try:
         for mode in ("default", "error"):
             torch.cuda.set_sync_debug_mode(mode)
-            cuda.encode(codec(family), plan, values, keys, wire)
-            cuda.decode(codec(family), plan, wire, values)
+            cuda.encode(quantizer(family), plan, values, keys, wire)
+            cuda.decode(quantizer(family), plan, wire, values)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
