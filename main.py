@@ -1358,8 +1358,19 @@ def run_among(ranks: compression.World, flags: argparse.Namespace) -> int:
     ranks.check_equal_across_ranks(shared, "the flags")
     if "compression_type" not in flags.given and (flags.search or flags.compression_scheme) and ranks.rank == 0:
         print("no --compression-type given: widths of maxmin are chosen", file=sys.stderr)
-    with shown_on_the_first(ranks), contextlib.closing(Run(flags, ranks)) as run:
+    with shown_on_the_first(ranks), sole_user_of_workspace(flags, ranks), contextlib.closing(Run(flags, ranks)) as run:
         return run.execute()
+
+
+@contextlib.contextmanager
+def sole_user_of_workspace(flags: argparse.Namespace, ranks: compression.World) -> Iterator[None]:
+    """A block in which no other run uses the workspace. Rank 0 sees to it, which alone reads and writes there."""
+    with contextlib.ExitStack() as block:
+        with ranks.fail_together():
+            if ranks.rank == 0:
+                warn = functools.partial(print, file=sys.stderr)
+                block.enter_context(classification.locks.sole_user(Path(flags.workspace), warn))
+        yield
 
 
 @contextlib.contextmanager
