@@ -27,6 +27,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import logging
 import math
@@ -776,6 +777,11 @@ class Run:
             self.module.train(not flags.evaluate or flags.search)
             classification.models.check_input_shape(self.module, flags.batch_size, flags.image_size)
             self.compressor = compressor_of(flags)
+            loaders = {"training": self.train_loader, "validation": self.val_loader}
+            images = {name: loader.fingerprint() if self.ranks.size > 1 else {} for name, loader in loaders.items()}
+        for name, fingerprint in images.items():
+            remedy = "give all hosts the same files, unpacked to their end"
+            self.ranks.check_equal_across_ranks(fingerprint, f"the {name} images of {flags.data}", remedy)
         # Dropout and the like differ by rank; what must be equal on all ranks is drawn elsewhere.
         classification.reproducibility.seed_everything(self.seed + self.ranks.rank)
         self.precision = build_precision(flags, self.ranks)
@@ -823,6 +829,9 @@ class Run:
             if flags.compression_scheme:
                 needing, names = ([layer.name for layer in some] for some in (compressed, self.exchange.layers))
                 self.exchange.set_widths(search.load_scheme(flags.compression_scheme, needing, names))
+        if flags.compression_scheme:
+            remedy = f"copy --compression-scheme {flags.compression_scheme} of rank 0 to all hosts"
+            ranks.check_equal_across_ranks(self.exchange.widths, "the bit widths", remedy)
 
     def _resume(self, saved: Mapping[str, Any] | None) -> None:
         """Third step: the state of a checkpoint, where there is one, and the batch to go on with.
@@ -1133,8 +1142,13 @@ class Snapshot:
                     )
                     path = found and found[0]
             path = ranks.control.broadcast(path)
+        if path is None:
+            return None
         with ranks.fail_together():
-            return classification.checkpoints.load(path, expected) if path else None
+            saved = classification.checkpoints.load(path, expected)
+            content = {"content": classification.checkpoints.fingerprint(path)}
+        ranks.check_equal_across_ranks(content, f"checkpoint {path}", "copy that of rank 0 to all hosts")
+        return saved
 
     def save(self, run: Run, best: bool) -> None:
         """Write the state after `run.epoch` epochs and `run.iteration` iterations. Every rank calls it.
@@ -1354,12 +1368,23 @@ def join_and_run(flags: argparse.Namespace) -> int:
 
 def run_among(ranks: compression.World, flags: argparse.Namespace) -> int:
     """Do what the flags ask for among ranks that have joined. Returns the exit status."""
+    if ranks.size > 1:
+        ranks.check_equal_across_ranks(sources(), "the program", "install one version on all hosts")
     shared = {name: value for name, value in vars(flags).items() if name != "local_rank"}
     ranks.check_equal_across_ranks(shared, "the flags")
     if "compression_type" not in flags.given and (flags.search or flags.compression_scheme) and ranks.rank == 0:
         print("no --compression-type given: widths of maxmin are chosen", file=sys.stderr)
     with shown_on_the_first(ranks), sole_user_of_workspace(flags, ranks), contextlib.closing(Run(flags, ranks)) as run:
         return run.execute()
+
+
+def sources() -> dict[str, str]:
+    """The program's version, and a digest of each of its files."""
+    root = Path(__file__).parent
+    packages = [folder for package in (compression, classification, search) for folder in package.__path__[:1]]
+    files = [Path(__file__), *(path for folder in packages for path in sorted(Path(folder).rglob("*.py")))]
+    digests = {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}
+    return {"version": compression.__version__, **digests}
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ keys only, and knows neither models, optimizers nor ranks.
 | | other memory of its compressor) |
 """
 
+import hashlib
 import pickle
 import random
 import shutil
@@ -98,6 +99,13 @@ def load(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
             raise Misfit(f"checkpoint {path} has {key} {content.get(key)}, and this run has {value}; "
                          "choose another checkpoint or workspace, or run it as it was")
     return content
+
+
+def fingerprint(path: Path) -> str:
+    """A digest of the checksums in a checkpoint that `load` has found good."""
+    with zipfile.ZipFile(path) as archive:
+        sums = [(entry.filename, entry.file_size, entry.CRC) for entry in archive.infolist()]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
 
 
 def newest_good(
