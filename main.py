@@ -364,6 +364,9 @@ def build_parser() -> argparse.ArgumentParser:
     extension(ranks, "--threads", metavar="N", type=count,
               help="threads that compute in each rank's process (default: the cores that it may use, divided by the "
               "ranks on its host)")
+    extension(ranks, "--check-replicas", metavar="STEPS", type=count_or_off, default=100,
+              help="optimizer steps after which the ranks' weights, bit widths and step counts are compared, as they "
+              "are with each checkpoint; -1 compares them with checkpoints alone")
     extension(encoding, "--dgc-clip", metavar="NORM", type=positive,
               help="with --dgc: clip each rank's gradient to this norm before momentum")
     extension(encoding, "--dense-dtype", choices=("float32", "bfloat16"), default="float32",
@@ -967,7 +970,23 @@ class Run:
     def _should_stop(self) -> bool:
         assert self.interruption is not None
         self.steps += 1
+        if self.flags.check_replicas != -1 and self.steps % self.flags.check_replicas == 0:
+            self._check_replicas()
         return self.interruption.due(self.steps)
+
+    def _check_replicas(self) -> None:
+        """Raise Failure where the ranks have drifted apart: what they would go on to is no training of one model."""
+        exchange = self.exchange
+        weights = {**dict(self.module.named_parameters()), **self.optimizer.masters}
+        numbers = {f"the bits of {name}": bits for name, bits in exchange.widths.items()} | {"the step": exchange.step}
+        if found := compression.first_difference(weights, numbers, self.ranks.control):
+            name, rank = found
+            raise compression.Failure(
+                f"the ranks have drifted apart in the last {self.steps} steps: {name} on rank {rank} is not what it is "
+                "on rank 0; look for broken memory or other libraries on its host; the last checkpoint is from before: "
+                f"{self.snapshot.way_on()}",
+                status=1,
+            )
 
     def _mix(self, images: Tensor, labels: Tensor, epoch: int, iteration: int) -> tuple[Tensor, Tensor]:
         seed = (self.seed, self.ranks.rank, epoch, iteration)
@@ -1071,6 +1090,7 @@ class Run:
     def _save(self, best: bool) -> None:
         """Write a checkpoint, unless none are wanted; a second one where it is the best so far."""
         if not self.flags.no_checkpoints:
+            self._check_replicas()
             self.snapshot.save(self, best)
             if self.ranks.rank == 0:
                 self.written.append(self.snapshot.path)
@@ -1380,10 +1400,11 @@ def run_among(ranks: compression.World, flags: argparse.Namespace) -> int:
 
 def sources() -> dict[str, str]:
     """The program's version, and a digest of each of its files."""
-    root = Path(__file__).parent
-    packages = [folder for package in (compression, classification, search) for folder in package.__path__[:1]]
-    files = [Path(__file__), *(path for folder in packages for path in sorted(Path(folder).rglob("*.py")))]
-    digests = {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files}
+    files = {"main.py": Path(__file__)}
+    for package in (compression, classification, search):
+        folder = Path(package.__path__[0])
+        files |= {f"{package.__name__}/{path.relative_to(folder)}": path for path in sorted(folder.rglob("*.py"))}
+    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in files.items()}
     return {"version": compression.__version__, **digests}
 
 
