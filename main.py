@@ -844,7 +844,10 @@ class Run:
         flags, ranks = self.flags, self.ranks
         with ranks.fail_together():
             if saved:
-                self.snapshot.restore(self, saved)
+                try:
+                    self.snapshot.restore(self, saved)
+                except (KeyError, IndexError) as error:
+                    raise ValueError(f"something is missing in the checkpoint ({error}); choose another") from error
             if not flags.evaluate and self.epoch < flags.epochs:
                 self.snapshot.align_position(self, saved.get("images_per_iteration") if saved else None)
         if flags.hvd:  # Horovod's ranks may have read files of their own
@@ -1122,6 +1125,10 @@ MEMORY_RESTS_ON = ("name", "error_feedback", "bucket_size", "rank")
 """Settings of a compressor without which what it remembered means nothing, or something else."""
 
 
+EVERY_VERSION_SAVES = ("state_dict", "best_prec1", "optimizer", "widths", "seed", "world_size", "ranks")
+"""Keys of a checkpoint that no version of this program has left out."""
+
+
 def settings_of(compressor: compression.Compressor) -> dict[str, Any]:
     """The name and the options of a compressor, as a checkpoint keeps them."""
     return {"name": compressor.name, **dataclasses.asdict(compressor.options)}
@@ -1166,6 +1173,9 @@ class Snapshot:
             return None
         with ranks.fail_together():
             saved = classification.checkpoints.load(path, expected)
+            missing = [key for key in EVERY_VERSION_SAVES if key not in saved]
+            refuse(missing, f"checkpoint {path} lacks {', '.join(missing)}; choose another, or load its weights alone "
+                            "with --pretrained-weights")
             content = {"content": classification.checkpoints.fingerprint(path)}
         ranks.check_equal_across_ranks(content, f"checkpoint {path}", "copy that of rank 0 to all hosts")
         return saved
