@@ -740,6 +740,7 @@ class Run:
     # Logs
     log: classification.logs.Logger
     written: list[Path]
+    said: set[str]  # the unreadable images that were named
     summary: dict[str, float]  # metrics of the last epoch
     sent: compression.Report  # by the steps of this epoch
 
@@ -752,6 +753,7 @@ class Run:
         self.accumulation = 1 if total == -1 else total // (ranks.size * flags.batch_size)
         self.epoch, self.iteration, self.best = 0, 0, 0.0
         self.trained, self.steps, self.interruption = False, 0, None
+        self.said = set()
         self.sent = compression.Report()
         self.snapshot = Snapshot(flags, ranks)
         saved = self.snapshot.load()
@@ -959,6 +961,7 @@ class Run:
             )
         except classification.training.NonFiniteGradientError as error:
             raise compression.Failure(str(error), status=1) from error
+        self._say_skipped(self.train_loader, f"training of epoch {epoch}")
         self._traffic()
         self.summary = {**result.metrics, **self._step_times(result), **self.sent.metrics()}
         self.epoch, self.iteration = epoch, result.iteration
@@ -998,7 +1001,7 @@ class Run:
     def _validate(self) -> dict[str, float] | None:
         """Metrics of validation; None where a signal ended it early."""
         with classification.training.averaged_batch_norm(self.module, self.ranks.sum):
-            return classification.training.evaluate(
+            metrics = classification.training.evaluate(
                 self.module,
                 self.val_loader,
                 self.precision,
@@ -1006,6 +1009,21 @@ class Run:
                 should_stop=lambda: self.interruption is not None and self.interruption.asked(),
                 sum_over_ranks=self.ranks.sum,
             )
+        self._say_skipped(self.val_loader, "validation")
+        return metrics
+
+    def _say_skipped(self, loader: classification.data.Loader, where: str) -> None:
+        """Name images that some rank could not read, each once in a run, and say how often that was."""
+        if not self.flags.skip_bad_images:
+            return
+        skipped = [image for images in self.ranks.control.collect(loader.skipped) for image in images]
+        loader.skipped.clear()
+        new = [image for image in dict.fromkeys(skipped) if image not in self.said]
+        self.said.update(new)
+        for image in new:
+            self.say(f"skipped: {image}")
+        if skipped:
+            self.say(f"{len(skipped)} unreadable images were skipped in the {where}")
 
     def _traffic(self) -> dict[str, float]:
         """Bytes and seconds per step since the last call, means over ranks; `sent` adds them up."""
