@@ -881,6 +881,7 @@ class Run:
                 path, writers = self.workspace / STATISTICS, self.log.tensorboard_writers
                 if compression.observe(self.exchange.averager, path, self.exchange.step, writers):
                     self.written.append(path)
+        self.log.survive(self.say)
 
     def _circumstances(self) -> str:
         """What the run found or drew where it was not told: ranks, network, device, threads, seed."""
@@ -1082,11 +1083,13 @@ class Run:
         """Write a search's files, and show it."""
         names = [layer.name for layer in self.exchange.layers if not layer.compressed]
         folder = self.workspace / "adapt_logs"
-        folder.mkdir(parents=True, exist_ok=True)
         picture = f"search_{when}.png"
-        for name, content in (search.logs(result, when, names) | {picture: search.plot(result)}).items():
-            with classification.atomic.replacing(folder / name) as file:
-                file.write(content)
+        files = search.logs(result, when, names) | {picture: search.plot(result)}
+        with self.log.surviving(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in files.items():
+                with classification.atomic.replacing(folder / name) as file:
+                    file.write(content)
         self.written += [folder / name for name in (f"search_{when}.json", f"compress_scheme_{when}.json", picture)]
         self.log.line(search.as_text(result, when))
         step = (self.epoch,) if isinstance(when, str) else (when,)
@@ -1104,9 +1107,13 @@ class Run:
         """The summary: the last epoch's metrics, and where everything was written."""
         if self.summary:
             self.log.log((), {**self.summary, "best.top1": max(self.best, self.summary.get("val.top1", 0.0))})
+        self.log.close()
         files = [self.workspace / self.flags.raport_file, *self.written]
-        self.log.line("wrote " + " ".join(str(path) for path in dict.fromkeys(files)))
-        return 0
+        self.log.line("wrote " + " ".join(str(path) for path in dict.fromkeys(files) if path.exists()))
+        incomplete = self.ranks.control.broadcast([*self.log.failures.values()])
+        if incomplete:
+            tell(f"all is done, but what it logged is incomplete: {'; '.join(incomplete)}", aloud=self.ranks.rank == 0)
+        return 1 if incomplete else 0
 
     def _save(self, best: bool) -> None:
         """Write a checkpoint, unless none are wanted; a second one where it is the best so far."""
