@@ -1312,6 +1312,8 @@ class Snapshot:
                 run.exchange.set_widths(saved["widths"])
             elif saved["widths"] != run.exchange.widths:
                 dropped.append("bit widths")
+        elif useless and not run.exchange.widths and len({*saved["widths"].values()} - {compression.DENSE}) > 1:
+            dropped.append("bit widths")  # chosen layer by layer: more than an option that is another now
 
         remembered = {} if useless else self._remembered(run, saved, alike)
         if useless and alike and any(own["exchange"]["averager"].values()):
