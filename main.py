@@ -27,6 +27,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import logging
 import math
@@ -363,6 +364,9 @@ def build_parser() -> argparse.ArgumentParser:
     extension(ranks, "--threads", metavar="N", type=count,
               help="threads that compute in each rank's process (default: the cores that it may use, divided by the "
               "ranks on its host)")
+    extension(ranks, "--check-replicas", metavar="STEPS", type=count_or_off, default=100,
+              help="optimizer steps after which the ranks' weights, bit widths and step counts are compared, as they "
+              "are with each checkpoint; -1 compares them with checkpoints alone")
     extension(encoding, "--dgc-clip", metavar="NORM", type=positive,
               help="with --dgc: clip each rank's gradient to this norm before momentum")
     extension(encoding, "--dense-dtype", choices=("float32", "bfloat16"), default="float32",
@@ -736,6 +740,7 @@ class Run:
     # Logs
     log: classification.logs.Logger
     written: list[Path]
+    said: set[str]  # the unreadable images that were named
     summary: dict[str, float]  # metrics of the last epoch
     sent: compression.Report  # by the steps of this epoch
 
@@ -748,6 +753,7 @@ class Run:
         self.accumulation = 1 if total == -1 else total // (ranks.size * flags.batch_size)
         self.epoch, self.iteration, self.best = 0, 0, 0.0
         self.trained, self.steps, self.interruption = False, 0, None
+        self.said = set()
         self.sent = compression.Report()
         self.snapshot = Snapshot(flags, ranks)
         saved = self.snapshot.load()
@@ -776,6 +782,11 @@ class Run:
             self.module.train(not flags.evaluate or flags.search)
             classification.models.check_input_shape(self.module, flags.batch_size, flags.image_size)
             self.compressor = compressor_of(flags)
+            loaders = {"training": self.train_loader, "validation": self.val_loader}
+            images = {name: loader.fingerprint() if self.ranks.size > 1 else {} for name, loader in loaders.items()}
+        for name, fingerprint in images.items():
+            remedy = "give all hosts the same files, unpacked to their end"
+            self.ranks.check_equal_across_ranks(fingerprint, f"the {name} images of {flags.data}", remedy)
         # Dropout and the like differ by rank; what must be equal on all ranks is drawn elsewhere.
         classification.reproducibility.seed_everything(self.seed + self.ranks.rank)
         self.precision = build_precision(flags, self.ranks)
@@ -823,6 +834,9 @@ class Run:
             if flags.compression_scheme:
                 needing, names = ([layer.name for layer in some] for some in (compressed, self.exchange.layers))
                 self.exchange.set_widths(search.load_scheme(flags.compression_scheme, needing, names))
+        if flags.compression_scheme:
+            remedy = f"copy --compression-scheme {flags.compression_scheme} of rank 0 to all hosts"
+            ranks.check_equal_across_ranks(self.exchange.widths, "the bit widths", remedy)
 
     def _resume(self, saved: Mapping[str, Any] | None) -> None:
         """Third step: the state of a checkpoint, where there is one, and the batch to go on with.
@@ -832,7 +846,10 @@ class Run:
         flags, ranks = self.flags, self.ranks
         with ranks.fail_together():
             if saved:
-                self.snapshot.restore(self, saved)
+                try:
+                    self.snapshot.restore(self, saved)
+                except (KeyError, IndexError) as error:
+                    raise ValueError(f"something is missing in the checkpoint ({error}); choose another") from error
             if not flags.evaluate and self.epoch < flags.epochs:
                 self.snapshot.align_position(self, saved.get("images_per_iteration") if saved else None)
         if flags.hvd:  # Horovod's ranks may have read files of their own
@@ -864,6 +881,7 @@ class Run:
                 path, writers = self.workspace / STATISTICS, self.log.tensorboard_writers
                 if compression.observe(self.exchange.averager, path, self.exchange.step, writers):
                     self.written.append(path)
+        self.log.survive(self.say)
 
     def _circumstances(self) -> str:
         """What the run found or drew where it was not told: ranks, network, device, threads, seed."""
@@ -944,6 +962,7 @@ class Run:
             )
         except classification.training.NonFiniteGradientError as error:
             raise compression.Failure(str(error), status=1) from error
+        self._say_skipped(self.train_loader, f"training of epoch {epoch}")
         self._traffic()
         self.summary = {**result.metrics, **self._step_times(result), **self.sent.metrics()}
         self.epoch, self.iteration = epoch, result.iteration
@@ -958,7 +977,23 @@ class Run:
     def _should_stop(self) -> bool:
         assert self.interruption is not None
         self.steps += 1
+        if self.flags.check_replicas != -1 and self.steps % self.flags.check_replicas == 0:
+            self._check_replicas()
         return self.interruption.due(self.steps)
+
+    def _check_replicas(self) -> None:
+        """Raise Failure where the ranks have drifted apart: what they would go on to is no training of one model."""
+        exchange = self.exchange
+        weights = {**dict(self.module.named_parameters()), **self.optimizer.masters}
+        numbers = {f"the bits of {name}": bits for name, bits in exchange.widths.items()} | {"the step": exchange.step}
+        if found := compression.first_difference(weights, numbers, self.ranks.control):
+            name, rank = found
+            raise compression.Failure(
+                f"the ranks have drifted apart in the last {self.steps} steps: {name} on rank {rank} is not what it is "
+                "on rank 0; look for broken memory or other libraries on its host; the last checkpoint is from before: "
+                f"{self.snapshot.way_on()}",
+                status=1,
+            )
 
     def _mix(self, images: Tensor, labels: Tensor, epoch: int, iteration: int) -> tuple[Tensor, Tensor]:
         seed = (self.seed, self.ranks.rank, epoch, iteration)
@@ -967,7 +1002,7 @@ class Run:
     def _validate(self) -> dict[str, float] | None:
         """Metrics of validation; None where a signal ended it early."""
         with classification.training.averaged_batch_norm(self.module, self.ranks.sum):
-            return classification.training.evaluate(
+            metrics = classification.training.evaluate(
                 self.module,
                 self.val_loader,
                 self.precision,
@@ -975,6 +1010,21 @@ class Run:
                 should_stop=lambda: self.interruption is not None and self.interruption.asked(),
                 sum_over_ranks=self.ranks.sum,
             )
+        self._say_skipped(self.val_loader, "validation")
+        return metrics
+
+    def _say_skipped(self, loader: classification.data.Loader, where: str) -> None:
+        """Name images that some rank could not read, each once in a run, and say how often that was."""
+        if not self.flags.skip_bad_images:
+            return
+        skipped = [image for images in self.ranks.control.collect(loader.skipped) for image in images]
+        loader.skipped.clear()
+        new = [image for image in dict.fromkeys(skipped) if image not in self.said]
+        self.said.update(new)
+        for image in new:
+            self.say(f"skipped: {image}")
+        if skipped:
+            self.say(f"{len(skipped)} unreadable images were skipped in the {where}")
 
     def _traffic(self) -> dict[str, float]:
         """Bytes and seconds per step since the last call, means over ranks; `sent` adds them up."""
@@ -1033,11 +1083,13 @@ class Run:
         """Write a search's files, and show it."""
         names = [layer.name for layer in self.exchange.layers if not layer.compressed]
         folder = self.workspace / "adapt_logs"
-        folder.mkdir(parents=True, exist_ok=True)
         picture = f"search_{when}.png"
-        for name, content in (search.logs(result, when, names) | {picture: search.plot(result)}).items():
-            with classification.atomic.replacing(folder / name) as file:
-                file.write(content)
+        files = search.logs(result, when, names) | {picture: search.plot(result)}
+        with self.log.surviving(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in files.items():
+                with classification.atomic.replacing(folder / name) as file:
+                    file.write(content)
         self.written += [folder / name for name in (f"search_{when}.json", f"compress_scheme_{when}.json", picture)]
         self.log.line(search.as_text(result, when))
         step = (self.epoch,) if isinstance(when, str) else (when,)
@@ -1055,13 +1107,18 @@ class Run:
         """The summary: the last epoch's metrics, and where everything was written."""
         if self.summary:
             self.log.log((), {**self.summary, "best.top1": max(self.best, self.summary.get("val.top1", 0.0))})
+        self.log.close()
         files = [self.workspace / self.flags.raport_file, *self.written]
-        self.log.line("wrote " + " ".join(str(path) for path in dict.fromkeys(files)))
-        return 0
+        self.log.line("wrote " + " ".join(str(path) for path in dict.fromkeys(files) if path.exists()))
+        incomplete = self.ranks.control.broadcast([*self.log.failures.values()])
+        if incomplete:
+            tell(f"all is done, but what it logged is incomplete: {'; '.join(incomplete)}", aloud=self.ranks.rank == 0)
+        return 1 if incomplete else 0
 
     def _save(self, best: bool) -> None:
         """Write a checkpoint, unless none are wanted; a second one where it is the best so far."""
         if not self.flags.no_checkpoints:
+            self._check_replicas()
             self.snapshot.save(self, best)
             if self.ranks.rank == 0:
                 self.written.append(self.snapshot.path)
@@ -1091,6 +1148,10 @@ class Run:
 
 MEMORY_RESTS_ON = ("name", "error_feedback", "bucket_size", "rank")
 """Settings of a compressor without which what it remembered means nothing, or something else."""
+
+
+EVERY_VERSION_SAVES = ("state_dict", "best_prec1", "optimizer", "widths", "seed", "world_size", "ranks")
+"""Keys of a checkpoint that no version of this program has left out."""
 
 
 def settings_of(compressor: compression.Compressor) -> dict[str, Any]:
@@ -1133,8 +1194,16 @@ class Snapshot:
                     )
                     path = found and found[0]
             path = ranks.control.broadcast(path)
+        if path is None:
+            return None
         with ranks.fail_together():
-            return classification.checkpoints.load(path, expected) if path else None
+            saved = classification.checkpoints.load(path, expected)
+            missing = [key for key in EVERY_VERSION_SAVES if key not in saved]
+            refuse(missing, f"checkpoint {path} lacks {', '.join(missing)}; choose another, or load its weights alone "
+                            "with --pretrained-weights")
+            content = {"content": classification.checkpoints.fingerprint(path)}
+        ranks.check_equal_across_ranks(content, f"checkpoint {path}", "copy that of rank 0 to all hosts")
+        return saved
 
     def save(self, run: Run, best: bool) -> None:
         """Write the state after `run.epoch` epochs and `run.iteration` iterations. Every rank calls it.
@@ -1244,6 +1313,8 @@ class Snapshot:
                 run.exchange.set_widths(saved["widths"])
             elif saved["widths"] != run.exchange.widths:
                 dropped.append("bit widths")
+        elif useless and not run.exchange.widths and len({*saved["widths"].values()} - {compression.DENSE}) > 1:
+            dropped.append("bit widths")  # chosen layer by layer: more than an option that is another now
 
         remembered = {} if useless else self._remembered(run, saved, alike)
         if useless and alike and any(own["exchange"]["averager"].values()):
@@ -1361,12 +1432,35 @@ def join_and_run(flags: argparse.Namespace) -> int:
 
 def run_among(ranks: compression.World, flags: argparse.Namespace) -> int:
     """Do what the flags ask for among ranks that have joined. Returns the exit status."""
+    if ranks.size > 1:
+        ranks.check_equal_across_ranks(sources(), "the program", "install one version on all hosts")
     shared = {name: value for name, value in vars(flags).items() if name != "local_rank"}
     ranks.check_equal_across_ranks(shared, "the flags")
     if "compression_type" not in flags.given and (flags.search or flags.compression_scheme) and ranks.rank == 0:
         print("no --compression-type given: widths of maxmin are chosen", file=sys.stderr)
-    with shown_on_the_first(ranks), contextlib.closing(Run(flags, ranks)) as run:
+    with shown_on_the_first(ranks), sole_user_of_workspace(flags, ranks), contextlib.closing(Run(flags, ranks)) as run:
         return run.execute()
+
+
+def sources() -> dict[str, str]:
+    """The program's version, and a digest of each of its files."""
+    files = {"main.py": Path(__file__)}
+    for package in (compression, classification, search):
+        folder = Path(package.__path__[0])
+        files |= {f"{package.__name__}/{path.relative_to(folder)}": path for path in sorted(folder.rglob("*.py"))}
+    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in files.items()}
+    return {"version": compression.__version__, **digests}
+
+
+@contextlib.contextmanager
+def sole_user_of_workspace(flags: argparse.Namespace, ranks: compression.World) -> Iterator[None]:
+    """A block in which no other run uses the workspace. Rank 0 sees to it, which alone reads and writes there."""
+    with contextlib.ExitStack() as block:
+        with ranks.fail_together():
+            if ranks.rank == 0:
+                warn = functools.partial(print, file=sys.stderr)
+                block.enter_context(classification.locks.sole_user(Path(flags.workspace), warn))
+        yield
 
 
 @contextlib.contextmanager

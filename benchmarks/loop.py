@@ -50,6 +50,10 @@ class Held:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(self.batches[start:])
 
+    def fingerprint(self) -> dict[str, int | str]:
+        """Nothing that other ranks could have copies of."""
+        return {}
+
     def close(self) -> None:
         """Nothing to end."""
 

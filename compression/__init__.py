@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .network.torch_distributed import TorchDistributed
     from .network.world import Failure, World, join_ranks, one_line
     from .registry import COMPRESSORS, Compressor, build, codec, with_bits, with_stale_updates
+    from .replicas import first_difference
 
 _MODULE_OF = {
     "COMPRESSORS": "registry",
@@ -61,6 +62,7 @@ _MODULE_OF = {
     "averaging": "exchange.tensors",
     "build": "registry",
     "codec": "registry",
+    "first_difference": "replicas",
     "join_ranks": "network.world",
     "observe": "averagers.observed",
     "one_line": "network.world",
@@ -92,6 +94,7 @@ __all__ = [
     "averaging",
     "build",
     "codec",
+    "first_difference",
     "join_ranks",
     "observe",
     "one_line",

@@ -4,33 +4,38 @@ The one writer of the program. It knows nothing of the content.
 """
 
 import errno
+import glob
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from image_classification import locks
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write and read, beside `path`, that replaces `path` where the block ends without an error.
 
-    A kill at any moment leaves `path` as it was or whole. The remains of a killed process have a fixed name,
-    `.NAME.partial`, so the next write of the same file takes it over; an error removes it. A link keeps pointing
-    where it points.
-
-    One writer per file.
+    A kill at any moment leaves `path` as it was or whole. What a killed process leaves is `.NAME.XXXXXXXX.partial`; the
+    next write of the same file removes it, and an error does at once. A link keeps pointing where it points. Of several
+    writers at once, the last one to end wins.
 
     Raises OSError where the folder is missing or read-only, the disk is full, or `path` is a device or a folder.
     """
     path = path.resolve()
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w+b") as file:
+    _remove_remains(path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    with open(partial, "x+b") as file:
         try:
+            with suppress(OSError):  # where there are no locks
+                locks.lock(file)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -39,6 +44,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             partial.unlink(missing_ok=True)
             raise
     _fsync_folder(path.parent)
+
+
+def _remove_remains(path: Path) -> None:
+    """Remove what writers of a file left that were killed: what is still written is locked."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*partial"):
+        with suppress(OSError), open(partial, "r+b") as file:
+            if locks.lock(file):
+                partial.unlink()
 
 
 @contextmanager

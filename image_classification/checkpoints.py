@@ -25,6 +25,7 @@ keys only, and knows neither models, optimizers nor ranks.
 | | other memory of its compressor) |
 """
 
+import hashlib
 import pickle
 import random
 import shutil
@@ -87,18 +88,30 @@ def load(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
     this program; Misfit where a value differs from the expected one.
     """
     content = _read(path)
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it writes
-            broken = archive.testzip()
-    except Exception as error:  # damaged bytes can lead the reader to any of them
-        raise Damaged(f"checkpoint {path} is damaged ({error}); choose another") from error
-    if broken:
-        raise Damaged(f"checkpoint {path} is damaged (wrong checksum of {broken}); choose another")
+    _compare_checksums(path, "checkpoint")
     for key, value in expected.items():
         if content.get(key) != value:
             raise Misfit(f"checkpoint {path} has {key} {content.get(key)}, and this run has {value}; "
                          "choose another checkpoint or workspace, or run it as it was")
     return content
+
+
+def _compare_checksums(path: Path, what: str) -> None:
+    """Raises Damaged where a file's content does not fit the checksums in it, at which torch does not look."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except Exception as error:  # damaged bytes can lead the reader to any of them
+        raise Damaged(f"{what} {path} is damaged ({error}); choose another") from error
+    if broken:
+        raise Damaged(f"{what} {path} is damaged (wrong checksum of {broken}); choose another")
+
+
+def fingerprint(path: Path) -> str:
+    """A digest of the checksums in a checkpoint that `load` has found good."""
+    with zipfile.ZipFile(path) as archive:
+        sums = [(entry.filename, entry.file_size, entry.CRC) for entry in archive.infolist()]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
 
 
 def newest_good(
@@ -112,6 +125,9 @@ def newest_good(
     paths = [folder / filename, folder / BEST, *folder.glob("checkpoint-*.pth.tar")]
     found = []
     for path in filter(Path.exists, dict.fromkeys(paths)):
+        if not path.is_file():
+            warn(f"passed over: checkpoint {path} is no file")
+            continue
         try:
             content = _read(path, mmap=True)
             found.append(((content["epoch"], content["iteration"]), path))
@@ -217,6 +233,8 @@ def load_weights(path: Path, tell: Callable[[str], None] = lambda line: None) ->
         content: Any = _load_safetensors(path)
     else:
         content = _unpickle(path, "weights file", also=_HARMLESS)
+        if zipfile.is_zipfile(path):  # else of torch before 1.6, without checksums
+            _compare_checksums(path, "weights file")
     keys = [key for key in (*_WEIGHTS, *_AVERAGED) if isinstance(content, dict) and isinstance(content.get(key), dict)]
     if keys:
         averages = [key for key in keys if key in _AVERAGED]

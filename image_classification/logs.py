@@ -5,8 +5,10 @@ count from 0; iteration is the number of batches done in that epoch. A sink know
 a `Logger` without sinks.
 """
 
+import errno
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -95,6 +97,26 @@ class Logger(Sink):
 
     def __init__(self, *sinks: Sink) -> None:
         self.sinks = sinks
+        self.failures: dict[object, str] = {}
+        """The first error of each sink that failed since `survive`, in one line."""
+        self._warn: Callable[[str], None] | None = None
+
+    def survive(self, warn: Callable[[str], None]) -> None:
+        """From now on tell `warn` of the first error of each sink, in place of raising it: what logs stops no run."""
+        self._warn = warn
+
+    @contextmanager
+    def surviving(self, source: object) -> Iterator[None]:
+        """A block of writing for who watches the run, with an error of which it goes on like a sink."""
+        try:
+            yield
+        except OSError as error:
+            if self._warn is None:
+                raise
+            if source not in self.failures:
+                named = f"cannot write {error.filename}: {error.strerror}" if error.filename else str(error)
+                self.failures[source] = named
+                self._warn(f"{named}; the run goes on without")
 
     @property
     def tensorboard_writers(self) -> list[Any]:
@@ -102,24 +124,24 @@ class Logger(Sink):
         return [sink.writer for sink in self.sinks if isinstance(sink, TensorBoard)]
 
     def parameters(self, data: Mapping[str, Any]) -> None:
-        for sink in self.sinks:
-            sink.parameters(data)
+        self._each(lambda sink: sink.parameters(data))
 
     def log(self, step: Step, data: Mapping[str, Value]) -> None:
-        for sink in self.sinks:
-            sink.log(step, data)
+        self._each(lambda sink: sink.log(step, data))
 
     def detail(self, step: Step, data: Mapping[str, float]) -> None:
-        for sink in self.sinks:
-            sink.detail(step, data)
+        self._each(lambda sink: sink.detail(step, data))
 
     def line(self, text: str) -> None:
-        for sink in self.sinks:
-            sink.line(text)
+        self._each(lambda sink: sink.line(text))
 
     def close(self) -> None:
+        self._each(lambda sink: sink.close())
+
+    def _each(self, act: Callable[[Sink], None]) -> None:
         for sink in self.sinks:
-            sink.close()
+            with self.surviving(sink):
+                act(sink)
 
 
 # The raport file
@@ -180,7 +202,8 @@ class Raport(Sink):
         self._write("LOG", list(step), finite)
 
     def close(self) -> None:
-        self.file.close()
+        with self._writing():
+            self.file.close()
 
     def _write(self, kind: str, step: str | list[float], data: Mapping[str, Any], **more: Any) -> None:
         now = datetime.now()
@@ -194,6 +217,8 @@ class Raport(Sink):
             **more,
         }
         with self._writing():
+            if os.fstat(self.file.fileno()).st_nlink == 0:
+                raise FileNotFoundError(errno.ENOENT, "it was deleted")
             self.file.write(f"DLLL {json.dumps(record, allow_nan=False)}\n")
             self.file.flush()
 
@@ -222,7 +247,7 @@ class TensorBoard(Sink):
         """`iterations` per epoch; records of an earlier run after `start` are hidden, as in `Raport`."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.iterations = iterations
+        self.folder, self.iterations = folder, iterations
         purge = None if start in (START, END) else self._at(start) + 1
         self.writer = SummaryWriter(folder, purge_step=purge)
 
@@ -234,11 +259,24 @@ class TensorBoard(Sink):
             self.detail(step, {name: value for name, value in data.items() if not isinstance(value, str)})
 
     def detail(self, step: Step, data: Mapping[str, float]) -> None:
-        for name, value in data.items():
-            self.writer.add_scalar(name.replace(".", "/", 1), value, self._at(step))
+        with self._writing():
+            for name, value in data.items():
+                self.writer.add_scalar(name.replace(".", "/", 1), value, self._at(step))
 
     def close(self) -> None:
-        self.writer.close()
+        with self._writing():
+            self.writer.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A block of writing, whose errors name the folder. A thread writes: they may be those of the block before."""
+        try:
+            if not self.folder.is_dir():
+                raise FileNotFoundError(errno.ENOENT, "it was deleted")
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(f"cannot write {self.folder}: {reason}; make room or choose another folder") from error
 
     def _at(self, step: Step) -> int:
         epoch, iteration = (*step, self.iterations)[:2]

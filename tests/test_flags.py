@@ -120,6 +120,7 @@ EXTENSIONS = (
     Option("--hierarchical", "auto", None, ("auto", "on", "off")),
     Option("--ranks-per-host", None, "N"),
     Option("--threads", None, "N"),
+    Option("--check-replicas", 100, "STEPS"),
     Option("--dgc-clip", None, "NORM"),
     Option("--dense-dtype", "float32", None, ("float32", "bfloat16")),
     Option("--compression-scheme", None, "FILE"),
@@ -272,7 +273,7 @@ RANGES = {
         "--num-classes --epochs -b/--batch-size --print-freq/-p --bb-num-parallel-steps --powersgd-rank --popsize "
         "--image-size --search-calibration-steps --ranks-per-host --threads",
     ),
-    OR_OFF: ("1 1000 -1", "0 -2 1e3", "--run-epochs --optimizer-batch-size --prof --bucket-size"),
+    OR_OFF: ("1 1000 -1", "0 -2 1e3", "--run-epochs --optimizer-batch-size --prof --bucket-size --check-replicas"),
     NATURAL: ("0 3", "-1 0.5", "-j/--workers --warmup --compressor-warmup-steps --local_rank/--local-rank "
               "--search-iterations"),
     "an integer from 0 to 4294967295": ("0 4294967295", "-1 4294967296", "--seed"),

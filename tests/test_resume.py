@@ -317,6 +317,21 @@ def test_what_compression_remembers_outlives_what_it_does_not_rest_on(
     assert differences(torch.load(tmp_path / "kept", weights_only=True), saved) == []
 
 
+@pytest.mark.parametrize("after", ["--compression-type svd", "--compression-type 1bit"])
+def test_widths_that_were_chosen_layer_by_layer_are_not_dropped_silently(
+    after: str, pictures: Path, tmp_path: Path
+) -> None:
+    scheme = tmp_path / "scheme.json"
+    scheme.write_text('{"4": ["3.weight", "5.weight"], "2": ["10.weight"]}')
+    flags = f"--compression-type maxmin --compression-scheme {scheme}"
+    run_well(*argv(pictures, tmp_path / "before", flags, epochs=1))
+    path = tmp_path / "before/checkpoint.pth.tar"
+    [rank] = run_well(*argv(pictures, tmp_path / "after", after, epochs=1), "--resume", path)
+    assert rank.err == (
+        f"the checkpoint is of --compression-type maxmin, and this run of {after}; dropped: bit widths\n"
+    )
+
+
 def save_when_nothing_is_left(path: Path) -> None:
     """Keep what the averager remembers at the end of a run."""
     finish = main.Run._finish

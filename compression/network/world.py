@@ -5,8 +5,9 @@ It knows launchers and networks, and nothing of the ranks' purpose.
 
 import contextlib
 import os
+import platform
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,26 +91,40 @@ class World:
 
     @contextlib.contextmanager
     def fail_together(self) -> Iterator[None]:
-        """A block that can fail on one rank alone: where any rank fails, all of them end with the same line."""
+        """A block that can fail on one rank alone: where any rank fails, all of them end with the same line.
+
+        The line names the rank, and its host, where the others have not failed and it is not plain whose it is.
+        """
         failure = None
         try:
             yield
         except (ValueError, OSError) as error:
             failure = one_line(error)
-        failures = [message for message in self.control.collect(failure) if message is not None]
-        if failures:
-            raise Failure(failures[0])
+        ends = self.control.collect((failure, platform.node()))
+        failed = [rank for rank, (message, _) in enumerate(ends) if message is not None]
+        if failed:
+            place = _place(failed[0], [host for _, host in ends])
+            alone = len(failed) < self.size and place != "rank 0"
+            raise Failure(f"{ends[failed[0]][0]} ({place})" if alone else ends[failed[0]][0])
 
-    def check_equal_across_ranks(self, values: Mapping[str, Any], what: str) -> None:
+    def check_equal_across_ranks(
+        self, values: Mapping[str, Any], what: str, remedy: str = "start all ranks alike"
+    ) -> None:
         """Raises Failure, on every rank alike, where a value differs from rank 0's."""
-        first, *others = self.control.collect(dict(values))
-        for rank, theirs in enumerate(others, start=1):
-            for name in first:
-                if theirs.get(name) != first[name]:
+        (first, _), *others = ends = self.control.collect((dict(values), platform.node()))
+        hosts = [host for _, host in ends]
+        for rank, (theirs, _) in enumerate(others, start=1):
+            for name in dict.fromkeys((*first, *theirs)):
+                if theirs.get(name) != first.get(name):
                     raise Failure(
-                        f"{what} must be the same on every rank: {name} is {first[name]!r} on rank 0 and "
-                        f"{theirs.get(name)!r} on rank {rank}; start all ranks alike"
+                        f"{what} must be the same on every rank: {name} is {first.get(name)!r} on {_place(0, hosts)} "
+                        f"and {theirs.get(name)!r} on {_place(rank, hosts)}; {remedy}"
                     )
+
+
+def _place(rank: int, hosts: Sequence[str]) -> str:
+    """A rank in words, with its host where there are several; `hosts` holds the name of each rank's."""
+    return f"rank {rank} on host {hosts[rank]}" if len({*hosts}) > 1 else f"rank {rank}"
 
 
 def one_line(error: Exception) -> str:

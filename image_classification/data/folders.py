@@ -1,5 +1,6 @@
 """Folders: the contents of a data set on disk, found and checked by listing alone."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ import numpy as np
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """torchvision's IMG_EXTENSIONS, in any case of letters. Files that end otherwise are ignored, and so are files and
 folders whose names begin with a dot: what editors, notebooks and macOS leave beside images may end like them."""
+
+SIZES_COMPARED = 1000
 
 _LAYOUT = "expected DIR/train/CLASS/* and DIR/val/CLASS/*"
 
@@ -33,6 +36,25 @@ class Split:
 
     def path(self, index: int) -> Path:
         return self.folder / os.fsdecode(self.names[index])
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """What two copies of a split have in common: counts, digests of all names and of some files' sizes.
+
+        The sizes are those of `SIZES_COMPARED` images, evenly spread: a million would take a network's disk minutes.
+
+        Raises OSError where one of these is not there.
+        """
+        some = range(0, len(self), max(1, len(self) // SIZES_COMPARED))
+        sizes = [self.path(index).stat().st_size for index in some]
+        digest_of = {
+            "class names": "\n".join(self.classes).encode(errors="surrogateescape"),
+            "file names": b"\n".join(self.names.tolist()),
+            "file sizes": repr(sizes).encode(),
+        }
+        digests = {name: hashlib.sha256(content).hexdigest()[:16] for name, content in digest_of.items()}
+        return {"number of classes": len(self.classes), "number of images": len(self)} | {
+            f"digest of {name}": digest for name, digest in digests.items()
+        }
 
 
 def list_splits(root: Path, num_classes: int, *, train: bool = True, val: bool = True) -> tuple[Split, Split]:

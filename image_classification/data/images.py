@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from image_classification.data.views import View
 
@@ -34,6 +34,8 @@ def _bad_image() -> Iterator[None]:
         yield
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:  # which names an address in memory
+        raise BadImage(f"it is none of {', '.join(_FORMATS)}") from error
     except Exception as error:
         raise BadImage(" ".join(str(error).split()) or type(error).__name__) from error
 

@@ -105,6 +105,9 @@ class FolderLoader:
         values = channels_first.to(torch.float32, memory_format=self._options.memory_format)
         return values.sub_(self._mean).div_(self._std)
 
+    def fingerprint(self) -> dict[str, int | str]:
+        return self._samples.split.fingerprint()
+
     def _stop(self) -> None:
         if self._running is not None:
             self._running.close()

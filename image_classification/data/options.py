@@ -87,6 +87,10 @@ class Loader(Protocol):
         """
         ...
 
+    def fingerprint(self) -> dict[str, int | str]:
+        """What all ranks' copies of the data must have in common; nothing where there are none."""
+        ...
+
     def close(self) -> None:
         """End all workers. The loader is of no use afterwards; closing twice is fine."""
         ...

@@ -43,6 +43,9 @@ class SyntheticLoader:
             rest = self._share - batch * self._batch_size
             yield images[:rest], labels[:rest]
 
+    def fingerprint(self) -> dict[str, int | str]:
+        return {}
+
     def close(self) -> None:
         pass
 

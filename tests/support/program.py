@@ -241,6 +241,27 @@ def signal_in_step(step: int, number: int, rank: int | None = None) -> None:
     patch.object(Interruption, "due", due_later).start()
 
 
+def pause_in_step(step: int, folder: Path) -> None:
+    """Each rank notes in `folder` that it is in optimizer step `step`, and waits there for a file `go`."""
+    due = Interruption.due
+
+    def due_later(interruption: Interruption, done: int) -> bool:
+        if done == step:
+            (folder / f"reached-{own_rank()}").touch()
+            wait_for(folder / "go")
+        return due(interruption, done)
+
+    patch.object(Interruption, "due", due_later).start()
+
+
+def wait_for(path: Path) -> None:
+    """Return as soon as a file is there."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path} after {PATIENCE_SECONDS} s"
+        time.sleep(0.01)
+
+
 def signal_in_validation(number: int, rank: int) -> None:
     """The signal reaches one rank before the first batch of its first validation."""
     asked = Interruption.asked
