@@ -35,6 +35,7 @@ import os
 import re
 import secrets
 import shlex
+import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -1481,4 +1482,6 @@ def shown_on_the_first(ranks: compression.World) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    # Before a run says what a signal asks for, Ctrl-C ends the program at once, and not in the middle of an import.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(main())

@@ -3,7 +3,7 @@
 codec (arithmetic) x collectives (network) x averager (how ranks agree), three modules that do not know one another,
 joined to a model's backward by an exchange.
 
-    exchange = compression.attach(ddp_model, compression.build("maxmin", bits=4, error_feedback=True))
+    exchange = attach(ddp_model, "maxmin", bits=4, error_feedback=True)
 
 Names are loaded when they are used: importing this package loads neither torch nor anything else that is heavy.
 Python 3.14 has a package `compression` of its own, and parts of the standard library import from it. Where ours comes
@@ -103,15 +103,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        # Loaded as a submodule of the standard library's package, before ours took its place.
-        if f"{__name__}.{name}" in sys.modules:
-            return sys.modules[f"{__name__}.{name}"]
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # else every name, misspelled ones too, would be one of the package's
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            # Loaded as a submodule of the standard library's package, before ours took its place.
+            if f"{__name__}.{name}" in sys.modules:
+                return sys.modules[f"{__name__}.{name}"]
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -63,17 +63,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"`{name}` needs {error.name}: install it, or gradwire[search], which brings it", name=error.name
-        ) from error
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # else every name, misspelled ones too, would be one of the package's
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"`{name}` needs {error.name}: install it, or gradwire[search], which brings it", name=error.name
+            ) from error
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

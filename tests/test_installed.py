@@ -160,3 +160,15 @@ def test_importing_it_loads_nothing_heavy_and_tells_its_version(python: Path, pr
 def test_documents_name_this_version() -> None:
     assert f"\nversion: {compression.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"({compression.__version__})" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.slow
+def test_types_know_which_names_there_are(python: Path, project: Path) -> None:
+    (project / "typed.py").write_text(
+        "import gradwire\nimport gradwire.search\n\ngradwire.build('maxmin')\ngradwire.search.optimum\n"
+        "gradwire.atach\ngradwire.search.optimun\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--python-executable", str(python), "--ignore-missing-imports", "typed.py"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=900, check=False)
+    errors = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert [line.split(": ")[0] for line in errors] == ["typed.py:6", "typed.py:7"], done.stdout

@@ -24,7 +24,10 @@ def main(arguments: Sequence[str]) -> int:
         sys.path.insert(0, os.getcwd())
     name, *pairs = arguments
     try:
-        target = resolve(name, dict(map(_option, pairs)))
+        options = list(map(_option, pairs))
+        if twice := {option for option, _ in options if [other for other, _ in options].count(option) > 1}:
+            raise UnknownTarget(f"{min(twice)} is given twice; give it once")
+        target = resolve(name, dict(options))
     except UnknownTarget as error:
         print(f"{__package__}: {error}", file=sys.stderr)
         return 2

@@ -129,9 +129,17 @@ def first_broken(examples: Iterable[E], measure: "Measure[E]", tries: int = 300)
     An exception breaks it too. `tries` bounds the number of smaller examples that are measured.
     """
     for example in examples:
-        if _caught(measure, example) is not None:
-            least = smallest(example, lambda each: _caught(measure, each) is not None, tries)
-            return Finding(str(_caught(measure, least)), str(least))
+        if (measured := _caught(measure, example)) is not None:
+            seen = {example: measured}
+
+            def breaks(each: E) -> bool:
+                if (found := _caught(measure, each)) is not None:
+                    seen[each] = found  # noqa: B023
+                return found is not None
+
+            least = smallest(example, breaks, tries)
+            again = "" if _caught(measure, least) is not None else ", not every time"
+            return Finding(seen[least] + again, str(least))
     return None
 
 

@@ -39,6 +39,12 @@ def _sparse(nonzeros: int) -> Callable[[int, Generator], Tensor]:
     return make
 
 
+def _alone(count: int, place: int) -> Tensor:
+    values = torch.zeros(count)
+    values[place] = 1.5
+    return values
+
+
 def _outlier(count: int, generator: Generator) -> Tensor:
     values = 0.01 * _normal(count, generator)
     values[count // 2] = -7.5
@@ -55,6 +61,9 @@ INPUTS: dict[str, Input] = {
     "zeros": Input(lambda count, generator: torch.zeros(count)),
     "normal": Input(_normal),
     "negative": Input(lambda count, generator: -_normal(count, generator).abs() - 0.5),
+    "positive": Input(lambda count, generator: _normal(count, generator).abs() + 0.5),
+    "first alone": Input(lambda count, generator: _alone(count, 0)),
+    "last alone": Input(lambda count, generator: _alone(count, count - 1)),
     "one non-zero": Input(_sparse(1)),
     "two non-zeros": Input(_sparse(2)),
     "three non-zeros": Input(_sparse(3)),

@@ -104,11 +104,15 @@ def _called(target: object) -> str:
 
 def _loaded(path: str) -> object:
     module, _, name = path.partition(":")
+    if not (module and name):
+        raise UnknownTarget(f"{path!r} names no object: name it as module:name")
+    if module.endswith(".py") or "/" in module:
+        raise UnknownTarget(f"{path}: a module is named without its folder and its .py; name it as module:name")
     try:
         found: object = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UnknownTarget(f"{path}: no module is called {error.name!r}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UnknownTarget(f"{path}: importing {module} raises {type(error).__name__}: {error}") from error
     for part in name.split("."):
         if not hasattr(found, part):

@@ -1,6 +1,6 @@
 """Compressors that break one promise each, and keep all others."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,3 +191,86 @@ BROKEN: dict[str, object] = {
     "resume": row_of(Forgetful),
 }
 """By the name of the promise."""
+
+
+# Wrong at some sizes, steps or values only
+
+
+@dataclass(frozen=True)
+class WrongWhere(Biased):
+    """Values as they are, negated where `wrong` says so."""
+
+    wrong: Callable[[Tensor], bool]
+
+    def encode(self, values_RN: Tensor, seed: int) -> Tensor:
+        values = -values_RN if self.wrong(values_RN) else values_RN
+        return values.clone().view(torch.uint8)
+
+    def decode(self, wire_RB: Tensor, count: int) -> Tensor:
+        return wire_RB.clone().view(torch.float32)
+
+
+class Halving(WrongWhere):
+    """Halves its argument where it is wrong."""
+
+    def encode(self, values_RN: Tensor, seed: int) -> Tensor:
+        wire = values_RN.clone().view(torch.uint8)
+        if self.wrong(values_RN):
+            values_RN.mul_(0.5)
+        return wire
+
+
+WRONG_SOMEWHERE: dict[str, object] = {
+    "with more than 320 values": WrongWhere(lambda values: values.shape[1] > 320),
+    "with more than 2000 values": WrongWhere(lambda values: values.shape[1] > 2000),
+    "with one value": WrongWhere(lambda values: values.shape[1] == 1),
+    "with 64 values": WrongWhere(lambda values: values.shape[1] == 64),
+    "with positive values": WrongWhere(lambda values: values.shape[1] > 1 and bool((values > 0).all())),
+    "with a last value alone": WrongWhere(lambda values: values.shape[1] > 1 and bool((values[:, :-1] == 0).all())),
+    "its argument is changed, if it is long": Halving(lambda values: values.shape[1] > 400),
+}
+
+
+@dataclass(frozen=True)
+class Kept(WrongWhere):
+    """A fraction of the values, each drawn by itself; unbiased if they are scaled, else a contraction in the mean."""
+
+    fraction: float = 0.05
+    scaled: bool = False
+
+    def encode(self, values_RN: Tensor, seed: int) -> Tensor:
+        draws = torch.rand(values_RN.shape, generator=torch.Generator().manual_seed(stream_key(seed, 1) >> 1))
+        scale = 1 / self.fraction if self.scaled else 1.0
+        scaled = torch.where(values_RN.isfinite(), (values_RN * scale).clamp(-3.4e38, 3.4e38), values_RN)
+        kept = torch.where(draws < self.fraction, scaled, 0.0 * values_RN)
+        return kept.contiguous().view(torch.uint8)
+
+
+class WrongLater(SignsInOneHop):
+    """Keeps all promises in the first `GOOD` steps."""
+
+    GOOD = 3
+
+
+class DisagreeingLater(WrongLater):
+    def average_(self, gradients: Gradients, step: int) -> None:
+        super().average_(gradients, step)
+        if step >= self.GOOD:
+            gradients.flat.mul_(1 + 0.1 * self.collectives.rank)
+
+
+class SilentLater(WrongLater):
+    def average_(self, gradients: Gradients, step: int) -> None:
+        super().average_(gradients, step)
+        if step >= self.GOOD:
+            gradients.flat.zero_()
+
+
+class TalkativeLater(WrongLater):
+    def average_(self, gradients: Gradients, step: int) -> None:
+        super().average_(gradients, step)
+        if step >= self.GOOD:
+            self.collectives.sum_(torch.zeros(1000))
+
+
+WRONG_LATER = {"agreement": DisagreeingLater, "mean": SilentLater, "exact traffic": TalkativeLater}

@@ -1,5 +1,6 @@
 """Every property: what breaks it breaks nothing else, and what the package has keeps them all."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,7 +11,18 @@ from compression.codecs.low_rank import SpectralAtoms
 from compression.codecs.quantizers import MaxMin
 from compression.conformance import PROPERTIES, Status, assert_conforms, check, resolve, result_of
 from compression.registry import Row
-from tests.support.broken_promises import BROKEN, ROW, Biased, Signs, StochasticSign
+from tests.support.broken_promises import (
+    BROKEN,
+    ROW,
+    WRONG_LATER,
+    WRONG_SOMEWHERE,
+    Biased,
+    Kept,
+    Signs,
+    StochasticSign,
+    WrongWhere,
+    row_of,
+)
 from tests.support.quantizers import ROW as MID_RISE
 
 NAMES = [each.name for each in PROPERTIES]
@@ -41,6 +53,30 @@ def test_what_breaks_a_promise_keeps_all_others(broken: str) -> None:
 @pytest.mark.parametrize("target", [Signs(), ROW], ids=["codec", "row"])
 def test_what_they_are_made_of_keeps_all(target: object) -> None:
     assert_conforms(target, **with_feedback(target))
+
+
+@pytest.mark.parametrize("where", WRONG_SOMEWHERE)
+def test_what_is_wrong_somewhere_fails(where: str) -> None:
+    assert not check(WRONG_SOMEWHERE[where], error_feedback=False).ok
+
+
+@pytest.mark.parametrize("broken", WRONG_LATER)
+def test_what_is_wrong_in_later_steps_fails(broken: str) -> None:
+    verdict = check(row_of(WRONG_LATER[broken]), error_feedback=False)
+    assert broken in [result.property.name for result in verdict.failures], str(verdict)
+
+
+def test_a_contraction_in_the_mean_and_an_unbiased_code_of_much_noise_conform() -> None:
+    assert_conforms(Kept(lambda values: False))
+    assert_conforms(Kept(lambda values: False, scaled=True), error_feedback=False)
+
+
+def test_what_breaks_now_and_then_is_told_so() -> None:
+    calls = itertools.count(1)
+    verdict = check(WrongWhere(lambda values: next(calls) % 50 == 0), error_feedback=False)
+    assert not verdict.ok
+    assert "measured: None" not in str(verdict)
+    assert "not every time" in str(verdict)
 
 
 # The registry

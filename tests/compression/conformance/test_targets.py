@@ -91,6 +91,9 @@ def test_a_function_that_asks_for_a_layer_is_called_for_each() -> None:
         (build("maxmin"), {"bits": 3}, "maxmin is built already, and takes no option 'bits'"),
         (dict, {}, "dict makes nothing that can be checked: name a codec, a class or function"),
         (list, {}, "makes a list, with which nothing can be checked: name a codec, a class or function"),
+        (":maxmin", {}, "':maxmin' names no object: name it as module:name"),
+        ("mine.py:codec", {}, "a module is named without its folder and its .py"),
+        ("tests.support.ending:codec", {}, "importing tests.support.ending raises SystemExit: usage"),
         ("math:pi", {}, "math:pi is of float, with which nothing can be checked: name a codec, a class or function"),
     ],
 )

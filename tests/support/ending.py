@@ -1,0 +1,5 @@
+"""A module that ends the program that imports it, as a script does."""
+
+import sys
+
+sys.exit("usage")
