@@ -148,16 +148,35 @@ def number(kind: Callable[[str], Any], rule: str, holds: Callable[[Any], bool]) 
     return read
 
 
-bit_width = number(int, "an integer from 1 to 8", lambda n: 1 <= n <= 8)
-count = number(int, "an integer of at least 1", lambda n: n >= 1)
-count_or_off = number(int, "an integer of at least 1, or -1", lambda n: n >= 1 or n == -1)
-count_or_none = number(int, "an integer of at least 0", lambda n: n >= 0)
-seed = number(int, "an integer from 0 to 4294967295", lambda n: 0 <= n < 2**32)  # what numpy seeds with
-amount = number(float, "a number of at least 0", lambda x: x >= 0)
-positive = number(float, "a number above 0", lambda x: x > 0)
+def integer(least: int, most: int, off: int | None = None) -> Callable[[str], Any]:
+    """An argparse type for the integers of a range; `off` is one more, which turns something off."""
+    rule = f"an integer from {least} to {most}" + ("" if off is None else f", or {off}")
+    return number(int, rule, lambda n: least <= n <= most or n == off)
+
+
+def between(least: float, most: float) -> Callable[[str], Any]:
+    """An argparse type for the numbers of a range."""
+    return number(float, f"a number from {least:g} to {most:g}", lambda x: least <= x <= most)
+
+
+# Largest values are far above any use and far below what the arithmetic of the libraries cannot hold.
+bit_width = integer(1, 8)
+count = integer(1, 10**9)
+count_or_off = integer(1, 10**9, off=-1)
+count_or_none = integer(0, 10**9)
+few = integer(1, 1024)
+few_or_none = integer(0, 1024)
+million = integer(1, 10**6)
+pixels = integer(1, 2**14)
+seed = integer(0, 2**32 - 1)  # what numpy seeds with
+amount = between(0, 1e38)  # what float32 holds
+concentration = between(0, 1000)
+power = between(0.001, 10)  # of an error or a ratio, neither of which then leaves the range of float64
+scale = between(1e-9, 1e9)
+bits_a_value = number(float, "a number above 0 and at most 128", lambda x: 0 < x <= 128)
 fraction = number(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
 below_one = number(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
-probability = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+probability = between(0, 1)
 
 
 def text(value: str) -> str:
@@ -221,15 +240,15 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"model architecture: {' | '.join(classification.models.ARCHITECTURES)}")
     add("--model-config", "-c", metavar="CONF", choices=tuple(classification.models.MODEL_CONFIGS), default="classic",
         help=f"initialization: {' | '.join(classification.models.MODEL_CONFIGS)}")
-    add("--num-classes", metavar="N", type=count, default=1000, help="number of classes")
-    add("-j", "--workers", metavar="N", type=count_or_none, default=5,
+    add("--num-classes", metavar="N", type=million, default=1000, help="number of classes")
+    add("-j", "--workers", metavar="N", type=few_or_none, default=5,
         help="loader processes per rank, or DALI threads")
 
     add = optimization.add_argument
     add("--epochs", metavar="N", type=count, default=90, help="epochs of the whole training")
     add("--run-epochs", metavar="N", type=count_or_off, default=-1,
         help="stop this run after N epochs, never past --epochs (default: %(default)s, at --epochs)")
-    add("-b", "--batch-size", metavar="N", type=count, default=256, help="images per rank")
+    add("-b", "--batch-size", metavar="N", type=million, default=256, help="images per rank")
     add("--optimizer-batch-size", metavar="N", type=count_or_off, default=-1,
         help="images per optimizer step over all ranks, by gradient accumulation: a multiple of ranks x "
         "--batch-size (default: %(default)s, one batch of each rank)")
@@ -241,7 +260,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="epochs of linear warm-up, fewer than --epochs")
     add("--label-smoothing", metavar="S", type=below_one, default=0.0,
         help="fraction of each training label that is spread over all classes")
-    add("--mixup", metavar="ALPHA", type=amount, default=0.0,
+    add("--mixup", metavar="ALPHA", type=concentration, default=0.0,
         help="mix pairs of training images by Beta(ALPHA, ALPHA); 0 is off")
     add("--momentum", metavar="M", type=below_one, default=0.9, help="momentum of SGD")
     add("--weight-decay", "--wd", metavar="W", type=amount, default=1e-4, help="weight decay")
@@ -260,7 +279,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = precision.add_argument
     add("--fp16", action="store_true",
         help="half-precision model with float32 batch norms and master weights")
-    add("--static-loss-scale", type=positive, default=1,
+    add("--static-loss-scale", type=scale, default=1,
         help="constant loss scale, with --fp16 or --amp; a power of 2 is exact")
     add("--dynamic-loss-scale", action="store_true",
         help="let the loss scale follow the gradients, with --fp16 or --amp; overrides --static-loss-scale")
@@ -293,7 +312,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--bb-ratio", type=fraction,
         help="broken barrier: a step waits for the first layers that hold this fraction of the squared gradient "
         "norm, and applies the others' averages late; without it, a step waits for all")
-    add("--bb-num-parallel-steps", type=count, default=10,
+    add("--bb-num-parallel-steps", type=few, default=10,
         help="with --bb-ratio: steps by which a late average is late")
 
     add = encoding.add_argument
@@ -322,23 +341,23 @@ def build_parser() -> argparse.ArgumentParser:
         "fraction sent falls")
     ranks.add_argument("--local_rank", "--local-rank", type=count_or_none, default=0,
                        help="rank on this machine, given by the launcher; LOCAL_RANK in the environment wins")
-    add("--powersgd-rank", type=count,
+    add("--powersgd-rank", type=few,
         help="PowerSGD of this rank; with --compression-type svd its rank (default: 4 with svd)")
 
     add = widths.add_argument
     add("--search", action="store_true", help="search a bit width for each layer after each epoch")
-    add("--search-alpha", type=positive, default=0.5, help="power of the error in the objective")
-    add("--search-beta", type=positive, default=0.5, help="power of the compression ratio in the objective")
+    add("--search-alpha", type=power, default=0.5, help="power of the error in the objective")
+    add("--search-beta", type=power, default=0.5, help="power of the compression ratio in the objective")
     add("--search-max-bits", type=bit_width, default=8, help="largest width, 1 to 8")
     add("--search-min-bits", type=bit_width, default=2, help="smallest width, 1 to 8")
-    add("--popsize", type=count, default=5, help="population of the differential evolution, per layer")
+    add("--popsize", type=few, default=5, help="population of the differential evolution, per layer")
     add("--search-iterations", type=count_or_none, default=2,
         help="generations after the first: popsize x layers x (iterations + 1) evaluations")
 
     def extension(group: argparse._ArgumentGroup, *names: str, help: str, **options: Any) -> None:
         group.add_argument(*names, help=f"(extension) {help}", **options)
 
-    extension(model, "--image-size", metavar="PIXELS", type=count, default=224, help="side of the square crop")
+    extension(model, "--image-size", metavar="PIXELS", type=pixels, default=224, help="side of the square crop")
     extension(model, "--crop-scale", metavar="SHARE", type=fraction, default=0.08,
               help="least fraction of the image's area in a random crop")
     extension(model, "--hflip", metavar="P", type=probability, default=0.5,
@@ -358,12 +377,12 @@ def build_parser() -> argparse.ArgumentParser:
     extension(ranks, "--hierarchical", choices=("auto", "on", "off"), default="auto",
               help="add up inside a host in float32 and average between hosts in codes; auto does where hosts have "
               "as many ranks each, two or more, and the type encodes")
-    extension(ranks, "--ranks-per-host", metavar="N", type=count,
+    extension(ranks, "--ranks-per-host", metavar="N", type=few,
               help="with --hierarchical: take each host as several of so many ranks (default: found)")
-    extension(ranks, "--threads", metavar="N", type=count,
+    extension(ranks, "--threads", metavar="N", type=few,
               help="threads that compute in each rank's process (default: the cores that it may use, divided by the "
               "ranks on its host)")
-    extension(encoding, "--dgc-clip", metavar="NORM", type=positive,
+    extension(encoding, "--dgc-clip", metavar="NORM", type=scale,
               help="with --dgc: clip each rank's gradient to this norm before momentum")
     extension(encoding, "--dense-dtype", choices=("float32", "bfloat16"), default="float32",
               help="numbers as which values travel that are not encoded: all with --compression-type none, those of "
@@ -372,7 +391,7 @@ def build_parser() -> argparse.ArgumentParser:
               help="train with the widths of a compress_scheme_N.json that a search wrote")
     extension(widths, "--search-calibration-steps", metavar="STEPS", type=count, default=20,
               help="with --search and --pretrained-weights: steps of the calibration pass before the first search")
-    extension(widths, "--search-target-bits", metavar="BITS", type=positive,
+    extension(widths, "--search-target-bits", metavar="BITS", type=bits_a_value,
               help="with --search: least error with at most this many bits a value on average")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {compression.__version__}",
                         help="(extension) show the version and exit")
