@@ -6,6 +6,7 @@ The one entry of the program, to be read from top to bottom. Its sections:
     types         values that a flag may have
     parser        every flag, and how a command line is read
     cross-checks  which flags go together
+    plan          from flags to what a run depends on, complete before anything starts
     builders      from flags to objects: compressor, model, data, logs
     run           one run: four steps that build it, and the loop over epochs
     resume        a run's checkpoint, and how a run goes on from one
@@ -398,12 +399,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read and cross-check a command line, by default this process's own.
+def parse(argv: Sequence[str] | None = None) -> Plan:
+    """The plan of a command line that is read and cross-checked, by default of this process's own.
 
-    Besides the flags the namespace holds `given`, the sorted names of those that the command line spells out.
-    With `--search` or `--compression-scheme` and no `--compression-type`, the type is maxmin. Exits with
-    status 2 and one line on stderr where something is wrong.
+    With `--search` or `--compression-scheme` and no `--compression-type`, the type is maxmin. Exits with status 2 and
+    one line on stderr where something is wrong.
     """
     parser = build_parser()
     defaults = vars(parser.parse_args(["DIR"]))
@@ -417,14 +417,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         flags.local_rank = from_environment(launcher.local_rank, count_or_none, flags.local_rank)
         if (flags.search or flags.compression_scheme) and "compression_type" not in given:
             flags.compression_type = "maxmin"
-        check(flags, {name for name, value in given.items() if value != defaults[name]})
+        changed = {name for name, value in given.items() if value != defaults[name]}
+        check(flags, changed, launcher.started_this_process())
         check_world(flags, from_environment(launcher.size, count, 1))
     except ValueError as error:
         parser.error(str(error))
     if apart := launcher.apart():
         refuse_apart(apart, flags)
         parser.exit(2)
-    return flags
+    return plan_of(flags, defaults)
 
 
 def as_typed(flags: argparse.Namespace) -> str:
@@ -469,17 +470,22 @@ def refuse(wrong: Any, message: str) -> None:
         raise ValueError(message)
 
 
-def check(flags: argparse.Namespace, changed: set[str]) -> None:
+def check(flags: argparse.Namespace, changed: set[str], launched: bool) -> None:
     """Hold the flags against one another; `changed` names those that differ from their defaults.
 
     A flag that could have no effect is an error that names the flags it needs: nothing that a user set is
-    silently ignored. A default spelled out is never refused, nor are training flags with --evaluate.
+    silently ignored. A default spelled out is never refused, nor is what recipes and sweeps repeat: of that a line is
+    told (`without_effect`). `launched`: a launcher has started this process, perhaps among others.
 
     Raises ValueError, one line that names the flags and the way out.
     """
     def goes_with(names: str, useful: Any, what: str) -> None:
         for name in names.split():
             refuse(name in changed and not useful, f"{spelled(name)} has no effect without {what}")
+
+    def useless_beside(names: str, other: Any, what: str) -> None:
+        for name in names.split():
+            refuse(name in changed and other, f"{spelled(name)} has no effect beside {what}; drop one")
 
     def only_one(names: str) -> None:
         chosen = [spelled(name) for name in names.split() if name in changed]
@@ -504,6 +510,8 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
     refuse(flags.device == "cpu" and flags.dist_backend == "nccl",
            "--dist-backend nccl needs a GPU, and --device is cpu; use gloo")
     only_one("hvd dist_backend")
+    goes_with("dist_backend hierarchical ranks_per_host", launched,
+              "other ranks; start some, as with torchrun --nproc_per_node 2")
     goes_with("bb_num_parallel_steps", flags.bb_ratio, "--bb-ratio")
     only_one("bb_ratio big_grad")
     goes_with("ranks_per_host", flags.hierarchical != "off", "two levels; drop --hierarchical off")
@@ -517,6 +525,7 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
            f"--checkpoint-filename {flags.checkpoint_filename} is a path, and a name is needed; "
            "choose the folder with --workspace")
     goes_with("reset_head", flags.pretrained_weights, "--pretrained-weights")
+    useless_beside("pretrained_weights", goes_on(flags), "--resume PATH, whose checkpoint has all weights")
     check_files(flags)
 
     # compression
@@ -555,6 +564,8 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
               "search_target_bits search_calibration_steps", flags.search, "--search")
     goes_with("search_calibration_steps", flags.pretrained_weights or flags.evaluate,
               "--pretrained-weights or --evaluate")
+    useless_beside("search_alpha search_beta", flags.search_target_bits,
+                   "--search-target-bits, which asks for the least error within a budget")
     only_one("search compression_scheme")
     only_one("search big_grad")
     only_one("compression_scheme big_grad")
@@ -565,6 +576,11 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
     refuse(row.has_bits and getattr(flags, least) < row.min_bits,
            f"--compression-type {kind} needs at least {row.min_bits} bits, one of them the sign; "
            f"raise {spelled(least)}")
+
+
+def goes_on(flags: argparse.Namespace) -> bool:
+    """Whether the run begins with a checkpoint, whatever the workspace holds."""
+    return flags.resume not in (None, "auto")
 
 
 def check_files(flags: argparse.Namespace) -> None:
@@ -603,6 +619,78 @@ def check_world(flags: argparse.Namespace, world_size: int) -> None:
            f"{flags.batch_size} = {batch}")
 
 
+# Plan
+
+
+class Plan(argparse.Namespace):
+    """Flags as one run depends on them, from before it starts until it ends.
+
+    `given` holds the sorted names of those that the command line spells out. `idle` says of those that have no effect
+    beside the others why; here they have their defaults, so that nothing can depend on what they were.
+    """
+
+    def __init__(self, **flags: Any) -> None:
+        vars(self).update(flags)
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise AttributeError(f"a plan is complete before anything starts, and {name} does not change")
+
+
+def plan_of(flags: argparse.Namespace, defaults: Mapping[str, Any]) -> Plan:
+    """The plan of flags that go together."""
+    why = without_effect(flags)
+    idle = {name: why[name] for name in flags.given if name in why and getattr(flags, name) != defaults[name]}
+    given = tuple(name for name in flags.given if name not in idle)
+    return Plan(**vars(flags) | {name: defaults[name] for name in idle} | {"given": given, "idle": idle})
+
+
+TRAINING = (
+    "epochs run_epochs optimizer_batch_size lr lr_schedule warmup mixup momentum weight_decay bn_weight_decay nesterov "
+    "print_freq static_loss_scale dynamic_loss_scale gather_checkpoints no_checkpoints quantization_bits "
+    "error_feedback efx_bits efx_randk topk_ratio big_grad dgc dgc_clip compressor_warmup_steps powersgd_rank "
+    "dense_dtype compression_scheme bb_ratio bb_num_parallel_steps"
+)
+"""Flags that count in training alone."""
+
+CALIBRATION = "crop_scale hflip label_smoothing compression_type bucket_size"
+"""Flags that count in training, and where a search passes over training images."""
+
+
+def without_effect(flags: argparse.Namespace) -> dict[str, str]:
+    """Flags that have no effect beside the others and go along with them all the same, by name, and why.
+
+    Recipes, sweeps and command lines that are run again with one flag more hold them.
+    """
+    why: dict[str, str] = {}
+
+    def idle(names: str, so: Any, reason: str) -> None:
+        why.update(dict.fromkeys(names.split() if so else (), reason))
+
+    compressor = compression.COMPRESSORS[compressor_name(flags)]
+    idle("lr_schedule warmup", flags.lr == 0, "with --lr 0")
+    idle("bn_weight_decay", flags.weight_decay == 0, "with --weight-decay 0")
+    idle("bn_weight_decay", flags.arch in ("vgg16", "resnet18_convex"), f"with --arch {flags.arch}, which trains no "
+         "batch norm")
+    idle("model_config", flags.pretrained_weights and not flags.reset_head,
+         "with --pretrained-weights, which are all weights")
+    idle("model_config", goes_on(flags), "with --resume, whose checkpoint has all weights")
+    idle("workers", flags.data_backend == "syntetic", "with --data-backend syntetic, which loads nothing")
+    idle("static_loss_scale", flags.dynamic_loss_scale, "with --dynamic-loss-scale")
+    idle("bb_num_parallel_steps", flags.bb_ratio == 1, "with --bb-ratio 1, which lets nothing be late")
+    idle("compression_type", flags.dgc, "with --dgc, which is a top-k")
+    idle("error_feedback", compressor.needs_feedback, "with a compressor that always has it")
+    idle(TRAINING, flags.evaluate, "with --evaluate")
+    idle("checkpoint_filename", flags.evaluate and flags.resume != "auto", "with --evaluate")
+    idle(CALIBRATION, flags.evaluate and not flags.search, "with --evaluate")
+    return why
+
+
+def in_one_line(idle: Mapping[str, str]) -> str:
+    """A sentence about flags that have no effect, by reason."""
+    reasons = {why: [spelled(name) for name in idle if idle[name] == why] for why in idle.values()}
+    return "no effect: " + "; ".join(f"{', '.join(names)} {why}" for why, names in reasons.items())
+
+
 # Builders
 
 
@@ -613,7 +701,7 @@ def compressor_name(flags: argparse.Namespace) -> str:
     return "powersgd" if flags.powersgd_rank and flags.compression_type == "none" else flags.compression_type
 
 
-def compressor_of(flags: argparse.Namespace) -> compression.Compressor:
+def compressor_of(flags: Plan) -> compression.Compressor:
     """The compressor that the flags ask for, with those of the flags that it takes."""
     name = compressor_name(flags)
     takes = compression.COMPRESSORS[name].takes
@@ -622,14 +710,14 @@ def compressor_of(flags: argparse.Namespace) -> compression.Compressor:
     return compression.build(name, **{option: value for option, value in options.items() if value is not None})
 
 
-def search_space(flags: argparse.Namespace) -> tuple[Callable[[int], Any], range]:
+def search_space(flags: Plan) -> tuple[Callable[[int], Any], range]:
     """The choices of a search: the codec at a bit width, and the widths."""
     codec = compression.codec(flags.compression_type, bucket_size=flags.bucket_size)
     return codec.with_bits, range(flags.search_min_bits, flags.search_max_bits + 1)
 
 
 def build_model(
-    flags: argparse.Namespace, seed: int, tell: Callable[[str], None] = lambda line: None
+    flags: Plan, seed: int, tell: Callable[[str], None] = lambda line: None
 ) -> nn.Module:
     """The network with its first weights: seeded, then those of --pretrained-weights, of which a line may be told."""
     classification.reproducibility.seed_everything(seed)
@@ -643,7 +731,7 @@ def build_model(
 
 
 def build_data(
-    flags: argparse.Namespace, seed: int, ranks: compression.World
+    flags: Plan, seed: int, ranks: compression.World
 ) -> tuple[classification.data.Loader, classification.data.Loader]:
     """The train and the validation loader of this rank."""
     backend, warning = classification.data.resolve_backend(
@@ -672,7 +760,7 @@ def build_data(
     return classification.data.build(options)
 
 
-def build_precision(flags: argparse.Namespace, ranks: compression.World) -> classification.precision.Precision:
+def build_precision(flags: Plan, ranks: compression.World) -> classification.precision.Precision:
     """Types of the weights and of the arithmetic, and the loss scale."""
     return classification.precision.Precision.choose(
         ranks.device,
@@ -685,7 +773,7 @@ def build_precision(flags: argparse.Namespace, ranks: compression.World) -> clas
 
 
 def build_optimizer(
-    flags: argparse.Namespace,
+    flags: Plan,
     module: nn.Module,
     precision: classification.precision.Precision,
     without_momentum: frozenset[str],
@@ -702,7 +790,7 @@ def build_optimizer(
 
 
 def build_logger(
-    flags: argparse.Namespace, ranks: compression.World, iterations: int, start: classification.logs.Step
+    flags: Plan, ranks: compression.World, iterations: int, start: classification.logs.Step
 ) -> classification.logs.Logger:
     """All sinks on rank 0, none elsewhere. `start` is where the run goes on."""
     logs = classification.logs
@@ -723,7 +811,7 @@ class Run:
     """One run of the program on this rank: everything the flags build, and the loop over epochs."""
 
     # Orders
-    flags: argparse.Namespace
+    flags: Plan
     ranks: compression.World
     workspace: Path
     seed: int
@@ -758,7 +846,7 @@ class Run:
     summary: dict[str, float]  # metrics of the last epoch
     sent: compression.Report  # by the steps of this epoch
 
-    def __init__(self, flags: argparse.Namespace, ranks: compression.World) -> None:
+    def __init__(self, flags: Plan, ranks: compression.World) -> None:
         """Build everything. Nothing in the workspace is touched before all ranks have built all of it."""
         self.flags, self.ranks = flags, ranks
         self.workspace = Path(flags.workspace)
@@ -873,7 +961,7 @@ class Run:
             ended = saved and (flags.evaluate or self.epoch >= flags.epochs)
             start = classification.logs.END if ended else (self.epoch, self.iteration)
             self.log = build_logger(flags, ranks, self.iterations or len(self.train_loader) or 1, start)
-            parameters = {name: value for name, value in vars(flags).items() if name != "given"}
+            parameters = {name: value for name, value in vars(flags).items() if name not in ("given", "idle")}
             self.log.parameters(parameters | {"version": compression.__version__})
             self.log.line(f"running {as_typed(flags)}")
             self.log.line(self._circumstances())
@@ -1135,7 +1223,7 @@ class Snapshot:
     The keys of its content are those of the table in `image_classification/checkpoints.py`.
     """
 
-    def __init__(self, flags: argparse.Namespace, ranks: compression.World) -> None:
+    def __init__(self, flags: Plan, ranks: compression.World) -> None:
         self.flags, self.ranks = flags, ranks
         self.path = Path(flags.workspace) / flags.checkpoint_filename
 
@@ -1243,6 +1331,8 @@ class Snapshot:
         flags = self.flags
         now = settings_of(run.compressor) | {"seed": run.seed}
         was = saved.get("compressor", {}) | {"seed": saved["seed"]}  # earlier code did not say which compressor
+        if compression.COMPRESSORS[run.compressor.name].needs_feedback:
+            was.pop("error_feedback", None)  # whatever its flag was
         changed = [name for name in now if was.get(name, now[name]) != now[name]]
         changed = ["name"] if "name" in changed else changed
         useless = [name for name in changed if name in MEMORY_RESTS_ON]
@@ -1333,7 +1423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
 
 
-def join_and_run(flags: argparse.Namespace) -> int:
+def join_and_run(flags: Plan) -> int:
     """Join the other ranks and do what the flags ask for. Returns the exit status."""
     launcher = launcher_of(flags)
     classification.allocator.keep_freed_memory()
@@ -1371,12 +1461,14 @@ def join_and_run(flags: argparse.Namespace) -> int:
         return 1
 
 
-def run_among(ranks: compression.World, flags: argparse.Namespace) -> int:
+def run_among(ranks: compression.World, flags: Plan) -> int:
     """Do what the flags ask for among ranks that have joined. Returns the exit status."""
     shared = {name: value for name, value in vars(flags).items() if name != "local_rank"}
     ranks.check_equal_across_ranks(shared, "the flags")
     if "compression_type" not in flags.given and (flags.search or flags.compression_scheme) and ranks.rank == 0:
         print("no --compression-type given: widths of maxmin are chosen", file=sys.stderr)
+    if flags.idle and ranks.rank == 0:
+        print(in_one_line(flags.idle), file=sys.stderr)
     with shown_on_the_first(ranks), contextlib.closing(Run(flags, ranks)) as run:
         return run.execute()
 

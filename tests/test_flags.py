@@ -368,6 +368,9 @@ REFUSED = {
     "--device cpu --data-backend dali-gpu": "--data-backend dali-gpu needs a GPU, and --device is cpu; use dali-cpu",
     "--device cpu --dist-backend nccl": "--dist-backend nccl needs a GPU, and --device is cpu; use gloo",
     "--hvd --dist-backend gloo": "--hvd and --dist-backend exclude each other; drop one",
+    "--dist-backend gloo": f"--dist-backend {WITHOUT} other ranks; start some, as with torchrun --nproc_per_node 2",
+    "--hierarchical off": f"--hierarchical {WITHOUT} other ranks; start some",
+    "--ranks-per-host 2": f"--ranks-per-host {WITHOUT} other ranks; start some",
     "--bb-num-parallel-steps 5": f"--bb-num-parallel-steps {WITHOUT} --bb-ratio",
     "--bb-ratio 0.5 --big-grad": "--bb-ratio and --big-grad exclude each other; drop one",
     "--optimizer-batch-size 300": "--optimizer-batch-size 300 is no multiple of ranks x --batch-size = 1 x 256 = 256",
@@ -376,6 +379,10 @@ REFUSED = {
     "--no-checkpoints --gather-checkpoints": "--no-checkpoints and --gather-checkpoints exclude each other; drop one",
     "--reset-head": f"--reset-head {WITHOUT} --pretrained-weights",
     "--reset-head --resume c.pth": f"--reset-head {WITHOUT} --pretrained-weights",
+    "--resume c.pth --pretrained-weights w.pth": (
+        "--pretrained-weights has no effect beside --resume PATH, whose checkpoint has all weights; drop one"
+    ),
+    "--resume c.pth --pretrained-weights w.pth --reset-head": "--pretrained-weights has no effect beside --resume PATH",
     "--no-checkpoints --checkpoint-filename x": f"--checkpoint-filename {WITHOUT} checkpoints; drop --no-checkpoints",
     "--checkpoint-filename model_best.pth.tar": (
         "--checkpoint-filename model_best.pth.tar is a name that copies of checkpoints get; choose another name"
@@ -464,6 +471,11 @@ REFUSED = {
     "--popsize 50": f"--popsize {WITHOUT} --search",
     "--search-iterations 5": f"--search-iterations {WITHOUT} --search",
     "--search-target-bits 4": f"--search-target-bits {WITHOUT} --search",
+    "--search --search-target-bits 4 --search-alpha 1": (
+        "--search-alpha has no effect beside --search-target-bits, which asks for the least error within a budget; "
+        "drop one"
+    ),
+    "--search --search-target-bits 4 --search-beta 1": "--search-beta has no effect beside --search-target-bits",
     "--search --search-calibration-steps 5": (
         f"--search-calibration-steps {WITHOUT} --pretrained-weights or --evaluate"
     ),
@@ -505,7 +517,7 @@ def test_a_flag_without_effect_is_refused_with_what_it_goes_with(line, capsys):
         "--search --evaluate --search-calibration-steps 3 --resume c.pth --compression-type quantile "
         "--search-min-bits 1",
         "--compression-scheme s.json --compression-type norm_uniform",
-        "--image-size 32 --crop-scale 0.6 --hflip 0 --skip-bad-images --device cpu --dist-backend gloo --threads 2",
+        "--image-size 32 --crop-scale 0.6 --hflip 0 --skip-bad-images --device cpu --threads 2",
     ],
 )
 def test_sensible_recipes_are_accepted(line):
@@ -633,7 +645,9 @@ def test_the_command_line_that_is_shown_gives_the_same_flags(words):
     program, *shown = shlex.split(main.as_typed(flags).removesuffix(", all flags at their defaults"))
     again = main.parse(shown)
     assert program == "main.py"
-    assert vars(again) | {"given": (), "local_rank": 0} == vars(flags) | {"given": (), "local_rank": 0}
+    as_shown = {"given": (), "idle": {}, "local_rank": 0}
+    assert vars(again) | as_shown == vars(flags) | as_shown
+    assert not again.idle
     defaults = vars(main.parse(["DIR"]))
     assert not [name for name in again.given if name != "data" and getattr(again, name) == defaults[name]]
 
