@@ -584,9 +584,9 @@ def goes_on(flags: argparse.Namespace) -> bool:
 
 
 def check_files(flags: argparse.Namespace) -> None:
-    """Refuse flags by which two files are one, or one is both read and written anew.
+    """Refuse flags by which two files are one, or one is both read and written anew, or one is a pipe.
 
-    Raises ValueError, one line that names both, and the way out.
+    Raises ValueError, one line that names the flags, and the way out.
     """
     for name in ("checkpoint_filename", "raport_file"):
         refuse(classification.copies.is_name_of_copy(Path(getattr(flags, name)).name),
@@ -602,6 +602,10 @@ def check_files(flags: argparse.Namespace) -> None:
         "--pretrained-weights": flags.pretrained_weights,
         "--compression-scheme": flags.compression_scheme,
     }
+    folders = {"--workspace": flags.workspace, "--tensorboard-dir": flags.tensorboard_dir}
+    for name, path in (files | folders).items():
+        refuse(path and (Path(path).is_fifo() or Path(path).is_socket()),
+               f"{name}: {path} is a pipe or a socket, and whoever opens it waits; choose another name")
     paths = {name: Path(path).resolve() for name, path in files.items() if path}
     for (one, path), (other, same) in itertools.combinations(paths.items(), 2):
         refuse(path == same and not {one, other} <= {"--checkpoint-filename", "--resume", "--pretrained-weights"},

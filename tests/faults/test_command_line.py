@@ -1,5 +1,6 @@
 """A command line that nobody means: one line, exit status 2, and the workspace is not even made."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,22 @@ def test_what_a_sweep_repeats_without_effect_is_said_in_one_line(pictures: Path,
     assert [rank.err for rank in ranks] == [
         "no effect: --bb-num-parallel-steps with --bb-ratio 1, which lets nothing be late\n", "",
     ]  # fmt: skip
+
+
+NAMING_FILES = (
+    "--resume {0}", "--pretrained-weights {0}", "--compression-scheme {0}", "--save-weights {0}", "--raport-file {0}",
+    "--tensorboard-dir {0}", "--workspace {0}", "--workspace {1} --checkpoint-filename {2}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", NAMING_FILES)
+def test_a_pipe_given_for_a_file_is_refused(flags: str, pictures: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    words = flags.format(pipe, pipe.parent, pipe.name).split()
+    [rank] = run(pictures, *SMALL, "--workspace", tmp_path / "work", *words)
+    assert (rank.status, rank.out) == (2, "")
+    assert rank.err == (
+        f"main.py: error: {words[-2]}: {pipe} is a pipe or a socket, and whoever opens it waits; choose another name\n"
+    )
+    assert not (tmp_path / "work").exists()
