@@ -6,6 +6,7 @@ The one entry of the program, to be read from top to bottom. Its sections:
     types         values that a flag may have
     parser        every flag, and how a command line is read
     cross-checks  which flags go together
+    plan          from flags to what a run depends on, complete before anything starts
     builders      from flags to objects: compressor, model, data, logs
     run           one run: four steps that build it, and the loop over epochs
     resume        a run's checkpoint, and how a run goes on from one
@@ -150,16 +151,35 @@ def number(kind: Callable[[str], Any], rule: str, holds: Callable[[Any], bool]) 
     return read
 
 
-bit_width = number(int, "an integer from 1 to 8", lambda n: 1 <= n <= 8)
-count = number(int, "an integer of at least 1", lambda n: n >= 1)
-count_or_off = number(int, "an integer of at least 1, or -1", lambda n: n >= 1 or n == -1)
-count_or_none = number(int, "an integer of at least 0", lambda n: n >= 0)
-seed = number(int, "an integer from 0 to 4294967295", lambda n: 0 <= n < 2**32)  # what numpy seeds with
-amount = number(float, "a number of at least 0", lambda x: x >= 0)
-positive = number(float, "a number above 0", lambda x: x > 0)
+def integer(least: int, most: int, off: int | None = None) -> Callable[[str], Any]:
+    """An argparse type for the integers of a range; `off` is one more, which turns something off."""
+    rule = f"an integer from {least} to {most}" + ("" if off is None else f", or {off}")
+    return number(int, rule, lambda n: least <= n <= most or n == off)
+
+
+def between(least: float, most: float) -> Callable[[str], Any]:
+    """An argparse type for the numbers of a range."""
+    return number(float, f"a number from {least:g} to {most:g}", lambda x: least <= x <= most)
+
+
+# Largest values are far above any use and far below what the arithmetic of the libraries cannot hold.
+bit_width = integer(1, 8)
+count = integer(1, 10**9)
+count_or_off = integer(1, 10**9, off=-1)
+count_or_none = integer(0, 10**9)
+few = integer(1, 1024)
+few_or_none = integer(0, 1024)
+million = integer(1, 10**6)
+pixels = integer(1, 2**14)
+seed = integer(0, 2**32 - 1)  # what numpy seeds with
+amount = between(0, 1e38)  # what float32 holds
+concentration = between(0, 1000)
+power = between(0.001, 10)  # of an error or a ratio, neither of which then leaves the range of float64
+scale = between(1e-9, 1e9)
+bits_a_value = number(float, "a number above 0 and at most 128", lambda x: 0 < x <= 128)
 fraction = number(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
 below_one = number(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
-probability = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+probability = between(0, 1)
 
 
 def text(value: str) -> str:
@@ -223,15 +243,15 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"model architecture: {' | '.join(classification.models.ARCHITECTURES)}")
     add("--model-config", "-c", metavar="CONF", choices=tuple(classification.models.MODEL_CONFIGS), default="classic",
         help=f"initialization: {' | '.join(classification.models.MODEL_CONFIGS)}")
-    add("--num-classes", metavar="N", type=count, default=1000, help="number of classes")
-    add("-j", "--workers", metavar="N", type=count_or_none, default=5,
+    add("--num-classes", metavar="N", type=million, default=1000, help="number of classes")
+    add("-j", "--workers", metavar="N", type=few_or_none, default=5,
         help="loader processes per rank, or DALI threads")
 
     add = optimization.add_argument
     add("--epochs", metavar="N", type=count, default=90, help="epochs of the whole training")
     add("--run-epochs", metavar="N", type=count_or_off, default=-1,
         help="stop this run after N epochs, never past --epochs (default: %(default)s, at --epochs)")
-    add("-b", "--batch-size", metavar="N", type=count, default=256, help="images per rank")
+    add("-b", "--batch-size", metavar="N", type=million, default=256, help="images per rank")
     add("--optimizer-batch-size", metavar="N", type=count_or_off, default=-1,
         help="images per optimizer step over all ranks, by gradient accumulation: a multiple of ranks x "
         "--batch-size (default: %(default)s, one batch of each rank)")
@@ -243,7 +263,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="epochs of linear warm-up, fewer than --epochs")
     add("--label-smoothing", metavar="S", type=below_one, default=0.0,
         help="fraction of each training label that is spread over all classes")
-    add("--mixup", metavar="ALPHA", type=amount, default=0.0,
+    add("--mixup", metavar="ALPHA", type=concentration, default=0.0,
         help="mix pairs of training images by Beta(ALPHA, ALPHA); 0 is off")
     add("--momentum", metavar="M", type=below_one, default=0.9, help="momentum of SGD")
     add("--weight-decay", "--wd", metavar="W", type=amount, default=1e-4, help="weight decay")
@@ -262,7 +282,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = precision.add_argument
     add("--fp16", action="store_true",
         help="half-precision model with float32 batch norms and master weights")
-    add("--static-loss-scale", type=positive, default=1,
+    add("--static-loss-scale", type=scale, default=1,
         help="constant loss scale, with --fp16 or --amp; a power of 2 is exact")
     add("--dynamic-loss-scale", action="store_true",
         help="let the loss scale follow the gradients, with --fp16 or --amp; overrides --static-loss-scale")
@@ -295,7 +315,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--bb-ratio", type=fraction,
         help="broken barrier: a step waits for the first layers that hold this fraction of the squared gradient "
         "norm, and applies the others' averages late; without it, a step waits for all")
-    add("--bb-num-parallel-steps", type=count, default=10,
+    add("--bb-num-parallel-steps", type=few, default=10,
         help="with --bb-ratio: steps by which a late average is late")
 
     add = encoding.add_argument
@@ -324,23 +344,23 @@ def build_parser() -> argparse.ArgumentParser:
         "fraction sent falls")
     ranks.add_argument("--local_rank", "--local-rank", type=count_or_none, default=0,
                        help="rank on this machine, given by the launcher; LOCAL_RANK in the environment wins")
-    add("--powersgd-rank", type=count,
+    add("--powersgd-rank", type=few,
         help="PowerSGD of this rank; with --compression-type svd its rank (default: 4 with svd)")
 
     add = widths.add_argument
     add("--search", action="store_true", help="search a bit width for each layer after each epoch")
-    add("--search-alpha", type=positive, default=0.5, help="power of the error in the objective")
-    add("--search-beta", type=positive, default=0.5, help="power of the compression ratio in the objective")
+    add("--search-alpha", type=power, default=0.5, help="power of the error in the objective")
+    add("--search-beta", type=power, default=0.5, help="power of the compression ratio in the objective")
     add("--search-max-bits", type=bit_width, default=8, help="largest width, 1 to 8")
     add("--search-min-bits", type=bit_width, default=2, help="smallest width, 1 to 8")
-    add("--popsize", type=count, default=5, help="population of the differential evolution, per layer")
+    add("--popsize", type=few, default=5, help="population of the differential evolution, per layer")
     add("--search-iterations", type=count_or_none, default=2,
         help="generations after the first: popsize x layers x (iterations + 1) evaluations")
 
     def extension(group: argparse._ArgumentGroup, *names: str, help: str, **options: Any) -> None:
         group.add_argument(*names, help=f"(extension) {help}", **options)
 
-    extension(model, "--image-size", metavar="PIXELS", type=count, default=224, help="side of the square crop")
+    extension(model, "--image-size", metavar="PIXELS", type=pixels, default=224, help="side of the square crop")
     extension(model, "--crop-scale", metavar="SHARE", type=fraction, default=0.08,
               help="least fraction of the image's area in a random crop")
     extension(model, "--hflip", metavar="P", type=probability, default=0.5,
@@ -360,15 +380,15 @@ def build_parser() -> argparse.ArgumentParser:
     extension(ranks, "--hierarchical", choices=("auto", "on", "off"), default="auto",
               help="add up inside a host in float32 and average between hosts in codes; auto does where hosts have "
               "as many ranks each, two or more, and the type encodes")
-    extension(ranks, "--ranks-per-host", metavar="N", type=count,
+    extension(ranks, "--ranks-per-host", metavar="N", type=few,
               help="with --hierarchical: take each host as several of so many ranks (default: found)")
-    extension(ranks, "--threads", metavar="N", type=count,
+    extension(ranks, "--threads", metavar="N", type=few,
               help="threads that compute in each rank's process (default: the cores that it may use, divided by the "
               "ranks on its host)")
     extension(ranks, "--check-replicas", metavar="STEPS", type=count_or_off, default=100,
               help="optimizer steps after which the ranks' weights, bit widths and step counts are compared, as they "
               "are with each checkpoint; -1 compares them with checkpoints alone")
-    extension(encoding, "--dgc-clip", metavar="NORM", type=positive,
+    extension(encoding, "--dgc-clip", metavar="NORM", type=scale,
               help="with --dgc: clip each rank's gradient to this norm before momentum")
     extension(encoding, "--dense-dtype", choices=("float32", "bfloat16"), default="float32",
               help="numbers as which values travel that are not encoded: all with --compression-type none, those of "
@@ -377,19 +397,18 @@ def build_parser() -> argparse.ArgumentParser:
               help="train with the widths of a compress_scheme_N.json that a search wrote")
     extension(widths, "--search-calibration-steps", metavar="STEPS", type=count, default=20,
               help="with --search and --pretrained-weights: steps of the calibration pass before the first search")
-    extension(widths, "--search-target-bits", metavar="BITS", type=positive,
+    extension(widths, "--search-target-bits", metavar="BITS", type=bits_a_value,
               help="with --search: least error with at most this many bits a value on average")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {compression.__version__}",
                         help="(extension) show the version and exit")
     return parser
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read and cross-check a command line, by default this process's own.
+def parse(argv: Sequence[str] | None = None) -> Plan:
+    """The plan of a command line that is read and cross-checked, by default of this process's own.
 
-    Besides the flags the namespace holds `given`, the sorted names of those that the command line spells out.
-    With `--search` or `--compression-scheme` and no `--compression-type`, the type is maxmin. Exits with
-    status 2 and one line on stderr where something is wrong.
+    With `--search` or `--compression-scheme` and no `--compression-type`, the type is maxmin. Exits with status 2 and
+    one line on stderr where something is wrong.
     """
     parser = build_parser()
     defaults = vars(parser.parse_args(["DIR"]))
@@ -403,14 +422,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         flags.local_rank = from_environment(launcher.local_rank, count_or_none, flags.local_rank)
         if (flags.search or flags.compression_scheme) and "compression_type" not in given:
             flags.compression_type = "maxmin"
-        check(flags, {name for name, value in given.items() if value != defaults[name]})
+        changed = {name for name, value in given.items() if value != defaults[name]}
+        check(flags, changed, launcher.started_this_process())
         check_world(flags, from_environment(launcher.size, count, 1))
     except ValueError as error:
         parser.error(str(error))
     if apart := launcher.apart():
         refuse_apart(apart, flags)
         parser.exit(2)
-    return flags
+    return plan_of(flags, defaults)
 
 
 def as_typed(flags: argparse.Namespace) -> str:
@@ -455,17 +475,22 @@ def refuse(wrong: Any, message: str) -> None:
         raise ValueError(message)
 
 
-def check(flags: argparse.Namespace, changed: set[str]) -> None:
+def check(flags: argparse.Namespace, changed: set[str], launched: bool) -> None:
     """Hold the flags against one another; `changed` names those that differ from their defaults.
 
     A flag that could have no effect is an error that names the flags it needs: nothing that a user set is
-    silently ignored. A default spelled out is never refused, nor are training flags with --evaluate.
+    silently ignored. A default spelled out is never refused, nor is what recipes and sweeps repeat: of that a line is
+    told (`without_effect`). `launched`: a launcher has started this process, perhaps among others.
 
     Raises ValueError, one line that names the flags and the way out.
     """
     def goes_with(names: str, useful: Any, what: str) -> None:
         for name in names.split():
             refuse(name in changed and not useful, f"{spelled(name)} has no effect without {what}")
+
+    def useless_beside(names: str, other: Any, what: str) -> None:
+        for name in names.split():
+            refuse(name in changed and other, f"{spelled(name)} has no effect beside {what}; drop one")
 
     def only_one(names: str) -> None:
         chosen = [spelled(name) for name in names.split() if name in changed]
@@ -490,6 +515,8 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
     refuse(flags.device == "cpu" and flags.dist_backend == "nccl",
            "--dist-backend nccl needs a GPU, and --device is cpu; use gloo")
     only_one("hvd dist_backend")
+    goes_with("dist_backend hierarchical ranks_per_host", launched,
+              "other ranks; start some, as with torchrun --nproc_per_node 2")
     goes_with("bb_num_parallel_steps", flags.bb_ratio, "--bb-ratio")
     only_one("bb_ratio big_grad")
     goes_with("ranks_per_host", flags.hierarchical != "off", "two levels; drop --hierarchical off")
@@ -503,6 +530,7 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
            f"--checkpoint-filename {flags.checkpoint_filename} is a path, and a name is needed; "
            "choose the folder with --workspace")
     goes_with("reset_head", flags.pretrained_weights, "--pretrained-weights")
+    useless_beside("pretrained_weights", goes_on(flags), "--resume PATH, whose checkpoint has all weights")
     check_files(flags)
 
     # compression
@@ -541,6 +569,8 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
               "search_target_bits search_calibration_steps", flags.search, "--search")
     goes_with("search_calibration_steps", flags.pretrained_weights or flags.evaluate,
               "--pretrained-weights or --evaluate")
+    useless_beside("search_alpha search_beta", flags.search_target_bits,
+                   "--search-target-bits, which asks for the least error within a budget")
     only_one("search compression_scheme")
     only_one("search big_grad")
     only_one("compression_scheme big_grad")
@@ -553,10 +583,15 @@ def check(flags: argparse.Namespace, changed: set[str]) -> None:
            f"raise {spelled(least)}")
 
 
-def check_files(flags: argparse.Namespace) -> None:
-    """Refuse flags by which two files are one, or one is both read and written anew.
+def goes_on(flags: argparse.Namespace) -> bool:
+    """Whether the run begins with a checkpoint, whatever the workspace holds."""
+    return flags.resume not in (None, "auto")
 
-    Raises ValueError, one line that names both, and the way out.
+
+def check_files(flags: argparse.Namespace) -> None:
+    """Refuse flags by which two files are one, or one is both read and written anew, or one is a pipe.
+
+    Raises ValueError, one line that names the flags, and the way out.
     """
     for name in ("checkpoint_filename", "raport_file"):
         refuse(classification.copies.is_name_of_copy(Path(getattr(flags, name)).name),
@@ -572,6 +607,10 @@ def check_files(flags: argparse.Namespace) -> None:
         "--pretrained-weights": flags.pretrained_weights,
         "--compression-scheme": flags.compression_scheme,
     }
+    folders = {"--workspace": flags.workspace, "--tensorboard-dir": flags.tensorboard_dir}
+    for name, path in (files | folders).items():
+        refuse(path and (Path(path).is_fifo() or Path(path).is_socket()),
+               f"{name}: {path} is a pipe or a socket, and whoever opens it waits; choose another name")
     paths = {name: Path(path).resolve() for name, path in files.items() if path}
     for (one, path), (other, same) in itertools.combinations(paths.items(), 2):
         refuse(path == same and not {one, other} <= {"--checkpoint-filename", "--resume", "--pretrained-weights"},
@@ -589,6 +628,78 @@ def check_world(flags: argparse.Namespace, world_size: int) -> None:
            f"{flags.batch_size} = {batch}")
 
 
+# Plan
+
+
+class Plan(argparse.Namespace):
+    """Flags as one run depends on them, from before it starts until it ends.
+
+    `given` holds the sorted names of those that the command line spells out. `idle` says of those that have no effect
+    beside the others why; here they have their defaults, so that nothing can depend on what they were.
+    """
+
+    def __init__(self, **flags: Any) -> None:
+        vars(self).update(flags)
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise AttributeError(f"a plan is complete before anything starts, and {name} does not change")
+
+
+def plan_of(flags: argparse.Namespace, defaults: Mapping[str, Any]) -> Plan:
+    """The plan of flags that go together."""
+    why = without_effect(flags)
+    idle = {name: why[name] for name in flags.given if name in why and getattr(flags, name) != defaults[name]}
+    given = tuple(name for name in flags.given if name not in idle)
+    return Plan(**vars(flags) | {name: defaults[name] for name in idle} | {"given": given, "idle": idle})
+
+
+TRAINING = (
+    "epochs run_epochs optimizer_batch_size lr lr_schedule warmup mixup momentum weight_decay bn_weight_decay nesterov "
+    "print_freq static_loss_scale dynamic_loss_scale gather_checkpoints no_checkpoints quantization_bits "
+    "error_feedback efx_bits efx_randk topk_ratio big_grad dgc dgc_clip compressor_warmup_steps powersgd_rank "
+    "dense_dtype compression_scheme bb_ratio bb_num_parallel_steps"
+)
+"""Flags that count in training alone."""
+
+CALIBRATION = "crop_scale hflip label_smoothing compression_type bucket_size"
+"""Flags that count in training, and where a search passes over training images."""
+
+
+def without_effect(flags: argparse.Namespace) -> dict[str, str]:
+    """Flags that have no effect beside the others and go along with them all the same, by name, and why.
+
+    Recipes, sweeps and command lines that are run again with one flag more hold them.
+    """
+    why: dict[str, str] = {}
+
+    def idle(names: str, so: Any, reason: str) -> None:
+        why.update(dict.fromkeys(names.split() if so else (), reason))
+
+    compressor = compression.COMPRESSORS[compressor_name(flags)]
+    idle("lr_schedule warmup", flags.lr == 0, "with --lr 0")
+    idle("bn_weight_decay", flags.weight_decay == 0, "with --weight-decay 0")
+    idle("bn_weight_decay", flags.arch in ("vgg16", "resnet18_convex"), f"with --arch {flags.arch}, which trains no "
+         "batch norm")
+    idle("model_config", flags.pretrained_weights and not flags.reset_head,
+         "with --pretrained-weights, which are all weights")
+    idle("model_config", goes_on(flags), "with --resume, whose checkpoint has all weights")
+    idle("workers", flags.data_backend == "syntetic", "with --data-backend syntetic, which loads nothing")
+    idle("static_loss_scale", flags.dynamic_loss_scale, "with --dynamic-loss-scale")
+    idle("bb_num_parallel_steps", flags.bb_ratio == 1, "with --bb-ratio 1, which lets nothing be late")
+    idle("compression_type", flags.dgc, "with --dgc, which is a top-k")
+    idle("error_feedback", compressor.needs_feedback, "with a compressor that always has it")
+    idle(TRAINING, flags.evaluate, "with --evaluate")
+    idle("checkpoint_filename", flags.evaluate and flags.resume != "auto", "with --evaluate")
+    idle(CALIBRATION, flags.evaluate and not flags.search, "with --evaluate")
+    return why
+
+
+def in_one_line(idle: Mapping[str, str]) -> str:
+    """A sentence about flags that have no effect, by reason."""
+    reasons = {why: [spelled(name) for name in idle if idle[name] == why] for why in idle.values()}
+    return "no effect: " + "; ".join(f"{', '.join(names)} {why}" for why, names in reasons.items())
+
+
 # Builders
 
 
@@ -599,7 +710,7 @@ def compressor_name(flags: argparse.Namespace) -> str:
     return "powersgd" if flags.powersgd_rank and flags.compression_type == "none" else flags.compression_type
 
 
-def compressor_of(flags: argparse.Namespace) -> compression.Compressor:
+def compressor_of(flags: Plan) -> compression.Compressor:
     """The compressor that the flags ask for, with those of the flags that it takes."""
     name = compressor_name(flags)
     takes = compression.COMPRESSORS[name].takes
@@ -608,14 +719,14 @@ def compressor_of(flags: argparse.Namespace) -> compression.Compressor:
     return compression.build(name, **{option: value for option, value in options.items() if value is not None})
 
 
-def search_space(flags: argparse.Namespace) -> tuple[Callable[[int], Any], range]:
+def search_space(flags: Plan) -> tuple[Callable[[int], Any], range]:
     """The choices of a search: the codec at a bit width, and the widths."""
     codec = compression.codec(flags.compression_type, bucket_size=flags.bucket_size)
     return codec.with_bits, range(flags.search_min_bits, flags.search_max_bits + 1)
 
 
 def build_model(
-    flags: argparse.Namespace, seed: int, tell: Callable[[str], None] = lambda line: None
+    flags: Plan, seed: int, tell: Callable[[str], None] = lambda line: None
 ) -> nn.Module:
     """The network with its first weights: seeded, then those of --pretrained-weights, of which a line may be told."""
     classification.reproducibility.seed_everything(seed)
@@ -629,7 +740,7 @@ def build_model(
 
 
 def build_data(
-    flags: argparse.Namespace, seed: int, ranks: compression.World
+    flags: Plan, seed: int, ranks: compression.World
 ) -> tuple[classification.data.Loader, classification.data.Loader]:
     """The train and the validation loader of this rank."""
     backend, warning = classification.data.resolve_backend(
@@ -658,7 +769,7 @@ def build_data(
     return classification.data.build(options)
 
 
-def build_precision(flags: argparse.Namespace, ranks: compression.World) -> classification.precision.Precision:
+def build_precision(flags: Plan, ranks: compression.World) -> classification.precision.Precision:
     """Types of the weights and of the arithmetic, and the loss scale."""
     return classification.precision.Precision.choose(
         ranks.device,
@@ -671,7 +782,7 @@ def build_precision(flags: argparse.Namespace, ranks: compression.World) -> clas
 
 
 def build_optimizer(
-    flags: argparse.Namespace,
+    flags: Plan,
     module: nn.Module,
     precision: classification.precision.Precision,
     without_momentum: frozenset[str],
@@ -688,7 +799,7 @@ def build_optimizer(
 
 
 def build_logger(
-    flags: argparse.Namespace, ranks: compression.World, iterations: int, start: classification.logs.Step
+    flags: Plan, ranks: compression.World, iterations: int, start: classification.logs.Step
 ) -> classification.logs.Logger:
     """All sinks on rank 0, none elsewhere. `start` is where the run goes on."""
     logs = classification.logs
@@ -709,7 +820,7 @@ class Run:
     """One run of the program on this rank: everything the flags build, and the loop over epochs."""
 
     # Orders
-    flags: argparse.Namespace
+    flags: Plan
     ranks: compression.World
     workspace: Path
     seed: int
@@ -745,7 +856,7 @@ class Run:
     summary: dict[str, float]  # metrics of the last epoch
     sent: compression.Report  # by the steps of this epoch
 
-    def __init__(self, flags: argparse.Namespace, ranks: compression.World) -> None:
+    def __init__(self, flags: Plan, ranks: compression.World) -> None:
         """Build everything. Nothing in the workspace is touched before all ranks have built all of it."""
         self.flags, self.ranks = flags, ranks
         self.workspace = Path(flags.workspace)
@@ -872,7 +983,7 @@ class Run:
             ended = saved and (flags.evaluate or self.epoch >= flags.epochs)
             start = classification.logs.END if ended else (self.epoch, self.iteration)
             self.log = build_logger(flags, ranks, self.iterations or len(self.train_loader) or 1, start)
-            parameters = {name: value for name, value in vars(flags).items() if name != "given"}
+            parameters = {name: value for name, value in vars(flags).items() if name not in ("given", "idle")}
             self.log.parameters(parameters | {"version": compression.__version__})
             self.log.line(f"running {as_typed(flags)}")
             self.log.line(self._circumstances())
@@ -1178,7 +1289,7 @@ class Snapshot:
     The keys of its content are those of the table in `image_classification/checkpoints.py`.
     """
 
-    def __init__(self, flags: argparse.Namespace, ranks: compression.World) -> None:
+    def __init__(self, flags: Plan, ranks: compression.World) -> None:
         self.flags, self.ranks = flags, ranks
         self.path = Path(flags.workspace) / flags.checkpoint_filename
 
@@ -1295,6 +1406,8 @@ class Snapshot:
         flags = self.flags
         now = settings_of(run.compressor) | {"seed": run.seed}
         was = saved.get("compressor", {}) | {"seed": saved["seed"]}  # earlier code did not say which compressor
+        if compression.COMPRESSORS[run.compressor.name].needs_feedback:
+            was.pop("error_feedback", None)  # whatever its flag was
         changed = [name for name in now if was.get(name, now[name]) != now[name]]
         changed = ["name"] if "name" in changed else changed
         useless = [name for name in changed if name in MEMORY_RESTS_ON]
@@ -1393,7 +1506,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
 
 
-def join_and_run(flags: argparse.Namespace) -> int:
+def join_and_run(flags: Plan) -> int:
     """Join the other ranks and do what the flags ask for. Returns the exit status."""
     launcher = launcher_of(flags)
     classification.allocator.keep_freed_memory()
@@ -1431,7 +1544,7 @@ def join_and_run(flags: argparse.Namespace) -> int:
         return 1
 
 
-def run_among(ranks: compression.World, flags: argparse.Namespace) -> int:
+def run_among(ranks: compression.World, flags: Plan) -> int:
     """Do what the flags ask for among ranks that have joined. Returns the exit status."""
     if ranks.size > 1:
         ranks.check_equal_across_ranks(sources(), "the program", "install one version on all hosts")
@@ -1439,6 +1552,8 @@ def run_among(ranks: compression.World, flags: argparse.Namespace) -> int:
     ranks.check_equal_across_ranks(shared, "the flags")
     if "compression_type" not in flags.given and (flags.search or flags.compression_scheme) and ranks.rank == 0:
         print("no --compression-type given: widths of maxmin are chosen", file=sys.stderr)
+    if flags.idle and ranks.rank == 0:
+        print(in_one_line(flags.idle), file=sys.stderr)
     with shown_on_the_first(ranks), sole_user_of_workspace(flags, ranks), contextlib.closing(Run(flags, ranks)) as run:
         return run.execute()
 

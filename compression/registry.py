@@ -421,6 +421,7 @@ COMPRESSORS: dict[str, Row] = {
         LowRankOptions,
         _powersgd,
         listed=False,
+        needs_feedback=True,
         needs_matrix=True,
         all_reduces=True,
     ),

@@ -70,7 +70,7 @@ def test_horovodrun_says_it_once_too(flags: str, pictures: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("mishap", "words"),
     [
-        ("sys.argv.append('--epochs=0')", LINE + "argument --epochs: expected an integer of at least 1, got '0'"),
+        ("sys.argv.append('--warmup=90')", LINE + "--warmup 90 must be below --epochs 90"),
         ("setattr(main, 'build_data', lambda *_: 1 / 0)", "ZeroDivisionError: division by zero"),
     ],
     ids=["an error", "a bug"],

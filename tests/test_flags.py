@@ -257,31 +257,38 @@ def test_given_names_what_the_command_line_spells_out_even_a_default():
 
 # Ranges
 
-BITS = "an integer from 1 to 8"
-COUNT = "an integer of at least 1"
-OR_OFF = "an integer of at least 1, or -1"
-NATURAL = "an integer of at least 0"
-AMOUNT = "a number of at least 0"
-POSITIVE = "a number above 0"
-SHARE = "a number above 0 and at most 1"
-BELOW_ONE = "a number from 0 to below 1"
-
 RANGES = {
-    BITS: ("1 8", "0 9 -1 4.0 x", "--quantization-bits --efx-bits --search-min-bits --search-max-bits"),
-    COUNT: (
-        "1 1000", "0 -1 1.5 x",
-        "--num-classes --epochs -b/--batch-size --print-freq/-p --bb-num-parallel-steps --powersgd-rank --popsize "
-        "--image-size --search-calibration-steps --ranks-per-host --threads",
+    "an integer from 1 to 8": (
+        "1 8", "0 9 -1 4.0 x", "--quantization-bits --efx-bits --search-min-bits --search-max-bits",
     ),
-    OR_OFF: ("1 1000 -1", "0 -2 1e3", "--run-epochs --optimizer-batch-size --prof --bucket-size --check-replicas"),
-    NATURAL: ("0 3", "-1 0.5", "-j/--workers --warmup --compressor-warmup-steps --local_rank/--local-rank "
-              "--search-iterations"),
+    "an integer from 1 to 1000000000": (
+        "1 1000000000", "0 -1 1.5 x 1000000001", "--epochs --print-freq/-p --search-calibration-steps",
+    ),
+    "an integer from 1 to 1000000": ("1 1000000", f"0 1000001 {10**30}", "--num-classes -b/--batch-size"),
+    "an integer from 1 to 1024": (
+        "1 1024", f"0 -1 1025 {10**30}",
+        "--bb-num-parallel-steps --powersgd-rank --popsize --ranks-per-host --threads",
+    ),
+    "an integer from 1 to 16384": ("1 16384", f"0 16385 {10**12}", "--image-size"),
+    "an integer from 1 to 1000000000, or -1": (
+        "1 1000 -1", f"0 -2 1e3 {10**30}", "--run-epochs --optimizer-batch-size --prof --bucket-size "
+        "--check-replicas",
+    ),
+    "an integer from 0 to 1000000000": (
+        "0 3", "-1 0.5 1000000001",
+        "--warmup --compressor-warmup-steps --local_rank/--local-rank --search-iterations",
+    ),
+    "an integer from 0 to 1024": ("0 1024", "-1 1025", "-j/--workers"),
     "an integer from 0 to 4294967295": ("0 4294967295", "-1 4294967296", "--seed"),
-    AMOUNT: ("0 1e-9 3", "-1e-9 nan inf 0,1", "--lr/--learning-rate --mixup --weight-decay/--wd"),
-    POSITIVE: ("1e-9 3", "0 -1 nan inf",
-               "--static-loss-scale --search-alpha --search-beta --dgc-clip --search-target-bits"),
-    SHARE: ("1e-9 0.5 1", "0 -0.1 1.001 nan", "--topk-ratio --bb-ratio --efx-randk --crop-scale"),
-    BELOW_ONE: ("0 0.999", "1 -0.1 nan", "--label-smoothing --momentum"),
+    "a number from 0 to 1e+38": ("0 1e-9 3 1e38", "-1e-9 nan inf 0,1 1e39", "--lr/--learning-rate --weight-decay/--wd"),
+    "a number from 0 to 1000": ("0 1e-9 1000", "-1e-9 nan inf 1e300", "--mixup"),
+    "a number from 1e-09 to 1e+09": ("1e-9 3 1e9", "0 -1 nan inf 1e300 1e-10", "--static-loss-scale --dgc-clip"),
+    "a number from 0.001 to 10": ("0.001 10", "0 -1 nan inf 1e300", "--search-alpha --search-beta"),
+    "a number above 0 and at most 128": ("1e-9 3 128", "0 -1 nan inf 1e300", "--search-target-bits"),
+    "a number above 0 and at most 1": (
+        "1e-9 0.5 1", "0 -0.1 1.001 nan", "--topk-ratio --bb-ratio --efx-randk --crop-scale",
+    ),
+    "a number from 0 to below 1": ("0 0.999", "1 -0.1 nan", "--label-smoothing --momentum"),
     "a number from 0 to 1": ("0 1", "-0.1 1.1 nan", "--hflip"),
 }  # fmt: skip
 
@@ -304,6 +311,17 @@ def test_every_number_is_checked():
     checked = {flag for _, _, names in RANGES.values() for name in names.split() for flag in name.split("/")}
     numbers = [o for o in LISTED + EXTENSIONS if isinstance(o.default, (int, float)) and o.metavar]
     assert {flag for option in numbers for flag in option.spellings.split()} <= checked
+
+
+@pytest.mark.parametrize("option", [o for o in LISTED + EXTENSIONS if o.metavar], ids=lambda o: o.spellings)
+@pytest.mark.parametrize("value", [10**40, 10**400, 1e300])
+def test_no_number_is_without_a_bound(option, value, capsys):
+    action = actions()[option.spellings.split()[0]]
+    if action.type is main.text or action.choices:
+        return
+    assert re.search(r": expected a.* (to|at most|below) [\de+]+(, or -1)?, got ", error(
+        capsys, ["DIR", f"{max(option.spellings.split(), key=len)}={value}"]
+    ))
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -352,6 +370,9 @@ REFUSED = {
     "--device cpu --data-backend dali-gpu": "--data-backend dali-gpu needs a GPU, and --device is cpu; use dali-cpu",
     "--device cpu --dist-backend nccl": "--dist-backend nccl needs a GPU, and --device is cpu; use gloo",
     "--hvd --dist-backend gloo": "--hvd and --dist-backend exclude each other; drop one",
+    "--dist-backend gloo": f"--dist-backend {WITHOUT} other ranks; start some, as with torchrun --nproc_per_node 2",
+    "--hierarchical off": f"--hierarchical {WITHOUT} other ranks; start some",
+    "--ranks-per-host 2": f"--ranks-per-host {WITHOUT} other ranks; start some",
     "--bb-num-parallel-steps 5": f"--bb-num-parallel-steps {WITHOUT} --bb-ratio",
     "--bb-ratio 0.5 --big-grad": "--bb-ratio and --big-grad exclude each other; drop one",
     "--optimizer-batch-size 300": "--optimizer-batch-size 300 is no multiple of ranks x --batch-size = 1 x 256 = 256",
@@ -360,6 +381,10 @@ REFUSED = {
     "--no-checkpoints --gather-checkpoints": "--no-checkpoints and --gather-checkpoints exclude each other; drop one",
     "--reset-head": f"--reset-head {WITHOUT} --pretrained-weights",
     "--reset-head --resume c.pth": f"--reset-head {WITHOUT} --pretrained-weights",
+    "--resume c.pth --pretrained-weights w.pth": (
+        "--pretrained-weights has no effect beside --resume PATH, whose checkpoint has all weights; drop one"
+    ),
+    "--resume c.pth --pretrained-weights w.pth --reset-head": "--pretrained-weights has no effect beside --resume PATH",
     "--no-checkpoints --checkpoint-filename x": f"--checkpoint-filename {WITHOUT} checkpoints; drop --no-checkpoints",
     "--checkpoint-filename model_best.pth.tar": (
         "--checkpoint-filename model_best.pth.tar is a name that copies of checkpoints get; choose another name"
@@ -448,6 +473,11 @@ REFUSED = {
     "--popsize 50": f"--popsize {WITHOUT} --search",
     "--search-iterations 5": f"--search-iterations {WITHOUT} --search",
     "--search-target-bits 4": f"--search-target-bits {WITHOUT} --search",
+    "--search --search-target-bits 4 --search-alpha 1": (
+        "--search-alpha has no effect beside --search-target-bits, which asks for the least error within a budget; "
+        "drop one"
+    ),
+    "--search --search-target-bits 4 --search-beta 1": "--search-beta has no effect beside --search-target-bits",
     "--search --search-calibration-steps 5": (
         f"--search-calibration-steps {WITHOUT} --pretrained-weights or --evaluate"
     ),
@@ -489,7 +519,7 @@ def test_a_flag_without_effect_is_refused_with_what_it_goes_with(line, capsys):
         "--search --evaluate --search-calibration-steps 3 --resume c.pth --compression-type quantile "
         "--search-min-bits 1",
         "--compression-scheme s.json --compression-type norm_uniform",
-        "--image-size 32 --crop-scale 0.6 --hflip 0 --skip-bad-images --device cpu --dist-backend gloo --threads 2",
+        "--image-size 32 --crop-scale 0.6 --hflip 0 --skip-bad-images --device cpu --threads 2",
     ],
 )
 def test_sensible_recipes_are_accepted(line):
@@ -523,7 +553,9 @@ def test_the_launchers_environment_wins_over_its_flag(monkeypatch, capsys):
     assert parse("--local-rank 3").local_rank == 1
     assert parse("").local_rank == 1
     monkeypatch.setenv("LOCAL_RANK", "one")
-    assert error(capsys, ["DIR"]) == "LOCAL_RANK in the environment: expected an integer of at least 0, got 'one'"
+    assert error(capsys, ["DIR"]) == (
+        "LOCAL_RANK in the environment: expected an integer from 0 to 1000000000, got 'one'"
+    )
 
 
 def test_the_total_batch_is_a_multiple_of_all_ranks_batches(monkeypatch, capsys):
@@ -564,7 +596,7 @@ def test_processes_that_would_train_apart_are_refused_and_the_first_says_it_for_
 
 
 BY_TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
-ALONE = "main.py: error: argument --epochs: expected an integer of at least 1, got '0'\n"
+ALONE = "main.py: error: argument --epochs: expected an integer from 1 to 1000000000, got '0'\n"
 
 
 def started_as(environment, *arguments):
@@ -615,7 +647,9 @@ def test_the_command_line_that_is_shown_gives_the_same_flags(words):
     program, *shown = shlex.split(main.as_typed(flags).removesuffix(", all flags at their defaults"))
     again = main.parse(shown)
     assert program == "main.py"
-    assert vars(again) | {"given": (), "local_rank": 0} == vars(flags) | {"given": (), "local_rank": 0}
+    as_shown = {"given": (), "idle": {}, "local_rank": 0}
+    assert vars(again) | as_shown == vars(flags) | as_shown
+    assert not again.idle
     defaults = vars(main.parse(["DIR"]))
     assert not [name for name in again.given if name != "data" and getattr(again, name) == defaults[name]]
 

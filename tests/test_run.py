@@ -458,4 +458,5 @@ def test_a_run_leaves_the_files_that_its_flags_name_and_says_so(flags: str, pict
     [rank] = run_well(pictures, *SMALL, "--workspace", workspace, "--prof", 1, *words)
     assert {path.name for path in workspace.iterdir()} == FILES[flags] | {"experiment_raport.json"}
     assert rank.out.splitlines()[-1].startswith(f"wrote {workspace}/experiment_raport.json")
-    assert rank.err.startswith("random weights are scored: ") if "--evaluate" in flags else rank.err == ""
+    told = [line.partition(": ")[0] for line in rank.err.splitlines()]
+    assert told == (["no effect", "random weights are scored"] if "--evaluate" in flags else [])
