@@ -883,29 +883,36 @@ class Run:
     def execute(self) -> int:
         """Do what the flags ask for. Returns the exit status."""
         flags = self.flags
+        if not flags.evaluate:
+            self.interruption = classification.interruption.Interruption(self.ranks.store)
         if flags.search and (flags.evaluate or (flags.pretrained_weights and not self.resumed)):
             self._calibrate()
+            if self._stopped("after the calibration", "nothing has been trained"):
+                return self._exit_status()
             self._search("calibration")
+            if self._stopped("after the first search", "nothing has been trained"):
+                return self._exit_status()
         if flags.evaluate:
             self._log_epoch(self._validate() or {})
             self._save_weights()
             return self._finish()
-        self.interruption = classification.interruption.Interruption(self.ranks.store)
         if self.epoch >= flags.epochs:
             self.log.line(f"nothing is left to train: --epochs is {flags.epochs}, and the checkpoint has {self.epoch}")
         last = flags.epochs if flags.run_epochs == -1 else min(flags.epochs, self.epoch + flags.run_epochs)
         for epoch in range(self.epoch, last):
             if not self.trained and not self._train(epoch):
-                return self.interruption.exit_status
+                return self._exit_status()
             self.trained = False
             if flags.search:
+                if self._stopped(f"before the search of epoch {epoch}"):
+                    return self._exit_status()
                 self._search(epoch)
+                if self._stopped(f"after the search of epoch {epoch}"):
+                    return self._exit_status()
             metrics = {} if flags.training_only else self._validate()
             if metrics is None:
                 self.log.line(f"stopped by a signal in the validation of epoch {epoch}; {self.snapshot.way_on()}")
-                status = self.interruption.exit_status
-                self.ranks.control.collect(None)  # rank 0 may hold the store, and others may still look at it
-                return status
+                return self._exit_status()
             self._log_epoch(metrics)
             best = metrics.get("val.top1", 0.0) > self.best
             self.best = max(self.best, metrics.get("val.top1", 0.0))
@@ -922,6 +929,7 @@ class Run:
             flags.lr_schedule, lr=flags.lr, epochs=flags.epochs, warmup=flags.warmup
         )
         self.sent = compression.Report()
+        self.summary = {}  # of this epoch, there are none yet
         self.exchange.report()
         try:
             result = classification.training.train_epoch(
@@ -956,9 +964,31 @@ class Run:
         return result.finished
 
     def _should_stop(self) -> bool:
+        """Whether a signal ends the epoch after this step. Where one asks for a checkpoint, it is written."""
         assert self.interruption is not None
         self.steps += 1
-        return self.interruption.due(self.steps)
+        self.iteration += self.accumulation
+        if self.interruption.due(self.steps):
+            return True
+        if self.interruption.save_due(self.steps):
+            self._save(best=False)
+            where = f"a signal asked for a checkpoint after iteration {self.iteration} of epoch {self.epoch}"
+            self.log.line(f"{where}; {self.snapshot.way_on()}")
+        return False
+
+    def _stopped(self, where: str, way_on: str | None = None) -> bool:
+        """Whether a signal has asked any rank to stop. Every rank calls it, between phases that cannot be stopped."""
+        if self.interruption is None or not any(self.ranks.control.collect(self.interruption.asked())):
+            return False
+        self.log.line(f"stopped by a signal {where}; {way_on or self.snapshot.way_on()}")
+        return True
+
+    def _exit_status(self) -> int:
+        """The status of a run that a signal stops. Every rank calls it."""
+        assert self.interruption is not None
+        status = self.interruption.exit_status
+        self.ranks.control.collect(None)  # rank 0 may hold the store, and others may still look at it
+        return status
 
     def _mix(self, images: Tensor, labels: Tensor, epoch: int, iteration: int) -> tuple[Tensor, Tensor]:
         seed = (self.seed, self.ranks.rank, epoch, iteration)
@@ -1380,4 +1410,5 @@ def shown_on_the_first(ranks: compression.World) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    classification.interruption.end_without_traceback()
     sys.exit(main())
