@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from .collectives import Collectives, Solo
 from .launchers import TORCHRUN, Launcher
+from .rendezvous import meet
 from .torch_distributed import TorchDistributed, let_works_go
 
 
@@ -168,7 +168,7 @@ def join_over_torch(
             f"`backend` {backend} cannot send what lies on a {own_device.type} device; use {own}, or choose another "
             "`device`"
         )
-    store, rank, size = next(iter(rendezvous("env://")))
+    store, rank, size = meet()
     dist.init_process_group(own, store=store, rank=rank, world_size=size)
     try:
         local_size = int(os.environ.get(TORCHRUN.local_size, 1))
