@@ -157,6 +157,7 @@ amount = number(float, "a number of at least 0", lambda x: x >= 0)
 positive = number(float, "a number above 0", lambda x: x > 0)
 fraction = number(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
 below_one = number(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
+patience = number(float, "seconds, from 1 to 1000000000", lambda x: 1 <= x <= 1e9)
 probability = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 
 
@@ -360,6 +361,8 @@ def build_parser() -> argparse.ArgumentParser:
               "as many ranks each, two or more, and the type encodes")
     extension(ranks, "--ranks-per-host", metavar="N", type=count,
               help="with --hierarchical: take each host as several of so many ranks (default: found)")
+    extension(ranks, "--timeout", metavar="SECONDS", type=patience, default=900,
+              help="how long ranks wait for all to have come, and from then on for one that shows no sign of life")
     extension(ranks, "--threads", metavar="N", type=count,
               help="threads that compute in each rank's process (default: the cores that it may use, divided by the "
               "ranks on its host)")
@@ -884,7 +887,9 @@ class Run:
         """Do what the flags ask for. Returns the exit status."""
         flags = self.flags
         if not flags.evaluate:
-            self.interruption = classification.interruption.Interruption(self.ranks.store)
+            heartbeat = self.ranks.heartbeat
+            hurry = heartbeat.hurry if heartbeat else lambda: None
+            self.interruption = classification.interruption.Interruption(self.ranks.store, hurry)
         if flags.search and (flags.evaluate or (flags.pretrained_weights and not self.resumed)):
             self._calibrate()
             if self._stopped("after the calibration", "nothing has been trained"):
@@ -1356,6 +1361,7 @@ def join_and_run(flags: argparse.Namespace) -> int:
             backend=flags.dist_backend,
             threads=flags.threads,
             ranks_per_host=flags.ranks_per_host,
+            watch=compression.Watch(flags.timeout, functools.partial(end_without, flags)),
         ) as ranks:
             if apart := launcher.apart(joined=ranks.size):
                 refuse_apart(apart, flags)
@@ -1380,6 +1386,12 @@ def join_and_run(flags: argparse.Namespace) -> int:
         reason = " ".join(str(error).splitlines()[0].split())
         tell(f"no way to the other ranks ({reason}); one that has ended says why", follows=True)
         return 1
+
+
+def end_without(flags: argparse.Namespace, silence: str, aloud: bool) -> NoReturn:
+    """End this process at once, whose main thread may wait for a rank that is silent."""
+    tell(in_flags(silence, flags), aloud=aloud, follows=not aloud)
+    os._exit(1)
 
 
 def run_among(ranks: compression.World, flags: argparse.Namespace) -> int:

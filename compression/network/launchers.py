@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
+    from .heartbeat import Watch
     from .world import World
 
 
@@ -63,7 +64,7 @@ class Launcher:
 
     `rank`, `size`, `local_rank` and `local_size` name the environment variables of each process; the local ones count
     the ranks of one host. `joined_by` is the function that joins the ranks: (device, local rank, backend, ranks per
-    host) -> a context manager of a `World`. `lost_peer` are words of the network's errors about a rank that is
+    host, watch) -> a context manager of a `World`. `lost_peer` are words of the network's errors about a rank that is
     gone.
     """
 
@@ -112,11 +113,11 @@ class Launcher:
         return _size_without_a_rank(environment) or _started_without_a_world(environment)
 
     def join(
-        self, device: str, local_rank: int, backend: str, ranks_per_host: int | None
+        self, device: str, local_rank: int, backend: str, ranks_per_host: int | None, watch: "Watch | None" = None
     ) -> AbstractContextManager["World"]:
         """Join the other ranks, and leave them where the block ends; see `join_ranks`."""
         join = pkgutil.resolve_name(self.joined_by)
-        world: AbstractContextManager[World] = join(device, local_rank, backend, ranks_per_host)
+        world: AbstractContextManager[World] = join(device, local_rank, backend, ranks_per_host, watch)
         return world
 
     def is_lost_peer(self, error: Exception) -> bool:
