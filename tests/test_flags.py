@@ -119,6 +119,7 @@ EXTENSIONS = (
     Option("--dist-backend", "auto", None, ("auto", "gloo", "nccl")),
     Option("--hierarchical", "auto", None, ("auto", "on", "off")),
     Option("--ranks-per-host", None, "N"),
+    Option("--timeout", 900, "SECONDS"),
     Option("--threads", None, "N"),
     Option("--dgc-clip", None, "NORM"),
     Option("--dense-dtype", "float32", None, ("float32", "bfloat16")),
@@ -275,6 +276,7 @@ RANGES = {
     OR_OFF: ("1 1000 -1", "0 -2 1e3", "--run-epochs --optimizer-batch-size --prof --bucket-size"),
     NATURAL: ("0 3", "-1 0.5", "-j/--workers --warmup --compressor-warmup-steps --local_rank/--local-rank "
               "--search-iterations"),
+    "seconds, from 1 to 1000000000": ("1 900 1e9", "0 -1 0.5 1e10 nan inf x", "--timeout"),
     "an integer from 0 to 4294967295": ("0 4294967295", "-1 4294967296", "--seed"),
     AMOUNT: ("0 1e-9 3", "-1e-9 nan inf 0,1", "--lr/--learning-rate --mixup --weight-decay/--wd"),
     POSITIVE: ("1e-9 3", "0 -1 nan inf",
@@ -488,7 +490,8 @@ def test_a_flag_without_effect_is_refused_with_what_it_goes_with(line, capsys):
         "--search --evaluate --search-calibration-steps 3 --resume c.pth --compression-type quantile "
         "--search-min-bits 1",
         "--compression-scheme s.json --compression-type norm_uniform",
-        "--image-size 32 --crop-scale 0.6 --hflip 0 --skip-bad-images --device cpu --dist-backend gloo --threads 2",
+        "--image-size 32 --crop-scale 0.6 --hflip 0 --skip-bad-images --device cpu --dist-backend gloo --threads 2 "
+        "--timeout 60",
     ],
 )
 def test_sensible_recipes_are_accepted(line):
