@@ -36,7 +36,6 @@ import os
 import re
 import secrets
 import shlex
-import signal
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -179,6 +178,7 @@ scale = between(1e-9, 1e9)
 bits_a_value = number(float, "a number above 0 and at most 128", lambda x: 0 < x <= 128)
 fraction = number(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
 below_one = number(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
+patience = number(float, "seconds, from 1 to 1000000000", lambda x: 1 <= x <= 1e9)
 probability = between(0, 1)
 
 
@@ -382,6 +382,8 @@ def build_parser() -> argparse.ArgumentParser:
               "as many ranks each, two or more, and the type encodes")
     extension(ranks, "--ranks-per-host", metavar="N", type=few,
               help="with --hierarchical: take each host as several of so many ranks (default: found)")
+    extension(ranks, "--timeout", metavar="SECONDS", type=patience, default=900,
+              help="how long ranks wait for all to have come, and from then on for one that shows no sign of life")
     extension(ranks, "--threads", metavar="N", type=few,
               help="threads that compute in each rank's process (default: the cores that it may use, divided by the "
               "ranks on its host)")
@@ -1013,29 +1015,38 @@ class Run:
     def execute(self) -> int:
         """Do what the flags ask for. Returns the exit status."""
         flags = self.flags
+        if not flags.evaluate:
+            heartbeat = self.ranks.heartbeat
+            hurry = heartbeat.hurry if heartbeat else lambda: None
+            self.interruption = classification.interruption.Interruption(self.ranks.store, hurry)
         if flags.search and (flags.evaluate or (flags.pretrained_weights and not self.resumed)):
             self._calibrate()
+            if self._stopped("after the calibration", "nothing has been trained"):
+                return self._exit_status()
             self._search("calibration")
+            if self._stopped("after the first search", "nothing has been trained"):
+                return self._exit_status()
         if flags.evaluate:
             self._log_epoch(self._validate() or {})
             self._save_weights()
             return self._finish()
-        self.interruption = classification.interruption.Interruption(self.ranks.store)
         if self.epoch >= flags.epochs:
             self.log.line(f"nothing is left to train: --epochs is {flags.epochs}, and the checkpoint has {self.epoch}")
         last = flags.epochs if flags.run_epochs == -1 else min(flags.epochs, self.epoch + flags.run_epochs)
         for epoch in range(self.epoch, last):
             if not self.trained and not self._train(epoch):
-                return self.interruption.exit_status
+                return self._exit_status()
             self.trained = False
             if flags.search:
+                if self._stopped(f"before the search of epoch {epoch}"):
+                    return self._exit_status()
                 self._search(epoch)
+                if self._stopped(f"after the search of epoch {epoch}"):
+                    return self._exit_status()
             metrics = {} if flags.training_only else self._validate()
             if metrics is None:
                 self.log.line(f"stopped by a signal in the validation of epoch {epoch}; {self.snapshot.way_on()}")
-                status = self.interruption.exit_status
-                self.ranks.control.collect(None)  # rank 0 may hold the store, and others may still look at it
-                return status
+                return self._exit_status()
             self._log_epoch(metrics)
             best = metrics.get("val.top1", 0.0) > self.best
             self.best = max(self.best, metrics.get("val.top1", 0.0))
@@ -1052,6 +1063,7 @@ class Run:
             flags.lr_schedule, lr=flags.lr, epochs=flags.epochs, warmup=flags.warmup
         )
         self.sent = compression.Report()
+        self.summary = {}  # of this epoch, there are none yet
         self.exchange.report()
         try:
             result = classification.training.train_epoch(
@@ -1087,11 +1099,33 @@ class Run:
         return result.finished
 
     def _should_stop(self) -> bool:
+        """Whether a signal ends the epoch after this step. Where one asks for a checkpoint, it is written."""
         assert self.interruption is not None
         self.steps += 1
+        self.iteration += self.accumulation
         if self.flags.check_replicas != -1 and self.steps % self.flags.check_replicas == 0:
             self._check_replicas()
-        return self.interruption.due(self.steps)
+        if self.interruption.due(self.steps):
+            return True
+        if self.interruption.save_due(self.steps):
+            self._save(best=False)
+            where = f"a signal asked for a checkpoint after iteration {self.iteration} of epoch {self.epoch}"
+            self.log.line(f"{where}; {self.snapshot.way_on()}")
+        return False
+
+    def _stopped(self, where: str, way_on: str | None = None) -> bool:
+        """Whether a signal has asked any rank to stop. Every rank calls it, between phases that cannot be stopped."""
+        if self.interruption is None or not any(self.ranks.control.collect(self.interruption.asked())):
+            return False
+        self.log.line(f"stopped by a signal {where}; {way_on or self.snapshot.way_on()}")
+        return True
+
+    def _exit_status(self) -> int:
+        """The status of a run that a signal stops. Every rank calls it."""
+        assert self.interruption is not None
+        status = self.interruption.exit_status
+        self.ranks.control.collect(None)  # rank 0 may hold the store, and others may still look at it
+        return status
 
     def _check_replicas(self) -> None:
         """Raise Failure where the ranks have drifted apart: what they would go on to is no training of one model."""
@@ -1518,6 +1552,7 @@ def join_and_run(flags: Plan) -> int:
             backend=flags.dist_backend,
             threads=flags.threads,
             ranks_per_host=flags.ranks_per_host,
+            watch=compression.Watch(flags.timeout, functools.partial(end_without, flags)),
         ) as ranks:
             if apart := launcher.apart(joined=ranks.size):
                 refuse_apart(apart, flags)
@@ -1542,6 +1577,12 @@ def join_and_run(flags: Plan) -> int:
         reason = " ".join(str(error).splitlines()[0].split())
         tell(f"no way to the other ranks ({reason}); one that has ended says why", follows=True)
         return 1
+
+
+def end_without(flags: Plan, silence: str, aloud: bool) -> NoReturn:
+    """End this process at once, whose main thread may wait for a rank that is silent."""
+    tell(in_flags(silence, flags), aloud=aloud, follows=not aloud)
+    os._exit(1)
 
 
 def run_among(ranks: compression.World, flags: Plan) -> int:
@@ -1597,6 +1638,6 @@ def shown_on_the_first(ranks: compression.World) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    # Before a run says what a signal asks for, Ctrl-C ends the program at once, and not in the middle of an import.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Before a run says what a signal asks for, Ctrl-C ends the program, and not in the middle of an import.
+    classification.interruption.end_without_traceback()
     sys.exit(main())

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .exchange.tensors import Averaging, averaging
     from .layers import DENSE, Layer
     from .network.collectives import Collectives, Metered, Solo
+    from .network.heartbeat import Watch
     from .network.launchers import HOROVODRUN, TORCHRUN, Launcher
     from .network.torch_distributed import TorchDistributed
     from .network.world import Failure, World, join_ranks, one_line
@@ -57,6 +58,7 @@ _MODULE_OF = {
     "Report": "exchange.report",
     "Solo": "network.collectives",
     "TorchDistributed": "network.torch_distributed",
+    "Watch": "network.heartbeat",
     "World": "network.world",
     "attach": "exchange.attachment",
     "averaging": "exchange.tensors",
@@ -89,6 +91,7 @@ __all__ = [
     "Report",
     "Solo",
     "TorchDistributed",
+    "Watch",
     "World",
     "attach",
     "averaging",

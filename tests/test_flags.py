@@ -119,6 +119,7 @@ EXTENSIONS = (
     Option("--dist-backend", "auto", None, ("auto", "gloo", "nccl")),
     Option("--hierarchical", "auto", None, ("auto", "on", "off")),
     Option("--ranks-per-host", None, "N"),
+    Option("--timeout", 900, "SECONDS"),
     Option("--threads", None, "N"),
     Option("--check-replicas", 100, "STEPS"),
     Option("--dgc-clip", None, "NORM"),
@@ -279,6 +280,7 @@ RANGES = {
         "--warmup --compressor-warmup-steps --local_rank/--local-rank --search-iterations",
     ),
     "an integer from 0 to 1024": ("0 1024", "-1 1025", "-j/--workers"),
+    "seconds, from 1 to 1000000000": ("1 900 1e9", "0 -1 0.5 1e10 nan inf x", "--timeout"),
     "an integer from 0 to 4294967295": ("0 4294967295", "-1 4294967296", "--seed"),
     "a number from 0 to 1e+38": ("0 1e-9 3 1e38", "-1e-9 nan inf 0,1 1e39", "--lr/--learning-rate --weight-decay/--wd"),
     "a number from 0 to 1000": ("0 1e-9 1000", "-1e-9 nan inf 1e300", "--mixup"),
@@ -519,7 +521,7 @@ def test_a_flag_without_effect_is_refused_with_what_it_goes_with(line, capsys):
         "--search --evaluate --search-calibration-steps 3 --resume c.pth --compression-type quantile "
         "--search-min-bits 1",
         "--compression-scheme s.json --compression-type norm_uniform",
-        "--image-size 32 --crop-scale 0.6 --hflip 0 --skip-bad-images --device cpu --threads 2",
+        "--image-size 32 --crop-scale 0.6 --hflip 0 --skip-bad-images --device cpu --threads 2 --timeout 60",
     ],
 )
 def test_sensible_recipes_are_accepted(line):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..streams import record_stream
 from .collectives import Collectives, PostedExchange, PostedGather, part_of
+from .heartbeat import Heartbeat, Watch
 from .hosts import Hosts, names_of_this_host, of_names
 from .world import World, choose_device
 
@@ -25,7 +26,9 @@ START_SECONDS = 900.0  # for all ranks to have started
 
 
 @contextlib.contextmanager
-def join(device: str, local_rank: int, backend: str, ranks_per_host: int | None = None) -> Iterator[World]:
+def join(
+    device: str, local_rank: int, backend: str, ranks_per_host: int | None = None, watch: Watch | None = None
+) -> Iterator[World]:
     """The ranks of horovodrun; which one of its host this is, Horovod itself knows.
 
     Horovod has no store: rank 0 serves one of torch's. Its process sets have to be known when it starts, so that the
@@ -54,7 +57,11 @@ def join(device: str, local_rank: int, backend: str, ranks_per_host: int | None 
             inside, between = (one for one in made if control.rank in one.ranks)
             groups = Horovod(hvd, "inside", inside), Horovod(hvd, "between", between)
         gradients = Horovod(hvd, "gradients")
-        yield World(hvd.local_rank(), hvd.local_size(), own_device, control, gradients, store, groups)
+        watching = (
+            Heartbeat(store, control.rank, control.world_size, watch) if watch and control.world_size > 1 else None
+        )
+        with watching or contextlib.nullcontext():
+            yield World(hvd.local_rank(), hvd.local_size(), own_device, control, gradients, store, groups, watching)
     finally:
         hvd.shutdown()
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
+    from .heartbeat import Watch
     from .world import World
 
 
@@ -63,7 +64,8 @@ class Launcher:
 
     `rank`, `size`, `local_rank` and `local_size` name the environment variables of each process; the local ones count
     the ranks of one host. `joined_by` is the function that joins the ranks: (device, local rank, backend, ranks per
-    host) -> a context manager of a `World`. `lost_peer` are words of the network's errors about a rank that is gone.
+    host, watch) -> a context manager of a `World`. `lost_peer` are words of the network's errors about a rank that is
+    gone.
     """
 
     name: str
@@ -108,14 +110,14 @@ class Launcher:
                 horovodrun.size,
                 HOROVODRUN,
             )
-        return _started_without_a_world(environment)
+        return _size_without_a_rank(environment) or _started_without_a_world(environment)
 
     def join(
-        self, device: str, local_rank: int, backend: str, ranks_per_host: int | None
+        self, device: str, local_rank: int, backend: str, ranks_per_host: int | None, watch: "Watch | None" = None
     ) -> AbstractContextManager["World"]:
         """Join the other ranks, and leave them where the block ends; see `join_ranks`."""
         join = pkgutil.resolve_name(self.joined_by)
-        world: AbstractContextManager[World] = join(device, local_rank, backend, ranks_per_host)
+        world: AbstractContextManager[World] = join(device, local_rank, backend, ranks_per_host, watch)
         return world
 
     def is_lost_peer(self, error: Exception) -> bool:
@@ -225,6 +227,20 @@ def _started_without_a_world(environment: Mapping[str, str]) -> Apart | None:
     )
 
 
+def _size_without_a_rank(environment: Mapping[str, str]) -> Apart | None:
+    """A process that is told of others, and not which of them it is."""
+    size = _number(environment, TORCHRUN.size)
+    if size is None or size < 2 or HOROVODRUN.started_in(environment):
+        return None
+    return Apart(
+        f"{TORCHRUN.size} {size} in the environment speaks of {size} ranks, and no {TORCHRUN.rank} says which one this "
+        f"is, so that it would train by itself; unset {TORCHRUN.size} where that is meant, or use",
+        0,
+        size,
+        TORCHRUN,
+    )
+
+
 def _torchruns_apart(environment: Mapping[str, str]) -> Apart | None:
     """Several torchruns, each of which takes itself for the only one."""
     found = _starter(environment)
@@ -245,7 +261,13 @@ def _contradiction(environment: Mapping[str, str]) -> Apart | None:
 
     A host has one rank or more, and hosts may have as many as they like: nothing else is certain.
     """
+    ranks = (TORCHRUN.rank, TORCHRUN.local_rank, "GROUP_RANK")
     names = (TORCHRUN.rank, TORCHRUN.size, TORCHRUN.local_rank, TORCHRUN.local_size, "GROUP_RANK", "GROUP_WORLD_SIZE")
+    for name in names:
+        least = 0 if name in ranks else 1
+        if name in environment and ((value := _number(environment, name)) is None or value < least):
+            kind = f"an integer of at least {least}"
+            return Apart(f"{name} in the environment is {kind}, got {environment[name]!r}; use", 0, 1, TORCHRUN)
     rank, size, local_rank, local_size, host, hosts = (_number(environment, name) for name in names)
 
     def misfit(one: str, other: str, rank: int = 0) -> Apart:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,7 @@ class ProcessGroups:
     _world: ClassVar[object] = None  # that the kept ones belong to
 
     def __init__(self, everyone: Collectives, members: Sequence[int], device: torch.device) -> None:
-        self._everyone, self._members = everyone, members
+        self._everyone, self._members, self._device = everyone, members, device
         self._backend = "nccl" if device.type == "cuda" else "gloo"
         self._taken: list[tuple[Parts, dist.ProcessGroup]] = []
         if dist.is_initialized() and ProcessGroups._world is not dist.group.WORLD:
@@ -57,11 +58,21 @@ class ProcessGroups:
                 ProcessGroups._kept.setdefault(parts, []).append(group)
 
     def _made(self, parts: Parts, number: int) -> dist.ProcessGroup:
+        timeout = _timeout_of_the_world(self._device)
         own = next(ranks for ranks in parts if dist.get_rank() in ranks)
         if len(self._members) == dist.get_world_size():  # all ranks have to make all groups
-            return {ranks: dist.new_group(list(ranks), backend=self._backend) for ranks in parts}[own]
+            return {ranks: dist.new_group(list(ranks), timeout, self._backend) for ranks in parts}[own]
         with _numbered(number):
-            return dist.new_group(list(own), backend=self._backend, use_local_synchronization=True)
+            return dist.new_group(list(own), timeout, self._backend, use_local_synchronization=True)
+
+
+def _timeout_of_the_world(device: torch.device) -> timedelta | None:
+    """The time limit of the world's group, which torch does not pass on to others; None for torch's own."""
+    try:
+        limit: timedelta = dist.group.WORLD._get_backend(device).options._timeout  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError):  # of a backend that has none, or none for the device
+        return None
+    return limit
 
 
 def _group_names() -> dict[Any, Any]:

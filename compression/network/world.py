@@ -9,17 +9,22 @@ import platform
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from .collectives import Collectives, Solo
+from .heartbeat import Heartbeat, Watch
 from .launchers import TORCHRUN, Launcher
+from .rendezvous import meet
 from .torch_distributed import TorchDistributed, let_works_go
+
+NEVER = timedelta(days=365)
+"""Limit of a process group whose ranks watch one another: what takes long on one rank is no fault."""
 
 
 class Failure(Exception):
@@ -37,7 +42,8 @@ class World:
     `local_rank` is its number among the `local_size` ranks of its host. `control` carries all but gradients, on the
     main thread. `gradients` carries gradients, where they have collectives of their own; None leaves the choice to
     `attach`. `store` holds small values that all ranks share; None where there is one rank. `groups` carry gradients
-    inside this host and between hosts, where `gradients` are not None and hosts have as many ranks each.
+    inside this host and between hosts, where `gradients` are not None and hosts have as many ranks each. `heartbeat` is
+    this rank's sign of life, where ranks watch one another.
     """
 
     local_rank: int
@@ -47,6 +53,7 @@ class World:
     gradients: Collectives | None
     store: dist.Store | None  # type: ignore[name-defined]
     groups: tuple[Collectives, Collectives] | None = None
+    heartbeat: Heartbeat | None = None
 
     @property
     def rank(self) -> int:
@@ -94,10 +101,13 @@ class World:
         """A block that can fail on one rank alone: where any rank fails, all of them end with the same line.
 
         The line names the rank, and its host, where the others have not failed and it is not plain whose it is.
+
+        It may take one rank as long as it likes, if its process lives.
         """
         failure = None
         try:
-            yield
+            with self.heartbeat.own_work() if self.heartbeat else contextlib.nullcontext():
+                yield
         except (ValueError, OSError) as error:
             failure = one_line(error)
         ends = self.control.collect((failure, platform.node()))
@@ -143,6 +153,7 @@ def join_ranks(
     backend: str = "auto",
     threads: int | None = None,
     ranks_per_host: int | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[World]:
     """Join the other ranks, where a launcher started any, and leave them in order at the end.
 
@@ -154,9 +165,13 @@ def join_ranks(
 
     `ranks_per_host` takes a host as several of so many ranks each, in `groups`; None as one.
 
-    Raises ValueError where there is no GPU for this rank, or no Horovod, or the backend is not for its device.
+    `watch` bounds how long this rank waits for one that shows no sign of life, and how long for all to have come; then
+    no wait ends by the network library's own limit. None leaves these as they are.
+
+    Raises ValueError where there is no GPU for this rank, or no Horovod, the backend is not for its device, or ranks
+    did not come in time.
     """
-    with launcher.join(device, local_rank, backend, ranks_per_host) as world:
+    with launcher.join(device, local_rank, backend, ranks_per_host, watch) as world:
         torch.set_num_threads(threads or max(1, usable_cores() // world.local_size))
         try:
             yield world
@@ -167,7 +182,7 @@ def join_ranks(
 
 @contextlib.contextmanager
 def join_over_torch(
-    device: str, local_rank: int, backend: str, ranks_per_host: int | None = None
+    device: str, local_rank: int, backend: str, ranks_per_host: int | None = None, watch: Watch | None = None
 ) -> Iterator[World]:
     """The ranks of torchrun over torch.distributed; a world of one rank where torchrun did not start this process.
 
@@ -183,14 +198,15 @@ def join_over_torch(
             f"`backend` {backend} cannot send what lies on a {own_device.type} device; use {own}, or choose another "
             "`device`"
         )
-    store, rank, size = next(iter(rendezvous("env://")))
-    dist.init_process_group(own, store=store, rank=rank, world_size=size)
-    try:
-        local_size = int(os.environ.get(TORCHRUN.local_size, 1))
-        yield World(local_rank, local_size, own_device, TorchDistributed(), None, store)
-    finally:
-        let_works_go()
-        dist.destroy_process_group()
+    store, rank, size = meet(watch.seconds if watch else None)
+    with Heartbeat(store, rank, size, watch) if watch and size > 1 else contextlib.nullcontext() as heartbeat:
+        dist.init_process_group(own, timeout=NEVER if watch else None, store=store, rank=rank, world_size=size)
+        try:
+            local_size = int(os.environ.get(TORCHRUN.local_size, 1))
+            yield World(local_rank, local_size, own_device, TorchDistributed(), None, store, heartbeat=heartbeat)
+        finally:
+            let_works_go()
+            dist.destroy_process_group()
 
 
 def usable_cores() -> int:

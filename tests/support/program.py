@@ -134,8 +134,11 @@ def run_each(argvs: Sequence[Sequence[object]], before: Before | None = None) ->
             stack.callback(processes[-1].join)
             stack.callback(processes[-1].kill)
         deadline = time.monotonic() + PATIENCE_SECONDS
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
+        while time.monotonic() < deadline and (left := [each for each in processes if each.exitcode is None]):
+            if all(is_stopped(process.pid) for process in left):  # by a mishap, and nobody waits for them any more
+                for process in left:
+                    process.kill()
+            left[0].join(0.02)
         slow = [rank for rank, process in enumerate(processes) if process.exitcode is None]
         assert not slow, f"ranks {slow} of {len(processes)} not done after {PATIENCE_SECONDS} s"
         for process, note in zip(processes, notes, strict=True):
@@ -169,6 +172,13 @@ def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
+
+
+def is_stopped(process: int) -> bool:
+    """Whether a process stands still by SIGSTOP."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
 
 
 def processes_of_session(session: int) -> list[str]:
@@ -262,17 +272,36 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
+def strike_in_step(strikes: Sequence[tuple[int, int | None, Callable[[], object]]]) -> None:
+    """Call something at the end of an optimizer step of this run, on one rank or all: (step, rank, what)."""
+    due = Interruption.due
+
+    def due_later(interruption: Interruption, done: int) -> bool:
+        for step, rank, strike in strikes:
+            if done == step and rank in (None, own_rank()):
+                strike()
+        return due(interruption, done)
+
+    patch.object(Interruption, "due", due_later).start()
+
+
+def send_itself(*numbers: int) -> None:
+    """The signals reach this process, one right after the other."""
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
 def signal_in_validation(number: int, rank: int) -> None:
     """The signal reaches one rank before the first batch of its first validation."""
-    asked = Interruption.asked
-    batches = itertools.count()
+    validate = main.Run._validate
+    times = itertools.count()
 
-    def asked_later(interruption: Interruption) -> bool:
-        if rank == own_rank() and next(batches) == 0:
+    def validate_later(run: main.Run) -> dict[str, float] | None:
+        if rank == own_rank() and next(times) == 0:
             signal.raise_signal(number)
-        return asked(interruption)
+        return validate(run)
 
-    patch.object(Interruption, "asked", asked_later).start()
+    patch.object(main.Run, "_validate", validate_later).start()
 
 
 def compiled_code_goes_to(folder: Path) -> None:
