@@ -178,7 +178,7 @@ scale = between(1e-9, 1e9)
 bits_a_value = number(float, "a number above 0 and at most 128", lambda x: 0 < x <= 128)
 fraction = number(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
 below_one = number(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
-patience = number(float, "seconds, from 1 to 1000000000", lambda x: 1 <= x <= 1e9)
+patience = number(float, "a number of seconds from 1 to 1000000000", lambda x: 1 <= x <= 1e9)
 probability = between(0, 1)
 
 

@@ -280,7 +280,7 @@ RANGES = {
         "--warmup --compressor-warmup-steps --local_rank/--local-rank --search-iterations",
     ),
     "an integer from 0 to 1024": ("0 1024", "-1 1025", "-j/--workers"),
-    "seconds, from 1 to 1000000000": ("1 900 1e9", "0 -1 0.5 1e10 nan inf x", "--timeout"),
+    "a number of seconds from 1 to 1000000000": ("1 900 1e9", "0 -1 0.5 1e10 nan inf x", "--timeout"),
     "an integer from 0 to 4294967295": ("0 4294967295", "-1 4294967296", "--seed"),
     "a number from 0 to 1e+38": ("0 1e-9 3 1e38", "-1e-9 nan inf 0,1 1e39", "--lr/--learning-rate --weight-decay/--wd"),
     "a number from 0 to 1000": ("0 1e-9 1000", "-1e-9 nan inf 1e300", "--mixup"),
