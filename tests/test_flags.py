@@ -562,6 +562,7 @@ def test_the_launchers_environment_wins_over_its_flag(monkeypatch, capsys):
 
 def test_the_total_batch_is_a_multiple_of_all_ranks_batches(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
     parse("-b 64 --optimizer-batch-size 512")
     assert error(capsys, ["DIR", "-b64", "--optimizer-batch-size", "320"]) == (
         "--optimizer-batch-size 320 is no multiple of ranks x --batch-size = 4 x 64 = 256"
