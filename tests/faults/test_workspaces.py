@@ -35,7 +35,7 @@ def test_a_second_run_in_a_workspace_is_refused_and_the_first_goes_on(
             (signs / "go").touch()
         first.result(PATIENCE_SECONDS)
     assert second.status == 2
-    assert second.err.startswith(f"main.py: error: workspace {work} is another run's, process ")
+    assert second.err.splitlines()[-1].startswith(f"main.py: error: workspace {work} is another run's, process ")
     assert second.err.endswith(f" on {platform.node()}; wait for its end, or choose another --workspace\n")
     assert second.err.count("\n") == 1
     assert after == before
