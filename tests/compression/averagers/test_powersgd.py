@@ -24,6 +24,7 @@ from compression.codecs.base import BFloat16
 from compression.gradients import Gradients
 from compression.layers import layers_of
 from compression.network.threads import ThreadCollectives, run_ranks
+from compression.network.torch_distributed import let_works_go
 
 RANK = 2
 SHAPES = {"conv": (16, 6, 3, 3), "norm": (16,), "fc": (30, 40), "twin": (30, 40), "slim": (2, 40), "bias": (30,)}
@@ -107,6 +108,7 @@ def gloo_alone() -> Iterator[None]:
     try:
         yield
     finally:
+        let_works_go()
         dist.destroy_process_group()
 
 
