@@ -28,7 +28,7 @@ class Indices:
 
     def read(self, epoch, batches):
         for batch in batches:
-            yield Pixels(torch.zeros(len(batch), 1, 1, 3, dtype=torch.uint8), torch.from_numpy(batch.copy()), 0)
+            yield Pixels(torch.zeros(len(batch), 1, 1, 3, dtype=torch.uint8), torch.from_numpy(batch.copy()), ())
 
     def close(self) -> None:
         pass
