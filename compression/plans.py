@@ -176,13 +176,14 @@ def plan_of_messages(
     )
 
 
-def split_into_chunks(whole: Plan, count: int) -> list[Plan]:
+def split_into_chunks(whole: Plan, count: int, like: Plan | None = None) -> list[Plan]:
     """A plan cut into at most `count` plans, each with about as many bytes of every message, cut between records.
 
     Positions of values, and slots, stay as they are; a chunk's wire holds its own records only. The plan of
-    all owners and that of one of them are cut at the same records.
+    all owners and that of one of them are cut at the same records, and so is one of other widths that is cut `like`
+    the first.
     """
-    edges = _edges(whole, count)
+    edges = _edges(like or whole, count)
     return [_part(whole, edges[:, k : k + 2]) for k in range(count)]
 
 

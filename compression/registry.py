@@ -87,9 +87,10 @@ class FixedWidthOptions(Options):
 
 @dataclass(frozen=True)
 class QuantizerOptions(Options):
-    """Options of a quantizer with a choice of `bits` per value."""
+    """Options of a quantizer with a choice of `bits` per value, and of others for the averages (`second_hop_bits`)."""
 
     bits: int = 4
+    second_hop_bits: int | None = None
     bucket_size: int = 512
     error_feedback: bool = False
     warmup_steps: int = 0
@@ -233,7 +234,9 @@ class Row:
             _check_type(name, option, value, get_type_hints(self.options)[option])
         chosen = self.options(**options)
         if self.quantizer is not None:
-            self.quantizer_of(chosen)
+            quantizer = self.quantizer_of(chosen)
+            if getattr(chosen, "second_hop_bits", None) is not None:
+                quantizer.with_bits(chosen.second_hop_bits)
         for option, codec in (("ratio", "sparsifiers.TopK"), ("efx_randk", "sparsifiers.RandomK")):
             if getattr(chosen, option, None) is not None:
                 _load(codec)(getattr(chosen, option))
@@ -260,7 +263,8 @@ class Row:
         from .averagers import TwoHop
 
         feedback = options.error_feedback or self.needs_feedback
-        return TwoHop(self.quantizer_of(options), layers, collectives, seed, feedback, options.dense)
+        of_averages = getattr(options, "second_hop_bits", None)
+        return TwoHop(self.quantizer_of(options), layers, collectives, seed, feedback, options.dense, of_averages)
 
 
 def _none(options: Options, layers: Sequence["Layer"], collectives: "Collectives", seed: int) -> "Averager":

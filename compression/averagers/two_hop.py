@@ -27,11 +27,14 @@ CHUNK_RANKS = 24  # with more, chunks grow, so that no message gets shorter: eac
 
 @dataclass(frozen=True)
 class _Chunk:
-    """The plans of a chunk of every shard: those that this rank encodes, its own, all, and those of the others."""
+    """The plans of a chunk of every shard: in hop one what all encode, what this rank sends of it, and what is added
+    up here; in hop two all averages, the own one, and the others'."""
 
-    sent: Plan
-    owned: Plan
     every: Plan
+    sent: Plan
+    received: Plan
+    averages: Plan
+    owned: Plan
     others: Plan
 
 
@@ -81,6 +84,9 @@ class TwoHop(Averager):
     `widths` gives each compressed layer its own bits; missing ones take the codec's. DENSE stands for a layer that is
     not encoded, whatever it travels as, and has no residual. A dense layer is never cut
     differently when widths change, so residuals outlive a change of widths.
+
+    With `second_hop_bits` averages have that width in all layers that are encoded, whatever theirs is in hop one. Hop
+    two adds the error of one encoding whatever the number of ranks, while that of hop one averages out over the ranks.
     """
 
     def __init__(
@@ -91,8 +97,10 @@ class TwoHop(Averager):
         seed: int,
         error_feedback: bool = False,
         dense: Floats = FLOAT32,
+        second_hop_bits: int | None = None,
     ) -> None:
         self.codec, self.collectives, self.seed = codec, collectives, seed
+        self.second_hop_bits = second_hop_bits
         self.dense = dense
         self.layers = {layer.name: layer for layer in layers}
         self.shards = self._shards(layers, collectives.world_size)
@@ -148,9 +156,15 @@ class TwoHop(Averager):
             messages.shards.send(wire)
         yield Meanwhile.OTHERS_BEGIN if network.matched_by_tag(flat.device) else Meanwhile.NONE_BEGINS
         for chunk, messages in zip(group.chunks, posted, strict=True):
-            summands = (messages.shards.wait(), flat, rank, 1.0 / network.world_size)
+            received, factor = messages.shards.wait(), 1.0 / network.world_size
             residuals = self._residuals("share_residual", flat, group)
-            codec.of_averages.recode_plan(chunk.owned, *summands, keys[1], messages.own, *residuals)
+            if self.second_hop_bits is None:
+                summands = (received, flat, rank, factor)
+                codec.of_averages.recode_plan(chunk.owned, *summands, keys[1], messages.own, *residuals)
+            else:
+                self._add_up(chunk.received, received, flat, factor)
+                codec.of_averages.encode_plan(chunk.owned, flat, keys[1], messages.own, *residuals)
+                codec.decode_plan(chunk.owned, messages.own, flat)
             messages.averages.send()
         yield Meanwhile.OTHERS_BEGIN
         for chunk, messages in zip(group.chunks, posted, strict=True):
@@ -158,13 +172,14 @@ class TwoHop(Averager):
 
     def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
         segments = [Segment(layer, 0, 0) for layer in layers]
-        encoded = self._plan(segments, range(world_size), self._shards(layers, world_size))
+        shards = self._shards(layers, world_size)
+        encoded, averages = (self._plan(segments, range(world_size), shards, hop) for hop in (1, 2))
         chunks = split_into_chunks(encoded, self._chunk_count(encoded))
         messages = sum(nbytes > 0 for chunk in chunks for nbytes in chunk.message_bytes)
-        both_hops = 2 * (world_size - 1) / world_size
+        one_hop = (world_size - 1) / world_size
         return Sent(
-            addressed=both_hops * encoded.wire_bytes,
-            messages=both_hops * messages,
+            addressed=one_hop * (encoded.wire_bytes + averages.wire_bytes),
+            messages=2 * one_hop * messages,
             rounds=2 * (world_size > 1 and messages > 0),
         )
 
@@ -173,13 +188,21 @@ class TwoHop(Averager):
         return self.collectives.world_size == 1
 
     def _post(self, chunk: _Chunk, tag: int, device: torch.device) -> _Messages:
-        sizes, network = chunk.every.message_bytes, self.collectives
-        messages = torch.empty(chunk.every.wire_bytes, dtype=torch.uint8, device=device)
+        sizes, network = chunk.averages.message_bytes, self.collectives
+        messages = torch.empty(chunk.averages.wire_bytes, dtype=torch.uint8, device=device)
         return _Messages(
-            _KeepAll() if self._alone else network.post_exchange(sizes, tag, device),
+            _KeepAll() if self._alone else network.post_exchange(chunk.every.message_bytes, tag, device),
             part_of(messages, sizes, network.rank),
             network.post_gather(messages, sizes, tag),
         )
+
+    def _add_up(self, plan: Plan, received: Tensor, flat: Tensor, factor: float) -> None:
+        """Set the own shard in `flat` to the sum of all ranks' values of it, times `factor`: this rank's first."""
+        if not self._alone:
+            for start, stop in _spans(plan):
+                flat[start:stop].mul_(factor)
+        for number, message in enumerate(received):
+            self.codec.decode_plan(plan, message, flat, factor, accumulate=not (self._alone and number == 0))
 
     def _stream_keys(self, step: int) -> NDArray[np.uint32]:
         """Stream keys of both hops and all layers: [2, layers, 2]."""
@@ -208,13 +231,28 @@ class TwoHop(Averager):
             start, _ = own[layer.name]
             segments.append(Segment(layer, offset, residual_at.get(layer.name, 0)))
             own_segments.append(Segment(layer, offset, own_residual_at.get(layer.name, 0) - start))
-        all_shards = self._plan(segments, range(self.collectives.world_size), self.shards)
-        own_shard = self._plan(own_segments, [rank], self.shards)
+        ranks = range(self.collectives.world_size)
+        all_shards, averages = (self._plan(segments, ranks, self.shards, hop) for hop in (1, 2))
+        received, owned = (self._plan(own_segments, [rank], self.shards, hop) for hop in (1, 2))
         # A GPU encodes faster than it launches, and gets one launch a hop.
         count = self._chunk_count(all_shards) if gradients.flat.device.type == "cpu" else 1
+        cut = zip(
+            split_into_chunks(all_shards, count),
+            split_into_chunks(received, count),
+            split_into_chunks(averages, count, like=all_shards),
+            split_into_chunks(owned, count, like=received),
+            strict=True,
+        )
         chunks = [
-            _Chunk(every if self._alone else drop_message(every, rank), owned, every, mask_owner(every, rank))
-            for every, owned in zip(*(split_into_chunks(each, count) for each in (all_shards, own_shard)), strict=True)
+            _Chunk(
+                every,
+                every if self._alone else drop_message(every, rank),
+                received,
+                averages,
+                owned,
+                mask_owner(averages, rank),
+            )
+            for every, received, averages, owned in cut
             if every.wire_bytes
         ]
         encoded = tuple(layer.name for layer in layers if self.widths[layer.name] != DENSE)
@@ -226,7 +264,22 @@ class TwoHop(Averager):
         return max(1, int(all_shards.wire_bytes / nbytes)) if 0 in all_shards.layers else 1
 
     def _plan(
-        self, segments: Sequence[Segment], owners: Sequence[int], shards: Mapping[str, Sequence[tuple[int, int]]]
+        self,
+        segments: Sequence[Segment],
+        owners: Sequence[int],
+        shards: Mapping[str, Sequence[tuple[int, int]]],
+        hop: int,
     ) -> Plan:
-        bits = {name: self.dense.width if width == DENSE else width for name, width in self.widths.items()}
+        averages = self.second_hop_bits if hop == 2 else None
+        bits = {
+            name: self.dense.width if width == DENSE else averages or width for name, width in self.widths.items()
+        }
         return plan(segments, owners, shards, bits, self.codec.shard_bucket_size, self.codec.record_bytes)
+
+
+def _spans(plan: Plan) -> list[tuple[int, int]]:
+    """(start, stop) of the values of a plan's buckets, neighbors in one."""
+    stops = plan.position + plan.count
+    first = np.flatnonzero(np.r_[True, plan.position[1:] != stops[:-1]][: len(stops)])
+    last = np.r_[first[1:] - 1, len(stops) - 1][: len(first)]
+    return list(zip(plan.position[first].tolist(), stops[last].tolist(), strict=True))
