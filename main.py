@@ -57,6 +57,7 @@ OPTIONS = {
     "compressor_warmup_steps": "warmup_steps",
     "powersgd_rank": "rank",
     "topk_ratio": "ratio",
+    "second_hop_bits": "second_hop_bits",
     "efx_bits": "efx_bits",
     "efx_randk": "efx_randk",
     "big_grad": "big_grad",
@@ -390,6 +391,11 @@ def build_parser() -> argparse.ArgumentParser:
     extension(ranks, "--check-replicas", metavar="STEPS", type=count_or_off, default=100,
               help="optimizer steps after which the ranks' weights, bit widths and step counts are compared, as they "
               "are with each checkpoint; -1 compares them with checkpoints alone")
+    extension(ranks, "--verify-wire", action="store_true",
+              help="put a checksum on every message, and stop at one that arrives damaged, naming its sender")
+    extension(encoding, "--second-hop-bits", metavar="BITS", type=bit_width,
+              help="bits per value of averages on their way back, for types that have bits (default: those of the "
+              "gradients)")
     extension(encoding, "--dgc-clip", metavar="NORM", type=scale,
               help="with --dgc: clip each rank's gradient to this norm before momentum")
     extension(encoding, "--dense-dtype", choices=("float32", "bfloat16"), default="float32",
@@ -517,7 +523,7 @@ def check(flags: argparse.Namespace, changed: set[str], launched: bool) -> None:
     refuse(flags.device == "cpu" and flags.dist_backend == "nccl",
            "--dist-backend nccl needs a GPU, and --device is cpu; use gloo")
     only_one("hvd dist_backend")
-    goes_with("dist_backend hierarchical ranks_per_host", launched,
+    goes_with("dist_backend hierarchical ranks_per_host verify_wire", launched,
               "other ranks; start some, as with torchrun --nproc_per_node 2")
     goes_with("bb_num_parallel_steps", flags.bb_ratio, "--bb-ratio")
     only_one("bb_ratio big_grad")
@@ -562,6 +568,9 @@ def check(flags: argparse.Namespace, changed: set[str], launched: bool) -> None:
     refuse(over_horovod and flags.compressor_warmup_steps and not chosen_row.own_warmup,
            "--dense-dtype bfloat16 with --compressor-warmup-steps is a sum of bfloat16, which Horovod has not; drop "
            "one of --hvd, --dense-dtype and --compressor-warmup-steps")
+    refuse(flags.verify_wire and (chosen_row.all_reduces or not chosen_row.encodes),
+           f"--verify-wire puts checksums on messages, and what {chosen_by} sends the network itself adds up; drop it, "
+           "or use a type whose messages are bytes, such as maxmin")
     refuse(flags.bb_ratio and not chosen_row.supports_stale_updates,
            f"--bb-ratio lets the averages of some layers come late, and {chosen_by} settles whole steps; "
            f"use {', '.join(compression.with_stale_updates())}")
@@ -575,14 +584,16 @@ def check(flags: argparse.Namespace, changed: set[str], launched: bool) -> None:
                    "--search-target-bits, which asks for the least error within a budget")
     only_one("search compression_scheme")
     only_one("search big_grad")
+    only_one("search second_hop_bits")
     only_one("compression_scheme big_grad")
     only_one("compression_scheme quantization_bits")
     refuse(flags.search_min_bits > flags.search_max_bits,
            f"--search-min-bits {flags.search_min_bits} is above --search-max-bits {flags.search_max_bits}")
     least = "search_min_bits" if flags.search else "quantization_bits"
-    refuse(row.has_bits and getattr(flags, least) < row.min_bits,
-           f"--compression-type {kind} needs at least {row.min_bits} bits, one of them the sign; "
-           f"raise {spelled(least)}")
+    for name in (least, "second_hop_bits"):
+        refuse(row.has_bits and (getattr(flags, name) or row.min_bits) < row.min_bits,
+               f"--compression-type {kind} needs at least {row.min_bits} bits, one of them the sign; "
+               f"raise {spelled(name)}")
 
 
 def goes_on(flags: argparse.Namespace) -> bool:
@@ -658,8 +669,8 @@ def plan_of(flags: argparse.Namespace, defaults: Mapping[str, Any]) -> Plan:
 TRAINING = (
     "epochs run_epochs optimizer_batch_size lr lr_schedule warmup mixup momentum weight_decay bn_weight_decay nesterov "
     "print_freq static_loss_scale dynamic_loss_scale gather_checkpoints no_checkpoints quantization_bits "
-    "error_feedback efx_bits efx_randk topk_ratio big_grad dgc dgc_clip compressor_warmup_steps powersgd_rank "
-    "dense_dtype compression_scheme bb_ratio bb_num_parallel_steps"
+    "error_feedback second_hop_bits efx_bits efx_randk topk_ratio big_grad dgc dgc_clip compressor_warmup_steps "
+    "powersgd_rank dense_dtype compression_scheme bb_ratio bb_num_parallel_steps check_replicas verify_wire"
 )
 """Flags that count in training alone."""
 
@@ -928,6 +939,7 @@ class Run:
                 barrier_fraction=flags.bb_ratio or 1.0,
                 late_steps=flags.bb_num_parallel_steps,
                 record=flags.search,
+                verify_wire=flags.verify_wire,
             )
         except ValueError as error:  # of all ranks alike, which have told one another of their hosts
             raise compression.Failure(compression.one_line(error)) from error

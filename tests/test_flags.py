@@ -122,6 +122,8 @@ EXTENSIONS = (
     Option("--timeout", 900, "SECONDS"),
     Option("--threads", None, "N"),
     Option("--check-replicas", 100, "STEPS"),
+    Option("--verify-wire"),
+    Option("--second-hop-bits", None, "BITS"),
     Option("--dgc-clip", None, "NORM"),
     Option("--dense-dtype", "float32", None, ("float32", "bfloat16")),
     Option("--compression-scheme", None, "FILE"),
@@ -260,7 +262,8 @@ def test_given_names_what_the_command_line_spells_out_even_a_default():
 
 RANGES = {
     "an integer from 1 to 8": (
-        "1 8", "0 9 -1 4.0 x", "--quantization-bits --efx-bits --search-min-bits --search-max-bits",
+        "1 8", "0 9 -1 4.0 x", "--quantization-bits --efx-bits --search-min-bits --search-max-bits "
+        "--second-hop-bits",
     ),
     "an integer from 1 to 1000000000": (
         "1 1000000000", "0 -1 1.5 x 1000000001", "--epochs --print-freq/-p --search-calibration-steps",
@@ -412,6 +415,12 @@ REFUSED = {
     "--powersgd-rank 4 --big-grad": (
         "--powersgd-rank factors each layer's matrix, and --big-grad leaves one long vector; drop one"
     ),
+    "--verify-wire": "--verify-wire has no effect without other ranks; start some",
+    "--second-hop-bits 8": f"--second-hop-bits has no effect with --compression-type none; use {QUANTIZERS}",
+    "--search --second-hop-bits 8": "--search and --second-hop-bits exclude each other; drop one",
+    "--compression-type exponential --second-hop-bits 1": (
+        "--compression-type exponential needs at least 2 bits, one of them the sign; raise --second-hop-bits"
+    ),
     "--efx-bits 4": "--efx-bits has no effect with --compression-type none; use topk, topk_rmsprop",
     "--efx-randk 0.1 --compression-type maxmin": (
         "--efx-randk has no effect with --compression-type maxmin; use topk, topk_rmsprop"
@@ -520,7 +529,7 @@ def test_a_flag_without_effect_is_refused_with_what_it_goes_with(line, capsys):
         "--search --pretrained-weights w.pth --search-calibration-steps 3 --search-target-bits 3.5",
         "--search --evaluate --search-calibration-steps 3 --resume c.pth --compression-type quantile "
         "--search-min-bits 1",
-        "--compression-scheme s.json --compression-type norm_uniform",
+        "--compression-scheme s.json --compression-type norm_uniform --second-hop-bits 6",
         "--image-size 32 --crop-scale 0.6 --hflip 0 --skip-bad-images --device cpu --threads 2 --timeout 60",
     ],
 )
@@ -567,7 +576,9 @@ def test_the_total_batch_is_a_multiple_of_all_ranks_batches(monkeypatch, capsys)
     assert error(capsys, ["DIR", "-b64", "--optimizer-batch-size", "320"]) == (
         "--optimizer-batch-size 320 is no multiple of ranks x --batch-size = 4 x 64 = 256"
     )
+    monkeypatch.delenv("RANK")
     monkeypatch.setenv("HOROVOD_SIZE", "5")
+    monkeypatch.setenv("HOROVOD_RANK", "0")
     flags = parse("-b 64 --optimizer-batch-size 320 --hvd")
     with pytest.raises(ValueError, match=r"= 3 x 64 = 192$"):
         main.check_world(flags, 3)

@@ -37,6 +37,7 @@ def arranged(
     ranks_per_host: int | None,
     groups: tuple[Group, Group] | None,
     mesh: DeviceMesh | None,
+    verify_wire: bool,
     **others: Any,
 ) -> Arrangement:
     """The networks for gradients of these tensors, by name, once all ranks are known to choose alike; see `arrange`.
@@ -44,7 +45,8 @@ def arranged(
     The ranks are those of the `collectives`; without them those of the process group, beside which groups of their own
     are made; without either, this process alone. `others` are arguments that have to be equal, too.
 
-    Raises ValueError, on all ranks alike, where they do not choose alike, and where there are no two levels.
+    Raises ValueError, on all ranks alike, where they do not choose alike, where there are no two levels, and where
+    checksums are asked for and no message has one.
     """
     members: list[int] | None = None  # of process groups to be made
     if collectives is None and process_group is not None:
@@ -56,9 +58,17 @@ def arranged(
         hierarchical=hierarchical,
         ranks_per_host=ranks_per_host,
         groups=groups is not None or mesh is not None,
+        verify_wire=verify_wire,
         **others,
         tensors=[(name, tuple(tensor.shape)) for name, tensor in tensors.items()],
     )
+    row = COMPRESSORS[compressor.name]
+    if verify_wire and (row.all_reduces or not row.encodes):
+        with_messages = [name for name, row in COMPRESSORS.items() if row.encodes and not row.all_reduces]
+        raise ValueError(
+            f"`verify_wire` puts checksums on messages, and what {compressor.name} sends the network itself adds up; "
+            f"leave it out, or use {', '.join(with_messages)}"
+        )
     return arrange(
         collectives,
         members,
@@ -68,6 +78,7 @@ def arranged(
         hierarchical=hierarchical,
         ranks_per_host=ranks_per_host,
         groups=_networks_of(groups, mesh),
+        verify_wire=verify_wire,
     )
 
 

@@ -31,6 +31,7 @@ def attach(
     ranks_per_host: int | None = None,
     groups: tuple[Group, Group] | None = None,
     mesh: DeviceMesh | None = None,
+    verify_wire: bool = False,
     **options: Any,
 ) -> Attached:
     """Average the model's gradients through a compressor, from the next backward on.
@@ -55,6 +56,9 @@ def attach(
     each host; or `mesh`, a DeviceMesh of hosts x ranks, has both. What is given is the exchange's alone from then on:
     it is used on another thread.
 
+    With `verify_wire` messages carry checksums (`network.verified`): one that arrives damaged raises an OSError that
+    names its sender, where its average is waited for.
+
     Raises ValueError, on all ranks alike, where the ranks' arguments differ, where ranks would train apart, where there
     are no two levels, where the compressor cannot be late, and for parameters that no compressor takes.
     """
@@ -78,6 +82,7 @@ def attach(
         ranks_per_host=ranks_per_host,
         groups=groups,
         mesh=mesh,
+        verify_wire=verify_wire,
         seed=seed,
         barrier_fraction=barrier_fraction,
         late_steps=late_steps,

@@ -8,6 +8,7 @@ from ..layers import Layer
 from ..network.arrangement import Arrangement
 from ..network.collectives import Metered
 from ..network.inside import Levels
+from ..network.verified import Verified
 from ..registry import Compressor
 
 
@@ -22,10 +23,13 @@ class Binding:
         self.collectives = Metered(arrangement.collectives, hosts=self.hosts.of)
         self.averager: Averager
         if arrangement.levels is None:
-            self.averager = compressor.averager(layers, self.collectives, seed)
+            network = Verified(self.collectives) if arrangement.verify_wire else self.collectives
+            self.averager = compressor.averager(layers, network, seed)
         else:
             inside, between = arrangement.levels
-            levels = Levels(inside, Metered(between, self.collectives.traffic))
+            metered = Metered(between, self.collectives.traffic)
+            owners = self.hosts.between[inside.rank]
+            levels = Levels(inside, Verified(metered, owners) if arrangement.verify_wire else metered)
             self.averager = compressor.hierarchical(layers, levels, seed)
 
     @property

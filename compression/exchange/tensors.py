@@ -34,6 +34,7 @@ def averaging(
     ranks_per_host: int | None = None,
     groups: tuple[Group, Group] | None = None,
     mesh: DeviceMesh | None = None,
+    verify_wire: bool = False,
     **options: Any,
 ) -> "Averaging":
     """Averages of these tensors over the ranks, through a compressor: `averaging(tensors, "maxmin", bits=4)`.
@@ -69,6 +70,7 @@ def averaging(
         ranks_per_host=ranks_per_host,
         groups=groups,
         mesh=mesh,
+        verify_wire=verify_wire,
         seed=seed,
     )
     return Averaging(tensors, compressor, arrangement, seed)

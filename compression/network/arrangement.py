@@ -26,6 +26,8 @@ class Arrangement:
     levels: Levels | None = None
     close: Callable[[bool], None] = lambda sound: None
     """Ends what was made for it. Whether all collectives went well decides whether others may get its groups."""
+    verify_wire: bool = False
+    """Whether messages carry checksums."""
 
     @property
     def position(self) -> dict[str, int]:
@@ -105,6 +107,7 @@ def arrange(
     hierarchical: bool | None = None,
     ranks_per_host: int | None = None,
     groups: tuple[Collectives, Collectives] | None = None,
+    verify_wire: bool = False,
 ) -> Arrangement:
     """The networks for gradients of so many `values` on `device`. Every rank of `everyone` calls it.
 
@@ -128,7 +131,7 @@ def arrange(
     made = ProcessGroups(everyone, members or (), device)
     network = made.network([list(range(everyone.world_size))]) if members else everyone
     if not two_levels:
-        return Arrangement(network, hosts, close=made.close)
+        return Arrangement(network, hosts, close=made.close, verify_wire=verify_wire)
     if groups is None:
         groups = made.network(hosts.inside), made.network(hosts.between)
     inside = inside_of(groups[0], device, values)
@@ -137,7 +140,7 @@ def arrange(
         inside.close()
         made.close(sound)
 
-    return Arrangement(network, hosts, Levels(inside, groups[1]), close)
+    return Arrangement(network, hosts, Levels(inside, groups[1]), close, verify_wire)
 
 
 def inside_of(network: Collectives, device: torch.device, values: int) -> Inside:

@@ -208,7 +208,9 @@ def test_dropped_values_travel_quantized_and_unbiased() -> None:
 
     drawn = on_ranks(2, work, efx_bits=4, ratio=0.01)[0]
     expected = mean([gradient(0), gradient(1)]).double()
-    z = (drawn.mean(0) - expected) / (drawn.std(0) / steps**0.5 + 1e-7)
+    deviation = drawn.std(0)
+    deviation = deviation.clamp_min(0.1 * float(deviation.mean()))  # a rare draw may not have come at all
+    z = (drawn.mean(0) - expected) / (deviation / steps**0.5)
     assert z.abs().max() < 5.5
     assert (drawn - expected).abs().max() < 1.0
 
