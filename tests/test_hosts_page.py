@@ -75,9 +75,10 @@ def check_two_levels(workspace: Path) -> None:
 
 def check_flags(words: list[str], monkeypatch: pytest.MonkeyPatch, ranks: int = 32) -> None:
     """The command line is one that the program takes."""
-    for name in ("LOCAL_RANK", "RANK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    launcher = "HOROVOD_{}" if "--hvd" in words else "{}"
+    monkeypatch.setenv(launcher.format("RANK"), "0")
+    monkeypatch.setenv(launcher.format("SIZE" if "--hvd" in words else "WORLD_SIZE"), str(ranks))
     flags = main.parse(words)
     assert (flags.data, flags.arch, flags.compression_type, flags.hierarchical) == (
         "/data/imagenet", "resnet50", "maxmin", "auto",

@@ -63,6 +63,7 @@ def test_imagenet_trains_by_flags_that_are_there(monkeypatch: pytest.MonkeyPatch
     assert (launcher, launch.training_script) == ("torchrun", "main.py")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", launch.nproc_per_node)
+    monkeypatch.setenv("RANK", "0")
     flags = main.parse(launch.training_script_args)
     assert (flags.data, flags.arch, flags.num_classes, flags.epochs) == ("/data/imagenet", "resnet50", 1000, 90)
     assert flags.lr == 0.256 * int(launch.nproc_per_node) * flags.batch_size / 256, "the rate that the text gives"

@@ -37,7 +37,7 @@ def test_a_second_run_in_a_workspace_is_refused_and_the_first_goes_on(
     assert second.status == 2
     assert second.err.splitlines()[-1].startswith(f"main.py: error: workspace {work} is another run's, process ")
     assert second.err.endswith(f" on {platform.node()}; wait for its end, or choose another --workspace\n")
-    assert second.err.count("\n") == 1
+    assert second.err.count("main.py: error: ") == 1
     assert after == before
     assert {path.name for path in work.iterdir()} == {
         "checkpoint.pth.tar", "experiment_raport.json", "model_best.pth.tar",
