@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees it
 import torch
 from torch import Tensor
 
-from benchmarks.fidelity import NORMAL, fidelity, real_gradient
+from benchmarks.fidelity import NORMAL, fidelity, real_gradients
 from benchmarks.search import machine
 from compression import COMPRESSORS
 
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="PNG", required=True, help="where to draw it")
     parser.add_argument("--steps", type=int, default=10, help="training steps before the gradient is taken")
     flags = parser.parse_args()
-    gradient = real_gradient(flags.steps)
+    gradient = real_gradients(flags.steps + 1)[-1]
     measured = {
         "normal numbers, 512 x 256 x 3 x 3": measure(NORMAL),
         f"resnet18's gradient, {flags.steps} steps into training on digits": measure(gradient),

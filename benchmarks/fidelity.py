@@ -1,15 +1,17 @@
-"""Fidelity and cost of every compressor on a gradient: relative errors and bits per value.
+"""Fidelity and cost of every compressor on gradients: relative errors and bits per value.
 
     python benchmarks/fidelity.py [-o docs/fidelity.md]
 
-Every row of the registry, from a fresh start, on normal numbers and on a real gradient: resnet18, some steps into
-training on handwritten digits.
+Three tables. Every row of the registry, in one encoding from a fresh start, on normal numbers and on a real gradient:
+resnet18, some steps into training on handwritten digits; beside them, schemes of GRACE by their formulas. The sum of
+20 steps' gradients, for what remembers. Averages over 2, 4 and 8 ranks, whose gradients differ or are alike.
 """
 
 import argparse
+import functools
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,14 @@ from compression import COMPRESSORS, Solo
 from compression.averagers import Averager, OneHop
 from compression.gradients import Gradients
 from compression.layers import layers_of
+from compression.network.threads import ThreadCollectives, run_ranks
 from image_classification.models import build
 
 # Values of the option that sets how much is sent; a compressor is measured at those of the first one that it takes.
 SETTINGS: dict[str, tuple[Any, ...]] = {"bits": (2, 4, 8), "ratio": (0.001, 0.01, 0.1), "rank": (1, 4, 16)}
+WHOLE_LAYERS = ("maxmin", "norm_uniform", "exponential", "terngrad")  # measured with one bucket a layer, too
+SUMMED = 20  # steps of the second table
+WORLDS = (2, 4, 8)  # ranks of the third
 NORMAL = {"normal": torch.randn(512, 256, 3, 3, generator=torch.Generator().manual_seed(0))}
 
 PAGE = """# Fidelity
@@ -41,17 +47,38 @@ on scikit-learn's digits.
 
 {table}
 
-Options not named have their defaults: buckets of 512 values, no error feedback. An unbiased code may err by
-more than the gradient's length and still be right on average: errors of ranks and steps cancel. The others
-(1bit, top-k, PowerSGD) need error feedback, which sends later what is missing here. What remembers is measured
-in its first step; PowerSGD's factors improve from step to step.
+Options not named have their defaults: buckets of 512 values, no error feedback; *whole layers* are buckets of -1. An
+unbiased code may err by more than the gradient's length and still be right on average: errors of ranks and steps
+cancel. The others (1bit, top-k, PowerSGD) need error feedback, which sends later what is missing here. What remembers
+is measured in its first step. *GRACE* rows are that library's schemes (Xu et al., ICDCS 2021), computed from their
+formulas with one scale for each tensor, at the bits that it sends: 8-bit integers for codes of fewer bits, 64-bit
+indices.
+
+## The sum of {summed} steps
+
+What reaches the weights of {summed} steps of that training on one rank: |sum of averages - sum of gradients| over the
+latter. Errors that are unbiased average out, those that are remembered are sent later, and lost ones add up. DGC has no
+momentum here, with which it sends something else than the gradient.
+
+{sums}
+
+## Averages of several ranks
+
+The error of the average through the two hops of a quantizer, relative to the true average. *Different*: every rank has
+the gradient of another step, and their average is shorter than each, so that relative errors grow with W; *alike*: all
+have the same. Hop one's errors are independent and average out; hop two encodes the average once, and its error stays.
+Where gradients are alike that is plain: with any number of ranks the error is that of one encoding, in the first table.
+`second_hop_bits` gives averages more bits, and leaves hop one's error, which falls with W. The bits a value are the
+mean of both hops.
+
+{averages}
 
 Made by `python benchmarks/fidelity.py -o docs/fidelity.md` on {machine}; Python {python}, torch {torch}.
 """
 
 
-def real_gradient(steps: int, batch_size: int = 64) -> dict[str, Tensor]:
-    """resnet18's gradients after some steps of training on the digits, at 32 pixels."""
+def real_gradients(steps: int, batch_size: int = 64) -> list[dict[str, Tensor]]:
+    """resnet18's gradients of some steps of training on the digits, at 32 pixels."""
     torch.manual_seed(0)
     digits = load_digits()
     images = torch.from_numpy(digits.images.astype(np.float32))[:, None] / 8 - 1
@@ -59,12 +86,14 @@ def real_gradient(steps: int, batch_size: int = 64) -> dict[str, Tensor]:
     labels = torch.from_numpy(digits.target)
     model = build("resnet18", "classic", 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    for _ in range(steps + 1):
-        optimizer.step()  # of the step before: the last gradients stay
+    gradients = []
+    for _ in range(steps):
         optimizer.zero_grad()
         chosen = torch.randint(len(labels), (batch_size,))
         nn.functional.cross_entropy(model(images[chosen]), labels[chosen]).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        optimizer.step()
+    return gradients
 
 
 def variants(name: str) -> Iterator[dict[str, Any]]:
@@ -73,10 +102,14 @@ def variants(name: str) -> Iterator[dict[str, Any]]:
     option = next((option for option in SETTINGS if option in row.takes), None)
     if option is None:
         yield {}
+        if name in WHOLE_LAYERS:
+            yield {"bucket_size": -1}
         return
     for value in SETTINGS[option]:
         if option != "bits" or value >= row.min_bits:
             yield {option: value}
+            if name in WHOLE_LAYERS:
+                yield {option: value, "bucket_size": -1}
 
 
 def fidelity(name: str, options: Mapping[str, Any], gradient: Mapping[str, Tensor]) -> tuple[float, float]:
@@ -102,8 +135,141 @@ def table(gradient: Mapping[str, Tensor]) -> Iterator[str]:
     for name in COMPRESSORS:
         for options in variants(name):
             (bits, error), (real_bits, real_error) = (fidelity(name, options, g) for g in (NORMAL, gradient))
-            setting = ", ".join(f"{option} {value}" for option, value in options.items())
-            yield f"| {name} | {setting} | {bits:.3f} | {error:.4f} | {real_bits:.3f} | {real_error:.4f} |"
+            row = f"{bits:.3f} | {error:.4f} | {real_bits:.3f} | {real_error:.4f}"
+            yield f"| {name} | {in_words(options)} | {row} |"
+    for (name, bits, error), (_, real_bits, real_error) in zip(grace(NORMAL), grace(gradient), strict=True):
+        yield f"| {name} |  | {bits:.3f} | {error:.4f} | {real_bits:.3f} | {real_error:.4f} |"
+
+
+def grace(gradient: Mapping[str, Tensor]) -> Iterator[tuple[str, float, float]]:
+    """(name, bits per value, error) of schemes of GRACE, tensor by tensor.
+
+    QSGD: |v| sign(x) floor(q |x| / |v| + U) / q. TernGrad: x clipped at 2.5 deviations, then s sign(x) with probability
+    |x| / s, s the largest magnitude. 1-bit: the mean of the negative and that of the other values. Top-k: the largest
+    1 % as they are.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def qsgd(x: Tensor, q: int) -> Tensor:
+        norm = x.norm()
+        return norm * x.sign() * torch.floor(q * x.abs() / norm + torch.rand(x.shape, generator=generator)) / q
+
+    def terngrad(x: Tensor) -> Tensor:
+        bound = 2.5 * float(x.std(unbiased=False))
+        x = x.clamp(-bound, bound)
+        s = x.abs().max()
+        return s * x.sign() * (torch.rand(x.shape, generator=generator) < x.abs() / s)
+
+    def one_bit(x: Tensor) -> Tensor:
+        negative = x < 0
+        means = [x[mask].mean() if mask.any() else torch.zeros(()) for mask in (negative, ~negative)]
+        return torch.where(negative, *means)
+
+    def top_k(x: Tensor) -> Tensor:
+        kept = torch.zeros_like(x)
+        largest = x.abs().topk(max(1, int(0.01 * len(x)))).indices
+        kept[largest] = x[largest]
+        return kept
+
+    schemes: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+        "GRACE QSGD, q = 127": (lambda x: qsgd(x, 127), 8),
+        "GRACE QSGD, q = 7": (lambda x: qsgd(x, 7), 8),
+        "GRACE TernGrad": (terngrad, 8),
+        "GRACE 1-bit": (one_bit, 8),
+        "GRACE top-k, 1 %": (top_k, 0.01 * (32 + 64)),
+    }
+    given = torch.cat([values.reshape(-1) for values in gradient.values()]).double()
+    for name, (scheme, bits) in schemes.items():
+        decoded = torch.cat([scheme(values.reshape(-1)) for values in gradient.values()]).double()
+        yield name, bits, float((decoded - given).norm() / given.norm())
+
+
+REMEMBERING: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("maxmin", {"bits": 2}),
+    ("maxmin", {"bits": 2, "error_feedback": True}),
+    ("maxmin", {"bits": 4}),
+    ("maxmin", {"bits": 4, "error_feedback": True}),
+    ("1bit", {}),
+    ("terngrad", {}),
+    ("topk", {"ratio": 0.01}),
+    ("topk", {"ratio": 0.01, "error_feedback": True}),
+    ("topk_rmsprop", {"ratio": 0.01, "error_feedback": True}),
+    ("dgc", {"ratio": 0.01, "momentum": 0.0}),
+    ("svd", {"rank": 4}),
+    ("svd", {"rank": 4, "error_feedback": True}),
+    ("powersgd", {"rank": 1}),
+    ("powersgd", {"rank": 4}),
+    ("powersgd", {"rank": 16}),
+)
+
+
+def sums(gradients: Sequence[Mapping[str, Tensor]]) -> Iterator[str]:
+    """The lines of the second table."""
+    yield "| compressor | options | bits/value | error of the sum |"
+    yield "| --- | --- | ---: | ---: |"
+    layers = layers_of([(layer, tuple(values.shape)) for layer, values in gradients[0].items()], 512)
+    starts = np.cumsum([0, *(layer.numel for layer in layers)])[:-1].tolist()
+    flats = [torch.cat([values.reshape(-1) for values in gradient.values()]) for gradient in gradients]
+    total = torch.stack([flat.double() for flat in flats]).sum(0)
+    for name, options in REMEMBERING:
+        averager = compression.build(name, **options).averager(layers, Solo(), seed=0)
+        summed = torch.zeros_like(total)
+        for step, flat in enumerate(flats):
+            averaged = flat.clone()
+            averager.average_(Gradients(averaged, tuple(gradients[0]), tuple(starts)), step)
+            averager.settle(True)
+            summed += averaged
+        bits = 8 * averager.encoded_bytes / (len(total) * len(flats))
+        error = float((summed - total).norm() / total.norm())
+        yield f"| {name} | {in_words(options)} | {bits:.3f} | {error:.4f} |"
+
+
+AVERAGED: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("maxmin", {"bits": 2}),
+    ("maxmin", {"bits": 2, "second_hop_bits": 4}),
+    ("maxmin", {"bits": 2, "second_hop_bits": 8}),
+    ("maxmin", {"bits": 4}),
+    ("maxmin", {"bits": 4, "second_hop_bits": 8}),
+    ("norm_uniform", {"bits": 4}),
+    ("exponential", {"bits": 4}),
+    ("terngrad", {}),
+)
+
+
+def averages(gradients: Sequence[Mapping[str, Tensor]]) -> Iterator[str]:
+    """The lines of the third table; one gradient for each rank."""
+    heads = [f"{kind}, W = {world}" for kind in ("different", "alike") for world in WORLDS]
+    yield f"| compressor | options | bits/value | {' | '.join(heads)} |"
+    yield "| --- | --- |" + " ---: |" * (1 + len(heads))
+    layers = layers_of([(layer, tuple(values.shape)) for layer, values in gradients[0].items()], 512)
+    starts = np.cumsum([0, *(layer.numel for layer in layers)])[:-1].tolist()
+    flats = [torch.cat([values.reshape(-1) for values in gradient.values()]) for gradient in gradients]
+
+    def average(compressor: compression.Compressor, own: Sequence[Tensor], ranks: ThreadCollectives) -> Tensor:
+        flat = own[ranks.rank].clone()
+        averager = compressor.averager(layers, ranks, seed=0)
+        averager.average_(Gradients(flat, tuple(gradients[0]), tuple(starts)), step=0)
+        return flat
+
+    for name, options in AVERAGED:
+        compressor = compression.build(name, **options)
+        cells = []
+        for alike in (False, True):
+            for world in WORLDS:
+                own = [flats[0] if alike else flats[rank] for rank in range(world)]
+
+                true = torch.stack(own).double().mean(0)
+                averaged = run_ranks(world, functools.partial(average, compressor, own))[0]
+                cells.append(float((averaged - true).norm() / true.norm()))
+        sent = compressor.averager(layers, Solo(), 0).sent(layers, 2)
+        bits = 8 * sent.addressed / len(flats[0])  # at 2 ranks, each of which sends half of a gradient in each hop
+        yield f"| {name} | {in_words(options)} | {bits:.3f} | {' | '.join(f'{cell:.4f}' for cell in cells)} |"
+
+
+def in_words(options: Mapping[str, Any]) -> str:
+    """Options as the tables show them."""
+    words = [name if value is True else f"{name} {value}" for name, value in options.items()]
+    return ", ".join(words).replace("bucket_size -1", "whole layers").replace("_", " ")
 
 
 def main() -> None:
@@ -111,9 +277,14 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="write the page to this file too")
     parser.add_argument("--steps", type=int, default=10, help="training steps before the gradient is taken")
     flags = parser.parse_args()
+    gradients = real_gradients(flags.steps + SUMMED)
+    at = gradients[flags.steps :]
     text = PAGE.format(
         steps=flags.steps,
-        table="\n".join(table(real_gradient(flags.steps))),
+        summed=SUMMED,
+        table="\n".join(table(at[0])),
+        sums="\n".join(sums(at)),
+        averages="\n".join(averages(at)),
         machine=machine(),
         python=platform.python_version(),
         torch=torch.__version__,
