@@ -199,6 +199,12 @@ def test_fractions_outside_their_range_are_refused(ratio: float) -> None:
         RandomK(ratio)
 
 
+@pytest.mark.parametrize(("fraction", "count", "kept"), [(0.07, 100, 7), (0.14, 100, 14), (0.07, 101, 8), (0.1, 30, 3)])
+def test_a_fraction_is_the_number_that_was_written(fraction: float, count: int, kept: int) -> None:
+    """In floats 0.07 x 100 is above 7, and its ceiling 8."""
+    assert TopK(fraction).kept(count) == RandomK(fraction).kept(count) == kept
+
+
 keys = st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
 
 
