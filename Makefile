@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install lint test slow examples horovod demo bench speed training docs clean FORCE
+.PHONY: help install lint test slow examples horovod audit demo bench speed training docs clean FORCE
 
 # The first of these that runs and has venv is taken: what .venv was made of, where there is one.
 PYTHON ?= .venv/bin/python python3.11 python3.12 python3.13 python3.14
@@ -54,6 +54,13 @@ examples: $(INSTALLED)  ## every example, in an environment of its own that is m
 
 horovod: $(INSTALLED)  ## Horovod into .venv: 5 minutes the first time, seconds from the cached wheel afterwards
 	build_horovod/install.sh $(BIN)/python
+
+audit: $(INSTALLED)  ## known holes of the pins, where the package index tells; fails nothing
+	@if [ ! -x .venv/audit/bin/pip-audit ]; then $(BIN)/python -m venv .venv/audit && .venv/audit/bin/python -m pip \
+	  --quiet --disable-pip-version-check install -r tests/requirements-audit.txt 2>/dev/null || true; fi
+	@if [ -x .venv/audit/bin/pip-audit ]; then \
+	  .venv/audit/bin/python .ci/audit.py requirements.txt tests/requirements.txt docs/requirements.txt; \
+	  else echo "audit: skipped, pip-audit cannot be installed here"; fi
 
 demo: $(INSTALLED)  ## what the program does, on two ranks of this machine
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash benchmarks/demo.sh

@@ -1557,6 +1557,7 @@ def join_and_run(flags: Plan) -> int:
     launcher = launcher_of(flags)
     classification.allocator.keep_freed_memory()
     try:
+        classification.open_files.allow_open_files(flags.workers)
         with compression.join_ranks(
             flags.device,
             flags.local_rank,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.fidelity import grace, in_words
+from benchmarks.fidelity import NORMAL, grace, in_words
 
 
 def errors(values: torch.Tensor) -> dict[str, float]:
@@ -28,6 +28,20 @@ def test_more_levels_lose_less() -> None:
     found = errors(torch.randn(5000, generator=torch.Generator().manual_seed(1)))
     assert found["GRACE QSGD, q = 127"] < found["GRACE QSGD, q = 7"]
     assert 0.5 < found["GRACE 1-bit"] < 0.7  # sqrt(1 - 2 / pi) of normal values
+
+
+def test_rounding_at_random_is_independent_of_the_values() -> None:
+    """The error of unbiased codes is the root of the expected one, which a correlation would raise."""
+    values = NORMAL["normal"].reshape(-1)
+    position = (127 * values.abs() / values.norm()).double()
+    expected = float(((position - position.floor()) * (position.ceil() - position)).sum()) / float((position**2).sum())
+    assert errors(values)["GRACE QSGD, q = 127"] == pytest.approx(math.sqrt(expected), rel=0.002)
+
+
+def test_a_tensor_of_zeros_stays_one() -> None:
+    """Beside another one, without which a relative error means nothing."""
+    gradient = {"zeros": torch.zeros(200), "others": torch.ones(200)}
+    assert all(math.isfinite(error) for _, _, error in grace(gradient))
 
 
 def test_options_are_shown_in_words() -> None:
