@@ -34,8 +34,8 @@ def only_at_home(refused: Path) -> None:
 
 @pytest.mark.parametrize("flags", ["", "--search --search-min-bits 2", "--compression-type topk"])
 def test_a_run_asks_no_other_machine(flags: str, pictures: Path, tmp_path: Path) -> None:
-    argv = (pictures, *SMALL, "--workspace", tmp_path / "work", "--tensorboard-dir", tmp_path / "events", *flags.split())
-    run_well(*argv, ranks=2, before=partial(only_at_home, tmp_path / "refused"))
+    files = ("--workspace", tmp_path / "work", "--tensorboard-dir", tmp_path / "events")
+    run_well(pictures, *SMALL, *files, *flags.split(), ranks=2, before=partial(only_at_home, tmp_path / "refused"))
     assert not (tmp_path / "refused").exists()
 
 
