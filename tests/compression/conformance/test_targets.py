@@ -85,7 +85,7 @@ def test_a_function_that_asks_for_a_layer_is_called_for_each() -> None:
         ("compression.registry:Nothing", {}, "compression.registry has no 'Nothing'"),
         ("compression.codecs.quantizers:MaxMin", {}, "missing a required argument: 'bits'; name its options"),
         ("compression.codecs.quantizers:MaxMin", {"bits": 9}, "cannot be made of {'bits': 9}: ValueError: MaxMin"),
-        (MaxMin, {"bits": 3, "colour": 1}, "MaxMin takes no option 'colour'; it takes bits, second_hop_bits, "),
+        (MaxMin, {"bits": 3, "colour": 1}, "MaxMin takes no option 'colour'; it takes bits, bucket_size"),
         (MaxMin(3), {"bits": 3}, r"MaxMin\(bits=3, .* is made already, and takes no option 'bits'; its class might"),
         (MaxMin(3), {"error_feedback": 1}, "error_feedback is true or false, got 1"),
         (build("maxmin"), {"bits": 3}, "maxmin is built already, and takes no option 'bits'"),
