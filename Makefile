@@ -13,6 +13,7 @@ RUNS ?= runs/accuracy.jsonl
 BIN := .venv/bin
 INSTALLED := .venv/installed
 DOCS_INSTALLED := .venv/docs-installed
+AUDIT_INSTALLED := .venv/audit/installed
 # Prints what an environment is made of, as "3.11.7 /usr/bin/python3.11", by a Python that has venv and the pins' wheels.
 MADE_OF := import ensurepip, os, platform, sys; (3, 11) <= sys.version_info[:2] <= (3, 14) and \
   print(platform.python_version(), os.path.realpath(sys._base_executable))
@@ -56,9 +57,10 @@ horovod: $(INSTALLED)  ## Horovod into .venv: 5 minutes the first time, seconds 
 	build_horovod/install.sh $(BIN)/python
 
 audit: $(INSTALLED)  ## known holes of the pins, where the package index tells; fails nothing
-	@if [ ! -x .venv/audit/bin/pip-audit ]; then $(BIN)/python -m venv .venv/audit && .venv/audit/bin/python -m pip \
-	  --quiet --disable-pip-version-check install -r tests/requirements-audit.txt 2>/dev/null || true; fi
-	@if [ -x .venv/audit/bin/pip-audit ]; then \
+	@if [ ! $(AUDIT_INSTALLED) -nt tests/requirements-audit.txt ]; then $(BIN)/python -m venv .venv/audit && \
+	  .venv/audit/bin/python -m pip --quiet --disable-pip-version-check --timeout 15 --retries 1 \
+	  install -r tests/requirements-audit.txt 2>/dev/null && touch $(AUDIT_INSTALLED) || true; fi
+	@if [ -e $(AUDIT_INSTALLED) ]; then \
 	  .venv/audit/bin/python .ci/audit.py requirements.txt tests/requirements.txt docs/requirements.txt; \
 	  else echo "audit: skipped, pip-audit cannot be installed here"; fi
 

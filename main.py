@@ -568,7 +568,7 @@ def check(flags: argparse.Namespace, changed: set[str], launched: bool) -> None:
     refuse(over_horovod and flags.compressor_warmup_steps and not chosen_row.own_warmup,
            "--dense-dtype bfloat16 with --compressor-warmup-steps is a sum of bfloat16, which Horovod has not; drop "
            "one of --hvd, --dense-dtype and --compressor-warmup-steps")
-    refuse(flags.verify_wire and (chosen_row.all_reduces or not chosen_row.encodes),
+    refuse(flags.verify_wire and not chosen_row.sends_messages,
            f"--verify-wire puts checksums on messages, and what {chosen_by} sends the network itself adds up; drop it, "
            "or use a type whose messages are bytes, such as maxmin")
     refuse(flags.bb_ratio and not chosen_row.supports_stale_updates,

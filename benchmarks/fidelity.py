@@ -27,7 +27,7 @@ from benchmarks.search import machine
 from compression import COMPRESSORS, Solo
 from compression.averagers import Averager, OneHop
 from compression.gradients import Gradients
-from compression.layers import layers_of
+from compression.layers import Layer, layers_of
 from compression.limits import TINY
 from compression.network.threads import ThreadCollectives, run_ranks
 from image_classification.models import build
@@ -113,19 +113,27 @@ def variants(name: str) -> Iterator[dict[str, Any]]:
                 yield {option: value, "bucket_size": -1}
 
 
+def packed(gradient: Mapping[str, Tensor]) -> Gradients:
+    """A gradient's layers in a buffer of their own."""
+    return Gradients.packed({name: values.reshape(-1) for name, values in gradient.items()})
+
+
+def layers_like(gradient: Mapping[str, Tensor], bucket_size: int) -> tuple[Layer, ...]:
+    """The layers of a gradient."""
+    return layers_of([(name, tuple(values.shape)) for name, values in gradient.items()], bucket_size)
+
+
 def fidelity(name: str, options: Mapping[str, Any], gradient: Mapping[str, Tensor]) -> tuple[float, float]:
     """(bits per value, |decoded - g| / |g|) of one encoding of all layers on a single rank."""
     compressor = compression.build(name, **options)
-    layers = layers_of([(layer, tuple(values.shape)) for layer, values in gradient.items()], compressor.bucket_size)
+    layers = layers_like(gradient, compressor.bucket_size)
     averager: Averager = compressor.averager(layers, Solo(), seed=0)
     if COMPRESSORS[name].quantizer is not None:  # its averager encodes twice
         codec = compression.codec(name, **options)
         averager = OneHop(lambda layer: codec, layers, Solo(), seed=0)
-    flat = torch.cat([values.reshape(-1) for values in gradient.values()])
-    given = flat.clone()
-    starts = np.cumsum([0, *(layer.numel for layer in layers)])[:-1].tolist()
-    averager.average_(Gradients(flat, tuple(gradient), tuple(starts)), step=0)
-    error = (flat.double() - given.double()).norm() / given.double().norm()
+    averaged, given = packed(gradient), packed(gradient).flat
+    averager.average_(averaged, step=0)
+    error = (averaged.flat.double() - given.double()).norm() / given.double().norm()
     return 8 * averager.encoded_bytes / len(given), float(error)
 
 
@@ -208,19 +216,17 @@ def sums(gradients: Sequence[Mapping[str, Tensor]]) -> Iterator[str]:
     """The lines of the second table."""
     yield "| compressor | options | bits/value | error of the sum |"
     yield "| --- | --- | ---: | ---: |"
-    layers = layers_of([(layer, tuple(values.shape)) for layer, values in gradients[0].items()], 512)
-    starts = np.cumsum([0, *(layer.numel for layer in layers)])[:-1].tolist()
-    flats = [torch.cat([values.reshape(-1) for values in gradient.values()]) for gradient in gradients]
-    total = torch.stack([flat.double() for flat in flats]).sum(0)
+    layers = layers_like(gradients[0], 512)
+    total = torch.stack([packed(gradient).flat.double() for gradient in gradients]).sum(0)
     for name, options in REMEMBERING:
         averager = compression.build(name, **options).averager(layers, Solo(), seed=0)
         summed = torch.zeros_like(total)
-        for step, flat in enumerate(flats):
-            averaged = flat.clone()
-            averager.average_(Gradients(averaged, tuple(gradients[0]), tuple(starts)), step)
+        for step, gradient in enumerate(gradients):
+            averaged = packed(gradient)
+            averager.average_(averaged, step)
             averager.settle(True)
-            summed += averaged
-        bits = 8 * averager.encoded_bytes / (len(total) * len(flats))
+            summed += averaged.flat
+        bits = 8 * averager.encoded_bytes / (len(total) * len(gradients))
         error = float((summed - total).norm() / total.norm())
         yield f"| {name} | {in_words(options)} | {bits:.3f} | {error:.4f} |"
 
@@ -242,28 +248,27 @@ def averages(gradients: Sequence[Mapping[str, Tensor]]) -> Iterator[str]:
     heads = [f"{kind}, W = {world}" for kind in ("different", "alike") for world in WORLDS]
     yield f"| compressor | options | bits/value | {' | '.join(heads)} |"
     yield "| --- | --- |" + " ---: |" * (1 + len(heads))
-    layers = layers_of([(layer, tuple(values.shape)) for layer, values in gradients[0].items()], 512)
-    starts = np.cumsum([0, *(layer.numel for layer in layers)])[:-1].tolist()
-    flats = [torch.cat([values.reshape(-1) for values in gradient.values()]) for gradient in gradients]
+    layers = layers_like(gradients[0], 512)
 
-    def average(compressor: compression.Compressor, own: Sequence[Tensor], ranks: ThreadCollectives) -> Tensor:
-        flat = own[ranks.rank].clone()
-        averager = compressor.averager(layers, ranks, seed=0)
-        averager.average_(Gradients(flat, tuple(gradients[0]), tuple(starts)), step=0)
-        return flat
+    def average(
+        compressor: compression.Compressor, own: Sequence[Mapping[str, Tensor]], ranks: ThreadCollectives
+    ) -> Tensor:
+        averaged = packed(own[ranks.rank])
+        compressor.averager(layers, ranks, seed=0).average_(averaged, step=0)
+        return averaged.flat
 
     for name, options in AVERAGED:
         compressor = compression.build(name, **options)
         cells = []
         for alike in (False, True):
             for world in WORLDS:
-                own = [flats[0] if alike else flats[rank] for rank in range(world)]
-
-                true = torch.stack(own).double().mean(0)
+                own = [gradients[0 if alike else rank] for rank in range(world)]
+                true = torch.stack([packed(gradient).flat for gradient in own]).double().mean(0)
                 averaged = run_ranks(world, functools.partial(average, compressor, own))[0]
                 cells.append(float((averaged - true).norm() / true.norm()))
         sent = compressor.averager(layers, Solo(), 0).sent(layers, 2)
-        bits = 8 * sent.addressed / len(flats[0])  # at 2 ranks, each of which sends half of a gradient in each hop
+        values = sum(layer.numel for layer in layers)
+        bits = 8 * sent.addressed / values  # at 2 ranks, each of which sends half of a gradient in each hop
         yield f"| {name} | {in_words(options)} | {bits:.3f} | {' | '.join(f'{cell:.4f}' for cell in cells)} |"
 
 

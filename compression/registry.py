@@ -210,6 +210,11 @@ class Row:
         return self.quantizer is not None and "bits" in self.takes
 
     @property
+    def sends_messages(self) -> bool:
+        """Whether all that it sends, once it encodes, is messages of bytes: nothing that the network adds up."""
+        return self.encodes and not self.all_reduces
+
+    @property
     def supports_stale_updates(self) -> bool:
         """Whether the average of a layer may last longer than its step: each layer is settled by itself."""
         return self.stateless or self.quantizer is not None
@@ -505,6 +510,11 @@ def codec(name: str, **options: Any) -> Any:
 def with_bits() -> list[str]:
     """Names of the compressors whose bit width can be chosen."""
     return [name for name, row in COMPRESSORS.items() if row.has_bits]
+
+
+def with_messages() -> list[str]:
+    """Names of the compressors that send messages, which can have checksums."""
+    return [name for name, row in COMPRESSORS.items() if row.sends_messages]
 
 
 def with_stale_updates() -> list[str]:

@@ -1,18 +1,9 @@
 """What the audit of the pins prints: holes by their pin, and that nothing answered where nothing did."""
 
-import importlib.util
-from types import ModuleType
-
 from tests.support.markdown import ROOT
+from tests.support.modules import loaded
 
-
-def audit() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("audit", ROOT / ".ci" / "audit.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+report = loaded(ROOT / ".ci" / "audit.py").report
 
 
 def test_holes_are_named_with_the_version_that_mends_them() -> None:
@@ -21,13 +12,13 @@ def test_holes_are_named_with_the_version_that_mends_them() -> None:
         {"name": "b", "version": "2.0", "vulns": []},
         {"name": "c", "skip_reason": "not found"},
     ]
-    assert audit().report(pins) == [
+    assert report(pins) == [
         "audit: a 1.0: PYSEC-1, mended in 1.1",
         "audit: 1 known holes in 2 of 3 pins that were looked up",
     ]
 
 
 def test_an_index_that_knows_no_pin_is_no_answer() -> None:
-    assert audit().report([{"name": "a", "skip_reason": "not found"}]) == [
+    assert report([{"name": "a", "skip_reason": "not found"}]) == [
         "audit: skipped, no answer about any of 1 pins"
     ]

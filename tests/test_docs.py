@@ -9,7 +9,6 @@ How a fenced block is marked, by the word after its fence:
 A block without a word, or with another one, is an error, so that nothing is shown untested by oversight.
 """
 
-import importlib.util
 import os
 import re
 import shlex
@@ -25,6 +24,7 @@ import main
 from compression import COMPRESSORS, Solo, build
 from compression.layers import layers_of
 from tests.support.markdown import ROOT, blocks, commands
+from tests.support.modules import loaded
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -141,12 +141,7 @@ def test_claims_of_reliability_name_their_tests() -> None:
 
 def module(name: str) -> Any:
     """One of the extensions with which the pages are built."""
-    spec = importlib.util.spec_from_file_location(name, DOCS / "extensions" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    return loaded(DOCS / "extensions" / f"{name}.py")
 
 
 def test_the_page_of_the_command_line_has_every_flag_group_and_choice() -> None:

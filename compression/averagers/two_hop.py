@@ -172,8 +172,7 @@ class TwoHop(Averager):
 
     def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
         segments = [Segment(layer, 0, 0) for layer in layers]
-        shards = self._shards(layers, world_size)
-        encoded, averages = (self._plan(segments, range(world_size), shards, hop) for hop in (1, 2))
+        encoded, averages = self._plans(segments, range(world_size), self._shards(layers, world_size))
         chunks = split_into_chunks(encoded, self._chunk_count(encoded))
         messages = sum(nbytes > 0 for chunk in chunks for nbytes in chunk.message_bytes)
         one_hop = (world_size - 1) / world_size
@@ -231,18 +230,11 @@ class TwoHop(Averager):
             start, _ = own[layer.name]
             segments.append(Segment(layer, offset, residual_at.get(layer.name, 0)))
             own_segments.append(Segment(layer, offset, own_residual_at.get(layer.name, 0) - start))
-        ranks = range(self.collectives.world_size)
-        all_shards, averages = (self._plan(segments, ranks, self.shards, hop) for hop in (1, 2))
-        received, owned = (self._plan(own_segments, [rank], self.shards, hop) for hop in (1, 2))
+        all_shards, averages = self._plans(segments, range(self.collectives.world_size), self.shards)
+        received, owned = self._plans(own_segments, [rank], self.shards)
         # A GPU encodes faster than it launches, and gets one launch a hop.
         count = self._chunk_count(all_shards) if gradients.flat.device.type == "cpu" else 1
-        cut = zip(
-            split_into_chunks(all_shards, count),
-            split_into_chunks(received, count),
-            split_into_chunks(averages, count, like=all_shards),
-            split_into_chunks(owned, count, like=received),
-            strict=True,
-        )
+        cut = zip(*_cut(all_shards, averages, count), *_cut(received, owned, count), strict=True)
         chunks = [
             _Chunk(
                 every,
@@ -252,7 +244,7 @@ class TwoHop(Averager):
                 owned,
                 mask_owner(averages, rank),
             )
-            for every, received, averages, owned in cut
+            for every, averages, received, owned in cut
             if every.wire_bytes
         ]
         encoded = tuple(layer.name for layer in layers if self.widths[layer.name] != DENSE)
@@ -263,18 +255,24 @@ class TwoHop(Averager):
         nbytes = CHUNK_BYTES * max(1.0, len(all_shards.message_bytes) / CHUNK_RANKS)
         return max(1, int(all_shards.wire_bytes / nbytes)) if 0 in all_shards.layers else 1
 
-    def _plan(
-        self,
-        segments: Sequence[Segment],
-        owners: Sequence[int],
-        shards: Mapping[str, Sequence[tuple[int, int]]],
-        hop: int,
-    ) -> Plan:
-        averages = self.second_hop_bits if hop == 2 else None
-        bits = {
-            name: self.dense.width if width == DENSE else averages or width for name, width in self.widths.items()
-        }
-        return plan(segments, owners, shards, bits, self.codec.shard_bucket_size, self.codec.record_bytes)
+    def _plans(
+        self, segments: Sequence[Segment], owners: Sequence[int], shards: Mapping[str, Sequence[tuple[int, int]]]
+    ) -> tuple[Plan, Plan]:
+        """The plans of both hops; one and the same where averages have no width of their own."""
+
+        def planned(of_all: int | None) -> Plan:
+            dense, widths = self.dense.width, self.widths.items()
+            bits = {name: dense if width == DENSE else of_all or width for name, width in widths}
+            return plan(segments, owners, shards, bits, self.codec.shard_bucket_size, self.codec.record_bytes)
+
+        encoded = planned(None)
+        return encoded, encoded if self.second_hop_bits is None else planned(self.second_hop_bits)
+
+
+def _cut(first: Plan, second: Plan, count: int) -> tuple[list[Plan], list[Plan]]:
+    """The plans of both hops in chunks of the same records."""
+    chunks = split_into_chunks(first, count)
+    return chunks, chunks if second is first else split_into_chunks(second, count, like=first)
 
 
 def _spans(plan: Plan) -> list[tuple[int, int]]:

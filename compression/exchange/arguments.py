@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..network.arrangement import Arrangement, arrange
 from ..network.collectives import Collectives, Solo
 from ..network.torch_distributed import TorchDistributed
-from ..registry import COMPRESSORS, Compressor, build
+from ..registry import COMPRESSORS, Compressor, build, with_messages
 
 Group = Collectives | dist.ProcessGroup
 
@@ -62,12 +62,10 @@ def arranged(
         **others,
         tensors=[(name, tuple(tensor.shape)) for name, tensor in tensors.items()],
     )
-    row = COMPRESSORS[compressor.name]
-    if verify_wire and (row.all_reduces or not row.encodes):
-        with_messages = [name for name, row in COMPRESSORS.items() if row.encodes and not row.all_reduces]
+    if verify_wire and not COMPRESSORS[compressor.name].sends_messages:
         raise ValueError(
             f"`verify_wire` puts checksums on messages, and what {compressor.name} sends the network itself adds up; "
-            f"leave it out, or use {', '.join(with_messages)}"
+            f"leave it out, or use {', '.join(with_messages())}"
         )
     return arrange(
         collectives,

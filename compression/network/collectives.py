@@ -109,6 +109,22 @@ class _BlockingGather:
         return self.received
 
 
+class Staged:
+    """Whole exchanges and gathers of networks that have them in stages."""
+
+    def exchange(self: Collectives, messages: Tensor, sizes: Sequence[int]) -> Tensor:
+        posted = self.post_exchange(sizes, 0, messages.device)
+        posted.send(messages)
+        return posted.wait()
+
+    def gather(self: Collectives, message: Tensor, sizes: Sequence[int]) -> Tensor:
+        messages = message.new_empty(sum(sizes))
+        part_of(messages, sizes, self.rank).copy_(message)
+        posted = self.post_gather(messages, sizes, 0)
+        posted.send()
+        return posted.wait()
+
+
 class Blocking:
     """Stages of networks that are through with a message before they return: all of them happen in `send`."""
 
@@ -160,8 +176,31 @@ class Traffic:
     seconds: float = 0.0
 
 
+class Around:
+    """What networks around another one, `inner`, leave to it."""
+
+    inner: Collectives
+
+    @property
+    def rank(self) -> int:
+        return self.inner.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.inner.world_size
+
+    def matched_by_tag(self, device: torch.device) -> bool:
+        return self.inner.matched_by_tag(device)
+
+    def broadcast(self, value: Any) -> Any:
+        return self.inner.broadcast(value)
+
+    def collect(self, value: Any) -> list[Any]:
+        return self.inner.collect(value)
+
+
 @dataclass
-class Metered:
+class Metered(Around):
     """Counts what passes through another `Collectives`; results are the inner one's.
 
     `hosts` holds the number of each rank's host; where it is empty, each rank has one of its own.
@@ -176,14 +215,6 @@ class Metered:
         hosts = self.hosts or range(size)
         self._elsewhere = [other for other in range(size) if hosts[other] != hosts[rank]]
         self._passes_on = (rank + 1) % size in self._elsewhere  # its neighbor in a ring is on another host
-
-    @property
-    def rank(self) -> int:
-        return self.inner.rank
-
-    @property
-    def world_size(self) -> int:
-        return self.inner.world_size
 
     def sum_(self, values: Tensor) -> None:
         start = time.perf_counter()
@@ -208,15 +239,6 @@ class Metered:
 
     def post_gather(self, messages: Tensor, sizes: Sequence[int], tag: int) -> PostedGather:
         return _MeteredGather(self, self.inner.post_gather(messages, sizes, tag), sizes[self.rank])
-
-    def matched_by_tag(self, device: torch.device) -> bool:
-        return self.inner.matched_by_tag(device)
-
-    def broadcast(self, value: Any) -> Any:
-        return self.inner.broadcast(value)
-
-    def collect(self, value: Any) -> list[Any]:
-        return self.inner.collect(value)
 
     def count_exchange(self, sizes: Sequence[int], start: float) -> None:
         """Count messages of these sizes to the other ranks."""

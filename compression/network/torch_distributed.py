@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import PostedExchange, PostedGather, part_of
+from .collectives import PostedExchange, PostedGather, Staged
 
 
 def let_works_go(seconds: float = 0.05) -> None:
@@ -21,7 +21,7 @@ def let_works_go(seconds: float = 0.05) -> None:
     time.sleep(seconds)
 
 
-class TorchDistributed:
+class TorchDistributed(Staged):
     """Collectives over a torch process group (gloo on CPUs, NCCL on GPUs).
 
     `group` should be used by one thread only: gloo matches collectives by the order in which they are issued. Exchanges
@@ -43,18 +43,6 @@ class TorchDistributed:
 
     def sum_(self, values: Tensor) -> None:
         dist.all_reduce(values, group=self.group)
-
-    def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
-        posted = self.post_exchange(sizes, 0, messages.device)
-        posted.send(messages)
-        return posted.wait()
-
-    def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
-        messages = message.new_empty(sum(sizes))
-        part_of(messages, sizes, self.rank).copy_(message)
-        posted = self.post_gather(messages, sizes, 0)
-        posted.send()
-        return posted.wait()
 
     def post_exchange(self, sizes: Sequence[int], tag: int, device: torch.device) -> PostedExchange:
         received = torch.empty(self.world_size - 1, sizes[self.rank], dtype=torch.uint8, device=device)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .collectives import Collectives, PostedExchange, PostedGather, part_of
+from .collectives import Around, Collectives, PostedExchange, PostedGather, Staged, part_of
 
 CHECKSUM_BYTES = 4  # CRC-32, little-endian, after the message
 
@@ -17,8 +17,8 @@ class DamagedMessage(OSError):
     """A message whose checksum is not that of its bytes."""
 
 
-@dataclass(frozen=True)
-class Verified:
+@dataclass
+class Verified(Staged, Around):
     """Puts a checksum behind every message of another `Collectives`, and holds what arrives against it.
 
     CRC-32 (ISO 3309) finds every burst of up to 32 flipped bits, and all but one in 4e9 of other damages. It guards
@@ -31,28 +31,8 @@ class Verified:
     inner: Collectives
     names: Sequence[int] = ()
 
-    @property
-    def rank(self) -> int:
-        return self.inner.rank
-
-    @property
-    def world_size(self) -> int:
-        return self.inner.world_size
-
     def sum_(self, values: Tensor) -> None:
         self.inner.sum_(values)
-
-    def exchange(self, messages: Tensor, sizes: Sequence[int]) -> Tensor:
-        posted = self.post_exchange(sizes, 0, messages.device)
-        posted.send(messages)
-        return posted.wait()
-
-    def gather(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
-        messages = message.new_empty(sum(sizes))
-        part_of(messages, sizes, self.rank).copy_(message)
-        posted = self.post_gather(messages, sizes, 0)
-        posted.send()
-        return posted.wait()
 
     def post_exchange(self, sizes: Sequence[int], tag: int, device: torch.device) -> PostedExchange:
         return _Exchange(self, sizes, self.inner.post_exchange(_sealed_sizes(sizes), tag, device))
@@ -60,15 +40,6 @@ class Verified:
     def post_gather(self, messages: Tensor, sizes: Sequence[int], tag: int) -> PostedGather:
         sealed = messages.new_empty(sum(_sealed_sizes(sizes)))
         return _Gather(self, sizes, messages, sealed, self.inner.post_gather(sealed, _sealed_sizes(sizes), tag))
-
-    def matched_by_tag(self, device: torch.device) -> bool:
-        return self.inner.matched_by_tag(device)
-
-    def broadcast(self, value: Any) -> Any:
-        return self.inner.broadcast(value)
-
-    def collect(self, value: Any) -> list[Any]:
-        return self.inner.collect(value)
 
     def opened(self, sealed: Tensor, sender: int) -> Tensor:
         """The message in a sealed one, in place. Raises DamagedMessage, which names the sender."""

@@ -22,8 +22,11 @@ VALUES = 2040
 GRADIENTS = torch.randn(4, VALUES, generator=torch.Generator().manual_seed(0))
 
 
-def two_hop(ranks: Collectives, bits: int, feedback: bool = False, seed: int = 0) -> TwoHop:
-    return TwoHop(codec("maxmin", bits=bits, bucket_size=64), LAYERS, ranks, seed, feedback)
+def two_hop(
+    ranks: Collectives, bits: int, feedback: bool = False, seed: int = 0, of_averages: int | None = None
+) -> TwoHop:
+    quantizer = codec("maxmin", bits=bits, bucket_size=64)
+    return TwoHop(quantizer, LAYERS, ranks, seed, feedback, second_hop_bits=of_averages)
 
 
 def average(bound: Averager, values: torch.Tensor, step: int) -> torch.Tensor:
@@ -221,9 +224,12 @@ def test_warm_up_steps_in_bfloat16_take_half_the_bytes() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_averages_and_residuals_do_not_depend_on_the_chunks(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of_averages", [None, 5])
+def test_averages_and_residuals_do_not_depend_on_the_chunks(
+    world_size: int, of_averages: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def work(ranks: ThreadCollectives) -> list[torch.Tensor]:
-        bound = two_hop(ranks, bits=3, feedback=True)
+        bound = two_hop(ranks, bits=3, feedback=True, of_averages=of_averages)
         found = []
         for step in range(3):
             found.append(average(bound, GRADIENTS[ranks.rank], step))
@@ -375,11 +381,6 @@ def test_plans_of_ever_other_layers_are_not_kept_for_ever() -> None:
     assert len(averager._groups) <= PlanCache.LIMIT
 
 
-def other_averages(bits: int, of_averages: int | None, feedback: bool = False) -> partial[TwoHop]:
-    quantizer = codec("maxmin", bits=bits, bucket_size=64)
-    return partial(TwoHop, quantizer, LAYERS, seed=0, error_feedback=feedback, second_hop_bits=of_averages)
-
-
 @pytest.mark.parametrize("of_averages", [2, 3, 8])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_averages_in_other_bits_are_unbiased_alike_and_as_long_as_promised(world_size: int, of_averages: int) -> None:
@@ -387,7 +388,7 @@ def test_averages_in_other_bits_are_unbiased_alike_and_as_long_as_promised(world
 
     def work(ranks: ThreadCollectives) -> tuple[torch.Tensor, float, float]:
         network = Metered(ranks)
-        bound = other_averages(bits, of_averages)(collectives=network)
+        bound = two_hop(network, bits, of_averages=of_averages)
         averaged = [average(bound, GRADIENTS[ranks.rank], step) for step in range(steps)]
         return torch.stack(averaged), network.traffic.bytes_sent / steps, bound.sent(LAYERS, world_size).addressed
 
@@ -403,7 +404,7 @@ def test_averages_in_as_many_bits_are_those_of_one_width() -> None:
     """But for the order in which an owner adds up: its own values go first."""
 
     def work(ranks: ThreadCollectives) -> list[torch.Tensor]:
-        return [average(other_averages(3, also)(collectives=ranks), GRADIENTS[ranks.rank], 0) for also in (None, 3)]
+        return [average(two_hop(ranks, 3, of_averages=also), GRADIENTS[ranks.rank], 0) for also in (None, 3)]
 
     (usual, same), _ = run_ranks(2, work)
     assert torch.allclose(usual, same, atol=1e-6)
@@ -414,31 +415,12 @@ def test_more_bits_in_hop_two_leave_the_error_of_hop_one_which_averages_out() ->
 
     def squared_error(of_averages: int | None) -> float:
         def work(ranks: ThreadCollectives) -> torch.Tensor:
-            bound = other_averages(2, of_averages)(collectives=ranks)
+            bound = two_hop(ranks, 2, of_averages=of_averages)
             return torch.stack([average(bound, GRADIENTS[0], step) for step in range(20)])
 
         return float(((run_ranks(8, work)[0] - GRADIENTS[0]) ** 2).sum())
 
     assert squared_error(8) < 0.2 * squared_error(None)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_residuals_of_averages_in_other_bits_do_not_depend_on_the_chunks(
-    world_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def work(ranks: ThreadCollectives) -> list[torch.Tensor]:
-        bound = other_averages(2, 5, feedback=True)(collectives=ranks)
-        found = []
-        for step in range(3):
-            found.append(average(bound, GRADIENTS[ranks.rank], step))
-            bound.settle(True)
-        return [*found, *(value for state in bound.state_dict().values() for value in state.values())]
-
-    whole = run_ranks(world_size, work)
-    monkeypatch.setattr(averagers.two_hop, "CHUNK_BYTES", 100)
-    chunks = run_ranks(world_size, work)
-    for ours, theirs in zip(whole, chunks, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_the_width_of_averages_is_one_that_the_codec_has() -> None:

@@ -8,16 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compression import COMPRESSORS, build
+from compression import build
 from compression.gradients import Gradients
 from compression.layers import layers_of
 from compression.network.collectives import Metered
 from compression.network.threads import Counting, ThreadCollectives, run_ranks
 from compression.network.verified import CHECKSUM_BYTES, DamagedMessage, Verified
+from compression.registry import with_messages
 
 LAYERS = layers_of([("weight", (20, 50)), ("bias", (20,))], 64)
 GRADIENTS = torch.randn(3, 1020, generator=torch.Generator().manual_seed(0))
-WITH_MESSAGES = [name for name, row in COMPRESSORS.items() if row.encodes and not row.all_reduces]
 
 
 class Flipping(ThreadCollectives):
@@ -38,7 +38,7 @@ class Flipping(ThreadCollectives):
         return received
 
 
-@pytest.mark.parametrize("name", WITH_MESSAGES)
+@pytest.mark.parametrize("name", with_messages())
 def test_averages_are_the_same_and_each_message_is_four_bytes_longer(name: str) -> None:
     def work(ranks: ThreadCollectives) -> list[tuple[Tensor, float, int]]:
         found = []
