@@ -207,6 +207,42 @@ def select(whole: Plan, chosen: NDArray[np.int64] | NDArray[np.bool_]) -> Plan:
     return replace(whole, **kept, values=int(kept["count"].sum()))
 
 
+def in_pieces(whole: Plan, cut: Callable[[int, int], Sequence[tuple[int, int]]]) -> Plan:
+    """A plan whose encoded buckets are cut: `cut(count, bits)` is the values and the bytes of each piece, in order.
+
+    Pieces take the place of their bucket, in memory and on the wire.
+    """
+    shapes, which = np.unique(np.stack([whole.count, whole.bits], axis=1), axis=0, return_inverse=True)
+    pieces = [((n, 0),) if bits >= BFLOAT16 else tuple(cut(n, bits)) for n, bits in shapes.tolist()]
+    if all(len(each) == 1 for each in pieces):
+        return whole
+    lengths = np.array([len(each) for each in pieces], np.int64)
+    parts = lengths[which]
+    bucket = np.repeat(np.arange(len(parts)), parts)
+    first = np.cumsum(parts) - parts
+    row = (np.cumsum(lengths) - lengths)[which][bucket] + np.arange(len(bucket)) - first[bucket]
+    values, nbytes = np.array([piece for each in pieces for piece in each], np.int64)[row].T
+    ahead, bytes_ahead = (np.cumsum(each) - each for each in (values, nbytes))
+    values_before, bytes_before = ahead - ahead[first][bucket], bytes_ahead - bytes_ahead[first][bucket]
+    kept = select(whole, bucket)
+    return replace(
+        kept,
+        position=kept.position + values_before,
+        count=values,
+        wire_at=kept.wire_at + bytes_before,
+        element=kept.element + values_before,
+        state_at=kept.state_at + values_before,
+        values=whole.values,
+    )
+
+
+def by_owner(whole: Plan) -> Plan:
+    """A plan with a slot for every layer of every owner, owner by owner, where they had one for each layer."""
+    owner = np.searchsorted(np.cumsum(whole.message_bytes), whole.wire_at, side="right")
+    layers = len(whole.layers)
+    return replace(whole, slot=whole.slot + owner * layers, layers=np.tile(whole.layers, len(whole.message_bytes)))
+
+
 def _edges(whole: Plan, count: int) -> Ints:
     """Records at which every message is cut into `count` parts, [owners, count + 1]: a part begins with a record."""
     ends = np.cumsum(whole.message_bytes, dtype=np.int64)

@@ -11,6 +11,7 @@ hold the copies equal. Its constants, 0x7feb352d and 0x735a2d97, are from the ha
 multiple of 4,096 or of 1,024 are correlated (r up to 0.05), and with these and shifts of 15 none were found to be.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -60,3 +61,20 @@ def random_bits(elements: torch.Tensor, key_low: torch.Tensor, key_high: torch.T
 def uniform(elements: torch.Tensor, key_low: torch.Tensor, key_high: torch.Tensor) -> torch.Tensor:
     """Multiples of 2^-24 in [0, 1), float32, from the leading bits of `random_bits`."""
     return (random_bits(elements, key_low, key_high) >> 8).to(torch.float32) * 2.0**-24
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The streams of M buckets: the index of each one's first value, and the halves of its key. int64 [M, 1]."""
+
+    first_M1: torch.Tensor
+    low_M1: torch.Tensor
+    high_M1: torch.Tensor
+
+    def random_bits(self, elements: torch.Tensor) -> torch.Tensor:
+        """The elements of each bucket's stream at these indices, [M, K] or [M, 1]."""
+        return random_bits(elements, self.low_M1, self.high_M1)
+
+    def of_values(self, count: int) -> torch.Tensor:
+        """A random integer for each of `count` values of each bucket: [M, count]."""
+        return self.random_bits(self.first_M1 + torch.arange(count, device=self.first_M1.device))

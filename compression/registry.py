@@ -389,6 +389,11 @@ COMPRESSORS: dict[str, Row] = {
         QuantizerOptions,
         quantizer="quantizers.Exponential", min_bits=2,
     ),
+    "eden": Row(
+        "a random rotation, and the best levels for normal values (EDEN)",
+        QuantizerOptions,
+        quantizer="eden.Eden", min_bits=1,
+    ),
     "1bit": Row(
         "signs, and the means of negatives and others, always with error feedback",
         FixedWidthOptions,

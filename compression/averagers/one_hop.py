@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..codecs.base import FLOAT32, Codec, Floats
+from ..codecs.base import FLOAT32, Codec, Floats, decoded
 from ..gradients import Gradients
 from ..layer_state import LayerState
 from ..layers import Layer
@@ -56,7 +56,8 @@ class OneHop(Averager):
             for name, values in gradients.layers(self._sizes):
                 nbytes = self.codecs[name].wire_bytes(len(values))
                 own = sent[at : at + nbytes].clone()  # where it lies, its floats may not be aligned
-                part = self.codecs[name].decode(own[None], len(values))[0] * inverse_world_size
+                seed = self._seed(name, step, rank)
+                part = decoded(self.codecs[name], own[None], len(values), seed)[0] * inverse_world_size
                 values.copy_(part) if rank == 0 else values.add_(part)
                 at += nbytes
 
@@ -64,15 +65,18 @@ class OneHop(Averager):
         message = sum(self.codecs[layer.name].wire_bytes(layer.numel) for layer in layers)
         return gathered(message, world_size)
 
+    def _seed(self, name: str, step: int, rank: int) -> int:
+        return stream_key(self.seed, step, self.layers[name].index, _HOP, rank)
+
     def _encode(self, name: str, values: Tensor, step: int) -> Tensor:
         """This rank's message of one layer, uint8 [wire_bytes]; its error becomes the pending residual."""
         codec, layer = self.codecs[name], self.layers[name]
-        seed = stream_key(self.seed, step, layer.index, _HOP, self.collectives.rank)
+        seed = self._seed(name, step, self.collectives.rank)
         if not self.states or not layer.compressed:
             return codec.encode(values[None], seed)[0]
         residual, pending = self._residual.allocate(values.device, [name])
         span = self._residual.span(name)
         compensated = values + residual[span]
         wire = codec.encode(compensated[None], seed)  # which may be the same memory, as float32's is
-        torch.sub(compensated, codec.decode(wire, len(values))[0], out=pending[span])
+        torch.sub(compensated, decoded(codec, wire, len(values), seed)[0], out=pending[span])
         return wire[0]

@@ -16,7 +16,7 @@ from ..gradients import Gradients
 from ..layer_state import LayerState
 from ..layers import DENSE, Ints, Layer, shard
 from ..network.collectives import Collectives, PostedExchange, PostedGather, part_of
-from ..plans import Plan, PlanCache, Segment, drop_message, mask_owner, plan, split_into_chunks
+from ..plans import Plan, PlanCache, Segment, by_owner, drop_message, mask_owner, plan, split_into_chunks
 from ..randomness import stream_keys
 from ..streams import Meanwhile, Phases, run_all
 from .base import Averager, Averaging, Sent
@@ -36,6 +36,18 @@ class _Chunk:
     averages: Plan
     owned: Plan
     others: Plan
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """The stream keys of layers that travel together: those that this rank draws from, [slots, 2] each, and where
+    messages take keys to decode them, those of the others, [ranks - 1, slots, 2], and of every owner, [ranks x slots,
+    2]."""
+
+    encoding: NDArray[np.uint32]
+    averages: NDArray[np.uint32]
+    senders: NDArray[np.uint32] | None
+    owners: NDArray[np.uint32] | None
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,7 @@ class TwoHop(Averager):
         self.widths: dict[str, int] = {layer.name: codec.bits if layer.compressed else DENSE for layer in layers}
         self._groups: PlanCache[_Group] = PlanCache()
         self._step: int | None = None  # of the keys and of the chunks so far
-        self._keys = np.empty((2, 0, 2), np.uint32)
+        self._keys = np.empty((0, 2, 0, 2), np.uint32)
         self._chunks_of_step = 0
         if error_feedback:
             compressed = [layer for layer in layers if layer.compressed]
@@ -134,7 +146,7 @@ class TwoHop(Averager):
         group, device = self._groups.of(gradients, self._planned), gradients.flat.device
         if self._step != step:
             self._step, self._keys, self._chunks_of_step = step, self._stream_keys(step), 0
-        keys, first_tag = self._keys[:, group.layers], self._chunks_of_step
+        keys, first_tag = self._keys_of(group), self._chunks_of_step
         self._chunks_of_step += len(group.chunks)
 
         @functools.cache
@@ -145,13 +157,13 @@ class TwoHop(Averager):
             posted()
         return lambda gradients: self._phases(gradients.flat, group, keys, posted())
 
-    def _phases(self, flat: Tensor, group: _Group, keys: NDArray[np.uint32], posted: Sequence[_Messages]) -> Phases:
+    def _phases(self, flat: Tensor, group: _Group, keys: _Keys, posted: Sequence[_Messages]) -> Phases:
         """Three: encode and send all shards, add up and send the own one, decode the averages."""
         network, codec = self.collectives, self.codec
         rank = None if self._alone else network.rank
         for chunk, messages in zip(group.chunks, posted, strict=True):
             wire = torch.empty(chunk.sent.wire_bytes, dtype=torch.uint8, device=flat.device)
-            codec.encode_plan(chunk.sent, flat, keys[0], wire, *self._residuals("residual", flat, group))
+            codec.encode_plan(chunk.sent, flat, keys.encoding, wire, *self._residuals("residual", flat, group))
             self._encoded_bytes += wire.nbytes
             messages.shards.send(wire)
         yield Meanwhile.OTHERS_BEGIN if network.matched_by_tag(flat.device) else Meanwhile.NONE_BEGINS
@@ -159,16 +171,19 @@ class TwoHop(Averager):
             received, factor = messages.shards.wait(), 1.0 / network.world_size
             residuals = self._residuals("share_residual", flat, group)
             if self.second_hop_bits is None:
-                summands = (received, flat, rank, factor)
-                codec.of_averages.recode_plan(chunk.owned, *summands, keys[1], messages.own, *residuals)
+                residual, pending = residuals or (None, None)
+                codec.of_averages.recode_plan(
+                    chunk.owned, received, flat, rank, factor,
+                    keys.averages, messages.own, residual, pending, keys.senders,
+                )  # fmt: skip
             else:
-                self._add_up(chunk.received, received, flat, factor)
-                codec.of_averages.encode_plan(chunk.owned, flat, keys[1], messages.own, *residuals)
-                codec.decode_plan(chunk.owned, messages.own, flat)
+                self._add_up(chunk.received, received, flat, factor, keys)
+                codec.of_averages.encode_plan(chunk.owned, flat, keys.averages, messages.own, *residuals)
+                codec.decode_plan(chunk.owned, messages.own, flat, keys=keys.averages)
             messages.averages.send()
         yield Meanwhile.OTHERS_BEGIN
         for chunk, messages in zip(group.chunks, posted, strict=True):
-            codec.decode_plan(chunk.others, messages.averages.wait(), flat)
+            codec.decode_plan(chunk.others, messages.averages.wait(), flat, keys=keys.owners)
 
     def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
         segments = [Segment(layer, 0, 0) for layer in layers]
@@ -195,18 +210,27 @@ class TwoHop(Averager):
             network.post_gather(messages, sizes, tag),
         )
 
-    def _add_up(self, plan: Plan, received: Tensor, flat: Tensor, factor: float) -> None:
+    def _add_up(self, plan: Plan, received: Tensor, flat: Tensor, factor: float, keys: _Keys) -> None:
         """Set the own shard in `flat` to the sum of all ranks' values of it, times `factor`: this rank's first."""
         if not self._alone:
             for start, stop in _spans(plan):
                 flat[start:stop].mul_(factor)
         for number, message in enumerate(received):
-            self.codec.decode_plan(plan, message, flat, factor, accumulate=not (self._alone and number == 0))
+            its_keys = None if keys.senders is None else keys.senders[number]
+            self.codec.decode_plan(plan, message, flat, factor, not (self._alone and number == 0), its_keys)
 
     def _stream_keys(self, step: int) -> NDArray[np.uint32]:
-        """Stream keys of both hops and all layers: [2, layers, 2]."""
-        rank, layers = self.collectives.rank, np.arange(1 + max(layer.index for layer in self.layers.values()))
-        return np.stack([stream_keys(self.seed, step, layers, hop, rank) for hop in (1, 2)])
+        """Stream keys of both hops and all layers: [ranks, 2, layers, 2], of this rank, or of all if decoding is keyed."""
+        network, layers = self.collectives, np.arange(1 + max(layer.index for layer in self.layers.values()))
+        ranks = range(network.world_size) if self.codec.keyed else [network.rank]
+        return np.stack([[stream_keys(self.seed, step, layers, hop, rank) for hop in (1, 2)] for rank in ranks])
+
+    def _keys_of(self, group: _Group) -> _Keys:
+        keys, rank = self._keys[:, :, group.layers], self.collectives.rank
+        if not self.codec.keyed:
+            return _Keys(keys[0, 0], keys[0, 1], None, None)
+        others = keys if self._alone else np.delete(keys, rank, axis=0)
+        return _Keys(keys[rank, 0], keys[rank, 1], others[:, 0], keys[:, 1].reshape(-1, 2))
 
     def _residuals(self, name: str, flat: Tensor, group: _Group) -> tuple[Tensor, ...]:
         """(current, pending) of a hop, nothing without error feedback."""
@@ -235,14 +259,15 @@ class TwoHop(Averager):
         # A GPU encodes faster than it launches, and gets one launch a hop.
         count = self._chunk_count(all_shards) if gradients.flat.device.type == "cpu" else 1
         cut = zip(*_cut(all_shards, averages, count), *_cut(received, owned, count), strict=True)
+        in_pieces = self.codec.in_pieces
         chunks = [
             _Chunk(
                 every,
-                every if self._alone else drop_message(every, rank),
-                received,
+                in_pieces(every if self._alone else drop_message(every, rank)),
+                in_pieces(received),
                 averages,
-                owned,
-                mask_owner(averages, rank),
+                in_pieces(owned),
+                in_pieces(by_owner(mask_owner(averages, rank)) if self.codec.keyed else mask_owner(averages, rank)),
             )
             for every, averages, received, owned in cut
             if every.wire_bytes

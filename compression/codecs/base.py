@@ -1,7 +1,7 @@
 """The protocol of codecs, and those that send every value as a number of its own."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,17 @@ class Codec(Protocol):
         """uint8 [R, B] -> float32 [R, count].
 
         The codecs of this package take `out` as well, in `encode` and here: fresh memory costs more than the decoding.
+        One that sets `keyed` to True takes the `seed` of encoding here, too.
         """
+
+
+def decoded(codec: Codec, wire_RB: Tensor, count: int, seed: int) -> Tensor:
+    """What `codec.encode(values_RN, seed)` decodes to, whether or not decoding takes the seed."""
+    if getattr(codec, "keyed", False):
+        keyed: Any = codec
+        values: Tensor = keyed.decode(wire_RB, count, seed=seed)
+        return values
+    return codec.decode(wire_RB, count)
 
 
 def prepared(out: Tensor | None, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:

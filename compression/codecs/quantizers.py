@@ -20,10 +20,10 @@ from ..kernels.reference.arithmetic import (
 )
 from ..layers import bucket_length
 from ..limits import LIMIT
-from .quantizer import Quantizer, VariableWidth
+from .quantizer import ScalarQuantizer, VariableWidth
 
 
-class MaxMin(VariableWidth, family="maxmin"):
+class MaxMin(ScalarQuantizer, VariableWidth, family="maxmin"):
     """Uniform levels between each bucket's minimum and maximum, rounded at random.
 
     u = (max - min) / (2^b - 1); code = floor((x - min) / u + U[0, 1)); value = min + u code. Rounding up with
@@ -57,7 +57,7 @@ class MaxMin(VariableWidth, family="maxmin"):
         return torch.maximum(super().max_magnitude(scales_MS), highest.abs())
 
 
-class SignedLevels(Quantizer):
+class SignedLevels(ScalarQuantizer):
     """Uniform levels of both signs. One scale, the norm; level = (code - s) (norm / s), s = 2^(b-1) - 1."""
 
     @property
@@ -117,7 +117,7 @@ class Exponential(SignedLevels, VariableWidth, family="exponential"):
         return torch.where(steps < 0, -power, power) * scales_MS
 
 
-class Quantile(VariableWidth, family="quantile"):
+class Quantile(ScalarQuantizer, VariableWidth, family="quantile"):
     """A table of 2^b levels: the minimum, quantiles, the maximum; rounded at random between neighbors.
 
     The table serves the whole shard of a layer that one rank owns and travels with it, in 4 x 2^b bytes; `bucket_size`
@@ -166,7 +166,7 @@ class Quantile(VariableWidth, family="quantile"):
 
 
 @dataclass(frozen=True)
-class OneBit(Quantizer, family="1bit"):
+class OneBit(ScalarQuantizer, family="1bit"):
     """The sign of each value, and per bucket the mean of the negatives and the mean of the others.
 
     Deterministic and biased: it needs error feedback. The two means are the best that signs can do, the projection of

@@ -68,6 +68,7 @@ INPUTS: dict[str, Input] = {
     "two non-zeros": Input(_sparse(2)),
     "three non-zeros": Input(_sparse(3)),
     "eight non-zeros": Input(_sparse(8)),
+    "ten non-zeros": Input(_sparse(10)),
     "2 % non-zeros": Input(lambda count, generator: _sparse(-(-count // 50))(count, generator)),
     "one outlier": Input(_outlier),
     "heavy tails": Input(lambda count, generator: _normal(count, generator) ** 5),

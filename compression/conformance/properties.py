@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..codecs.base import Codec
+from ..codecs.base import Codec, decoded
 from ..layers import Layer
 from ..network.collectives import Metered, Solo
 from ..network.threads import Counting, run_ranks
@@ -107,13 +107,13 @@ def purity(subject: Subject) -> Outcome:
     def measure(example: Values) -> str | None:
         values = example.tensor
         count, codec = len(values), _codec(subject, len(values))
-        wires, decoded = [], []
+        wires, results = [], []
         for state in (1, 2):
             given = values[None].clone()
             with _global_random_states(state) as unchanged:
                 wires.append(codec.encode(given, 7))
                 sent = wires[-1].clone()
-                decoded.append(codec.decode(sent, count))
+                results.append(decoded(codec, sent, count, 7))
                 if not unchanged():
                     return "a global random state changes"
             if not torch.equal(bits(given), bits(values[None])):
@@ -122,11 +122,11 @@ def purity(subject: Subject) -> Outcome:
                 return "decode changes the message that it is given"
         if not torch.equal(*wires):
             return "encode gives different messages for the same values and seed"
-        if not torch.equal(*map(bits, decoded)):
+        if not torch.equal(*map(bits, results)):
             return "decode gives different values for the same message"
         for seed in (0, 2**32 + 1, 2**64 - 1):
             with _global_random_states(3):
-                if not codec.decode(codec.encode(values[None], seed), count).isfinite().all():
+                if not decoded(codec, codec.encode(values[None], seed), count, seed).isfinite().all():
                     return f"seed {seed} gives a message that decodes to values that are not finite"
         return None
 
@@ -152,16 +152,18 @@ def independent_rows(subject: Subject) -> Outcome:
         count, codec = len(values), _codec(subject, len(values))
         rows = torch.stack([values, values.flip(0), 0.5 * values])
         wires = codec.encode(rows, 3)
+        together = decoded(codec, wires, count, 3)
         for row in range(3):
             others = rows.clone()
             others[[each for each in range(3) if each != row]] = 1.0
-            if not torch.equal(codec.encode(others, 3)[row], wires[row]):
+            other_wires = codec.encode(others, 3)
+            if not torch.equal(other_wires[row], wires[row]):
                 return f"the message of row {row} of 3 changes when the other rows do"
-        together = codec.decode(wires, count)
-        for row in range(3):
-            single = codec.decode(wires[row : row + 1].clone(), count)[0]
-            if not torch.allclose(single, together[row], rtol=1e-5, atol=1e-6 * float(values.abs().max())):
-                return f"row {row} of 3 decodes to other values than its message alone"
+            # Alone, unless the number of a row is part of what is keyed.
+            keyed = getattr(codec, "keyed", False)
+            apart = decoded(codec, other_wires, count, 3)[row] if keyed else codec.decode(wires[row, None], count)[0]
+            if not torch.allclose(apart, together[row], rtol=1e-5, atol=1e-6 * float(values.abs().max())):
+                return f"row {row} of 3 decodes to other values than {'beside other rows' if keyed else 'alone'}"
         single_wires = {_key(codec.encode(values[None], seed)[0]) for seed in range(8)}
         if len(single_wires) == 8 and len({_key(wire) for wire in codec.encode(values.repeat(8, 1), 3)}) == 1:
             return "8 rows of equal values make equal messages, and 8 seeds make different ones"
@@ -269,7 +271,7 @@ def _decoded(subject: Subject, values: Tensor, seed: int) -> Tensor:
     """What arrives of values: through the codec, or where there is none in the average of a rank that is alone."""
     codec = subject.codec(len(values))
     if codec is not None:
-        return codec.decode(codec.encode(values[None], seed), len(values))[0]
+        return decoded(codec, codec.encode(values[None], seed), len(values), seed)[0]
     return alone(subject, [_matrix(len(values))], seed).average(values, 0)
 
 
@@ -278,7 +280,7 @@ def _decoded(subject: Subject, values: Tensor, seed: int) -> Tensor:
 
 @_holds("finite", "finite values decode to finite ones and have finite averages, 3e38 and denormals too")
 def finite(subject: Subject) -> Outcome:
-    def decoded(example: Values) -> str | None:
+    def encoded(example: Values) -> str | None:
         for seed in range(3):
             found = _decoded(subject, example.tensor, seed)
             if not found.isfinite().all():
@@ -295,7 +297,7 @@ def finite(subject: Subject) -> Outcome:
         found = torch.stack(on_ranks(subject, world, work))
         return None if found.isfinite().all() else f"an average is {_first_bad(found)}"
 
-    codec = first_broken(_values(list(INPUTS), SIZES), decoded) if subject.codec(1) is not None else None
+    codec = first_broken(_values(list(INPUTS), SIZES), encoded) if subject.codec(1) is not None else None
     has_momentum = bool(alone(subject, [_matrix(bucket_of(subject))]).bound.without_momentum)
     kinds = ordinary() if has_momentum else list(INPUTS)  # momentum on top of 3e38 would overflow float32 itself, too
     return codec or first_broken(_worlds(subject, (2,), kinds), averaged)

@@ -10,31 +10,16 @@ from torch import Tensor
 
 from ..layers import Ints
 from ..plans import Plan
+from ..randomness import Draws
 from ..sparse_plans import SparsePlan
 
 
 class Definition(Protocol):
-    """A quantizer in torch operations: scales of a bucket, positions on the axis of codes, levels of codes.
-
-    Rounding a position at random to one of its two neighbors, projecting and the expected error follow from these,
-    alike for all quantizers (`reference.buckets`).
-    """
+    """A quantizer in torch operations: from buckets to records, and back."""
 
     @property
     def family(self) -> str | None:
         """Its name among the fast kernels; None where this definition is all that there is."""
-
-    @property
-    def projects(self) -> bool:
-        """Whether error feedback scales its code into a projection."""
-
-    @property
-    def top(self) -> int:
-        """The largest code."""
-
-    @property
-    def scale_count(self) -> int:
-        """Float32 scales of a record."""
 
     def with_bits(self, bits: int) -> Self:
         """The same quantizer at another width."""
@@ -42,23 +27,14 @@ class Definition(Protocol):
     def record_bytes(self, count: int, bits: int) -> int:
         """Exact length of the record of a bucket of `count` values at a width."""
 
-    def fit(self, vectors_MK: Tensor) -> Tensor:
-        """The scales [M, S] of each bucket; all NaN where a value is not finite."""
+    def encode_vectors(self, vectors_MK: Tensor, draws: Draws, contraction: bool) -> Tensor:
+        """The records of buckets, uint8 [M, B]: unbiased, or projections of the buckets where it is a `contraction`."""
 
-    def positions(self, vectors_MK: Tensor, scales_MS: Tensor) -> Tensor:
-        """Positions of the values on the axis of codes, float32; 0 to top after clamping, never NaN."""
+    def decode_records(self, records_MB: Tensor, count: int, draws: Draws | None) -> Tensor:
+        """The values of records of `count` values each, float32 [M, K]. `draws` are those of encoding, where needed."""
 
-    def levels(self, scales_MS: Tensor, codes_MK: Tensor) -> Tensor:
-        """The values that codes stand for, float32."""
-
-    def max_magnitude(self, scales_MS: Tensor) -> Tensor:
-        """The largest magnitude of any scale and any level, but no denormal number: [M, 1]."""
-
-    def pack(self, codes_MK: Tensor) -> Tensor:
-        """int64 codes -> uint8 [M, bytes]."""
-
-    def unpack(self, packed_MB: Tensor, count: int) -> Tensor:
-        """The inverse of `pack`."""
+    def expected_squared_errors(self, vectors_MK: Tensor) -> Tensor:
+        """E |v - decoded|^2 of each bucket, encoded without bias: float64 [M]."""
 
 
 class Kernels(Protocol):
@@ -89,8 +65,9 @@ class Kernels(Protocol):
         out: Tensor,
         factor: float = 1.0,
         accumulate: bool = False,
+        keys: np.ndarray | None = None,
     ) -> None:
-        """Set `out` to factor x decoded, or add that to it."""
+        """Set `out` to factor x decoded, or add that to it. `keys`: as in `encode`, of quantizers that are keyed."""
 
     def recode(
         self,
@@ -104,12 +81,14 @@ class Kernels(Protocol):
         wire: Tensor,
         residual: Tensor | None = None,
         pending: Tensor | None = None,
+        senders: np.ndarray | None = None,
     ) -> None:
         """Add up all ranks' values of one shard, in rank order, times `factor`, and encode the sum.
 
         Of this rank, which is number `rank`, that is `values`; of the others it is their messages, decoded: `received`
         is uint8 [ranks - 1, plan.wire_bytes]. Where `rank` is None there are only messages. Afterwards the shard in
-        `values` holds the encoded sum, decoded again. The others as in `encode`.
+        `values` holds the encoded sum, decoded again. `senders`: the keys of the messages, [ranks - 1, slots, 2], of
+        quantizers that are keyed. The others as in `encode`.
         """
 
     def expected_squared_error(self, quantizer: Definition, plan: Plan, values: Tensor) -> float:

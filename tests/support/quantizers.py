@@ -5,12 +5,12 @@ from torch import Tensor
 
 import compression
 from compression import kernels
-from compression.codecs.quantizer import VariableWidth
+from compression.codecs.quantizer import ScalarQuantizer, VariableWidth
 from compression.registry import QuantizerOptions, Row
 from tests.support.small_training import Trained, train
 
 
-class MidRise(VariableWidth):
+class MidRise(ScalarQuantizer, VariableWidth):
     """2^b uniform levels between plus and minus the largest magnitude, none of them zero."""
 
     @property

@@ -89,6 +89,7 @@ def recode(
     wire: Tensor,
     residual: Tensor | None = None,
     pending: Tensor | None = None,
+    senders: np.ndarray | None = None,
 ) -> None:
     """As `reference.recode`, in blocks that never leave the cache between decoding and encoding."""
     summands = (received.numpy(), values.numpy(), -1 if rank is None else rank, np.float32(factor))
@@ -118,7 +119,13 @@ def _remembered(residual: Tensor | None, pending: Tensor | None) -> tuple[np.nda
 
 
 def decode(
-    quantizer: Definition, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False
+    quantizer: Definition,
+    plan: Plan,
+    wire: Tensor,
+    out: Tensor,
+    factor: float = 1.0,
+    accumulate: bool = False,
+    keys: np.ndarray | None = None,
 ) -> None:
     """As `reference.decode`."""
     tensors = (wire.numpy(), out.numpy(), np.float32(factor), accumulate, not accumulate)

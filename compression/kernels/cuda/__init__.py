@@ -78,7 +78,13 @@ def mixed_keys(keys: np.ndarray, device: torch.device) -> Tensor:
 
 
 def decode(
-    quantizer: Definition, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False
+    quantizer: Definition,
+    plan: Plan,
+    wire: Tensor,
+    out: Tensor,
+    factor: float = 1.0,
+    accumulate: bool = False,
+    keys: np.ndarray | None = None,
 ) -> None:
     """Decode as `reference.decode` does. Both tensors are contiguous and on one device."""
     _launch(buckets.decode, to_decode(plan, wire.device), wire, out, factor, 1, -1, 0, quantizer.family, accumulate)
@@ -95,6 +101,7 @@ def recode(
     wire: Tensor,
     residual: Tensor | None = None,
     pending: Tensor | None = None,
+    senders: np.ndarray | None = None,
 ) -> None:
     """Recode as `reference.recode` does: one launch to add up any number of ranks, those of `encode`, one to decode."""
     own, ranks = (-1, len(received)) if rank is None else (rank, len(received) + 1)

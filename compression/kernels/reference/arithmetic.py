@@ -75,6 +75,15 @@ def unpack_ternary(packed_MB: Tensor, count: int) -> Tensor:
     return torch.cat(tiles, dim=1)
 
 
+def round_at_random(positions: Tensor, random_bits: Tensor) -> Tensor:
+    """The code below each position, or the next with the chance of the fraction: floor(position + draw), int64.
+
+    Summed in fixed point, so that a position on a code stays there whatever is drawn.
+    """
+    fixed = (positions * 2.0**FRACTION_BITS).to(torch.int64)
+    return (fixed + (random_bits >> (32 - FRACTION_BITS))) >> FRACTION_BITS
+
+
 def divided(values: Tensor, divisor: int) -> Tensor:
     """The quotient, correctly rounded: by a plain number, GPUs multiply by its rounded inverse."""
     return values / torch.full_like(values, divisor)
@@ -99,6 +108,14 @@ def to_bfloat16(values: Tensor) -> Tensor:
     bits = values.contiguous().view(torch.int32)
     upper = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return torch.where(values.isnan(), BFLOAT16_NAN, upper).to(torch.int16).view(torch.bfloat16)
+
+
+def floats_of(nbytes_MB: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The floats that lie there: uint8 [M, B] -> float32 [M, K].
+
+    Flattened first: torch refuses a [1, B] slice whose stride is odd.
+    """
+    return nbytes_MB.reshape(-1).view(dtype).to(torch.float32).reshape(nbytes_MB.shape[0], -1)
 
 
 def ordered(bits: Tensor) -> Tensor:

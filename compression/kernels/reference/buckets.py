@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import randomness
 from ...layers import BFLOAT16
-from ...limits import HUGE
 from ...plans import Plan
+from ...randomness import Draws
 from ...streams import on_device
 from ..protocols import Definition
-from .arithmetic import FRACTION_BITS, to_bfloat16, tree_sum
+from .arithmetic import floats_of, to_bfloat16
 
 
 def encode(
@@ -40,23 +39,21 @@ def encode(
         if residual is not None:
             state = _spans(plan.state_at[group], vectors.shape[1], values.device)
             vectors = vectors + residual[state]
-        element = _spans(plan.element[group], vectors.shape[1], values.device)
-        halves = on_device(keys[plan.slot[group]].astype(np.int64), values.device)
-        kind = quantizer.with_bits(bits)
-        scales = kind.fit(vectors)
-        codes = round_at_random(
-            kind.positions(vectors, scales).clamp(0, kind.top),
-            randomness.random_bits(element, halves[:, :1], halves[:, 1:]),
-        )
-        if residual is not None and kind.projects:
-            scales = project(kind, vectors, scales, codes)
-        wire[at] = torch.cat([scales.contiguous().view(torch.uint8), kind.pack(codes)], dim=1)
+        kind, draws = quantizer.with_bits(bits), _draws(plan, group, keys, values.device)
+        records = kind.encode_vectors(vectors, draws, contraction=residual is not None)
+        wire[at] = records
         if pending is not None:
-            pending[state] = vectors - kind.levels(scales, codes)
+            pending[state] = vectors - kind.decode_records(records, vectors.shape[1], draws)
 
 
 def decode(
-    quantizer: Definition, plan: Plan, wire: Tensor, out: Tensor, factor: float = 1.0, accumulate: bool = False
+    quantizer: Definition,
+    plan: Plan,
+    wire: Tensor,
+    out: Tensor,
+    factor: float = 1.0,
+    accumulate: bool = False,
+    keys: np.ndarray | None = None,
 ) -> None:
     """As `Kernels.decode`."""
     scale = torch.tensor(factor, dtype=torch.float32)
@@ -64,11 +61,10 @@ def decode(
         count, bits = int(plan.count[group[0]]), int(plan.bits[group[0]])
         record = wire[_spans(plan.wire_at[group], _record_bytes(quantizer, plan, group), wire.device)]
         if bits >= BFLOAT16:
-            values = _floats(record, torch.bfloat16 if bits == BFLOAT16 else torch.float32)
+            values = floats_of(record, torch.bfloat16 if bits == BFLOAT16 else torch.float32)
         else:
-            kind = quantizer.with_bits(bits)
-            head = 4 * kind.scale_count
-            values = kind.levels(_floats(record[:, :head]), kind.unpack(record[:, head:], count))
+            draws = None if keys is None else _draws(plan, group, keys, wire.device)
+            values = quantizer.with_bits(bits).decode_records(record, count, draws)
         at = _spans(plan.position[group], count, out.device)
         out[at] = out[at] + scale * values if accumulate else scale * values
 
@@ -84,65 +80,29 @@ def recode(
     wire: Tensor,
     residual: Tensor | None = None,
     pending: Tensor | None = None,
+    senders: np.ndarray | None = None,
 ) -> None:
     """As `Kernels.recode`."""
     own = values * torch.tensor(factor, dtype=torch.float32)
     total = torch.empty_like(values)
-    messages = [*received]
-    for turn in range(len(messages) + (rank is not None)):
+    messages = iter(zip(received, [None] * len(received) if senders is None else senders, strict=True))
+    for turn in range(len(received) + (rank is not None)):
         if turn != rank:
-            decode(quantizer, plan, messages.pop(0), total, factor, accumulate=turn > 0)
+            message, its_keys = next(messages)
+            decode(quantizer, plan, message, total, factor, turn > 0, its_keys)
         else:
             total = total + own if turn > 0 else own
     encode(quantizer, plan, total, keys, wire, residual, pending)
-    decode(quantizer, plan, wire, values)
+    decode(quantizer, plan, wire, values, keys=keys)
 
 
 def expected_squared_error(quantizer: Definition, plan: Plan, values: Tensor) -> float:
-    """As `Kernels.expected_squared_error`.
-
-    Rounding up a gap g with probability f has variance g^2 f (1 - f).
-    """
+    """As `Kernels.expected_squared_error`."""
     total = 0.0
     for group in _groups(plan):
         vectors = values[_spans(plan.position[group], int(plan.count[group[0]]), values.device)]
-        kind = quantizer.with_bits(int(plan.bits[group[0]]))
-        scales = kind.fit(vectors)
-        lower, fraction = _between(kind, vectors, scales)
-        upper = (lower + 1).clamp_max(kind.top)
-        gap = kind.levels(scales, upper).double() - kind.levels(scales, lower).double()
-        total += float((gap**2 * fraction.double() * (1 - fraction.double())).sum())
+        total += float(quantizer.with_bits(int(plan.bits[group[0]])).expected_squared_errors(vectors).sum())
     return total
-
-
-def project(kind: Definition, vectors_MK: Tensor, scales_MS: Tensor, codes_MK: Tensor) -> Tensor:
-    """Scales times <v, Q> / |Q|^2: decoded, they give the projection of v on Q, never longer than v.
-
-    Levels near the largest float32 are not made larger: neither they nor the steps towards them may overflow.
-    """
-    max_magnitude = kind.max_magnitude(scales_MS)
-    unit = 1.0 / max_magnitude
-    q = kind.levels(scales_MS, codes_MK) * unit
-    length = tree_sum(q * q)
-    bound = torch.where(max_magnitude > HUGE, 1.0, torch.inf)
-    fraction = (tree_sum((vectors_MK * unit) * q) / length).unsqueeze(1).clamp(-bound, bound)
-    return torch.where(length.unsqueeze(1) > 0, scales_MS * fraction, scales_MS)
-
-
-def round_at_random(positions: Tensor, random_bits: Tensor) -> Tensor:
-    """The code below each position, or the next with the chance of the fraction: floor(position + draw), int64.
-
-    Summed in fixed point, so that a position on a code stays there whatever is drawn.
-    """
-    fixed = (positions * 2.0**FRACTION_BITS).to(torch.int64)
-    return (fixed + (random_bits >> (32 - FRACTION_BITS))) >> FRACTION_BITS
-
-
-def _between(kind: Definition, vectors_MK: Tensor, scales_MS: Tensor) -> tuple[Tensor, Tensor]:
-    """The code below each value, as int64, and how far the value lies on the way to the next code, in [0, 1)."""
-    positions = kind.positions(vectors_MK, scales_MS).clamp(0, kind.top)
-    lower = positions.floor()
-    return lower.to(torch.int64), positions - lower
 
 
 def _record_bytes(quantizer: Definition, plan: Plan, group: np.ndarray) -> int:
@@ -150,12 +110,10 @@ def _record_bytes(quantizer: Definition, plan: Plan, group: np.ndarray) -> int:
     return count * bits // 8 if bits >= BFLOAT16 else quantizer.record_bytes(count, bits)
 
 
-def _floats(nbytes_MB: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The floats that lie there: uint8 [M, B] -> float32 [M, K].
-
-    Flattened first: torch refuses a [1, B] slice whose stride is odd.
-    """
-    return nbytes_MB.reshape(-1).view(dtype).to(torch.float32).reshape(nbytes_MB.shape[0], -1)
+def _draws(plan: Plan, group: np.ndarray, keys: np.ndarray, device: torch.device) -> Draws:
+    """The streams of buckets of a plan."""
+    halves = on_device(keys[plan.slot[group]].astype(np.int64), device)
+    return Draws(on_device(plan.element[group], device)[:, None], halves[:, :1], halves[:, 1:])
 
 
 def _groups(plan: Plan) -> list[np.ndarray]:
