@@ -47,7 +47,9 @@ def one_message(layers: tuple[Layer, ...], quantizer: Quantizer) -> Plan:
         at += layer.numel
     shards = {layer.name: [(0, layer.numel)] for layer in layers}
     widths = {layer.name: quantizer.bits if layer.compressed else DENSE for layer in layers}
-    return plans.plan(segments, [0], shards, widths, quantizer.shard_bucket_size, quantizer.record_bytes)
+    return quantizer.in_pieces(
+        plans.plan(segments, [0], shards, widths, quantizer.shard_bucket_size, quantizer.record_bytes)
+    )
 
 
 def works(quantizer: Quantizer, layers: tuple[Layer, ...], values: Tensor) -> dict[str, Callable[[], None]]:
@@ -58,8 +60,8 @@ def works(quantizer: Quantizer, layers: tuple[Layer, ...], values: Tensor) -> di
     out, residual, pending = torch.zeros_like(values), torch.zeros_like(values), torch.zeros_like(values)
     return {
         "encode": lambda: quantizer.encode_plan(plan, values, keys, wire),
-        "decode": lambda: quantizer.decode_plan(plan, wire, out),
-        "add": lambda: quantizer.decode_plan(plan, wire, out, 0.5, accumulate=True),
+        "decode": lambda: quantizer.decode_plan(plan, wire, out, keys=keys),
+        "add": lambda: quantizer.decode_plan(plan, wire, out, 0.5, accumulate=True, keys=keys),
         "encode with feedback": lambda: quantizer.encode_plan(plan, values, keys, wire, residual, pending),
     }
 

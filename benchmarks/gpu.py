@@ -55,8 +55,8 @@ def works(quantizer: Quantizer, values: Tensor) -> dict[str, Work]:
     return {
         "encode": lambda: quantizer.encode_plan(plan, values, keys, wire),
         "feedback": lambda: quantizer.encode_plan(plan, values, keys, wire, residual, pending),
-        "decode": lambda: quantizer.decode_plan(plan, wire, out),
-        "add": lambda: quantizer.decode_plan(plan, wire, out, 0.5, accumulate=True),
+        "decode": lambda: quantizer.decode_plan(plan, wire, out, keys=keys),
+        "add": lambda: quantizer.decode_plan(plan, wire, out, 0.5, accumulate=True, keys=keys),
     }
 
 

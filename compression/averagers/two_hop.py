@@ -220,7 +220,7 @@ class TwoHop(Averager):
             self.codec.decode_plan(plan, message, flat, factor, not (self._alone and number == 0), its_keys)
 
     def _stream_keys(self, step: int) -> NDArray[np.uint32]:
-        """Stream keys of both hops and all layers: [ranks, 2, layers, 2], of this rank, or of all if decoding is keyed."""
+        """Stream keys of both hops and all layers, [ranks, 2, layers, 2]: of all ranks only if decoding is keyed."""
         network, layers = self.collectives, np.arange(1 + max(layer.index for layer in self.layers.values()))
         ranks = range(network.world_size) if self.codec.keyed else [network.rank]
         return np.stack([[stream_keys(self.seed, step, layers, hop, rank) for hop in (1, 2)] for rank in ranks])

@@ -77,6 +77,7 @@ class Eden(VariableWidth, family="eden"):
         normal = rotated * unit
         codes = torch.searchsorted(self.thresholds.to(normal.device), normal.abs().contiguous(), right=True)
         codes = torch.where(normal < 0, codes + (1 << (self.bits - 1)), codes)
+        codes = torch.where(torch.isfinite(vectors_MK).all(1, keepdim=True), codes, 0)
         q = self._levels(codes)
         dot = tree_sum(rotated * q).unsqueeze(1)
         if contraction:

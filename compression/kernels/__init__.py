@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import torch
 
 from . import cpu, reference
+from .cpu import eden as eden_cpu
 from .cpu import sparse as sparse_cpu
 from .protocols import Definition, Kernels, SparseKernels
 from .reference import sparse as sparse_reference
@@ -27,6 +28,8 @@ def for_device(device: torch.device, family: str | None) -> Kernels:
     """
     if device.type == "cpu" and family in cpu.FAMILIES:
         return cpu
+    if device.type == "cpu" and family == "eden":
+        return eden_cpu
     if device.type == "cuda" and _triton_runs():
         from . import cuda
 

@@ -5,9 +5,9 @@ A bucket goes through in tiles that stay in the first-level cache. Every loop ov
 
 import numpy as np
 
-from ...layers import BFLOAT16, DENSE
+from ...layers import BFLOAT16
 from ...limits import HUGE
-from ..reference.arithmetic import BFLOAT16_NAN, FRACTION_BITS, INFINITY, TREE
+from ..reference.arithmetic import FRACTION_BITS, TREE
 from .compiling import inlined, jit
 from .families import (
     ONEBIT,
@@ -22,7 +22,9 @@ from .families import (
     scale_count,
     top_code,
 )
-from .memory import STREAMED, fence, load, load_float, load_two, store, store_float, store_two, stream, unaligned
+from .floats import get_floats, put_floats, write_past_caches
+from .hashing import random_word
+from .memory import fence, load, load_float, store, store_float
 from .packing import pack, pack_ternary, unpack, unpack_ternary
 from .scratch import TILE
 from .sums import START, add_products, blocks_of, total
@@ -38,63 +40,6 @@ Arrays = tuple[np.ndarray, ...]  # the fields of a `scratch.Scratch`
 
 
 @inlined
-def _stream(values: np.ndarray, count: int, memory: np.ndarray, to: int) -> None:
-    """Write the first of some values to memory that nobody reads soon."""
-    first = min(count, unaligned(memory, to))
-    last = count - (count - first) % STREAMED
-    for i in range(first):
-        store(memory, to + i, load(values, i))
-    for i in range(first, last, STREAMED):
-        stream(values, i, memory, to + i)
-    for i in range(last, count):
-        store(memory, to + i, load(values, i))
-
-
-@inlined
-def _rounded(value: np.float32) -> np.uint16:
-    """The bits of the nearest bfloat16, as `arithmetic.to_bfloat16`."""
-    bits = np.float32(value).view(np.uint32)
-    if bits & np.uint32(0x7FFFFFFF) > np.uint32(INFINITY):
-        return np.uint16(BFLOAT16_NAN)
-    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-
-
-@inlined
-def _widened(half: np.uint16) -> np.float32:
-    """The number that the bits of a bfloat16 stand for."""
-    return np.uint32(np.uint32(half) << np.uint32(16)).view(np.float32)
-
-
-@inlined
-def _put_floats(values: np.ndarray, at: int, count: int, bits: int, wire: np.ndarray, record: int) -> None:
-    """Write a record that is not encoded."""
-    if bits == BFLOAT16:
-        for i in range(count):
-            store_two(wire, record + 2 * i, _rounded(load(values, at + i)))
-    else:
-        for i in range(count):
-            store_float(wire, record + 4 * i, load(values, at + i))
-
-
-@inlined
-def _get_rounded(wire: np.ndarray, at: int, count: int, out: np.ndarray, to: int) -> None:
-    """Numbers whose bfloat16 begin at byte `at`."""
-    for i in range(count):
-        store(out, to + i, _widened(load_two(wire, at + 2 * i)))
-
-
-@inlined
-def _word(bits: np.uint32, high: np.uint32) -> np.uint32:
-    """As `randomness.words`, of an element to which the key's lower half has been added."""
-    bits ^= bits >> np.uint32(15)
-    bits = np.uint32(bits * np.uint32(0x7FEB352D))
-    bits ^= high
-    bits ^= bits >> np.uint32(15)
-    bits = np.uint32(bits * np.uint32(0x735A2D97))
-    return np.uint32(bits ^ (bits >> np.uint32(15)))
-
-
-@inlined
 def _code(place: np.float32, top: np.float32, word: np.uint32) -> np.uint32:
     """As `reference.round_at_random`, after clamping. `place` and `top` are in units of 2**-FRACTION_BITS."""
     return np.uint32(np.uint32(np.int32(clamp(place, _ZERO, top))) + (word >> _UNUSED)) >> _FRACTION
@@ -104,10 +49,10 @@ def _code(place: np.float32, top: np.float32, word: np.uint32) -> np.uint32:
 def _round(
     places: np.ndarray, count: int, top: np.float32, first: np.uint32, high: np.uint32, words: np.ndarray
 ) -> None:
-    """The codes of positions, a word each. `first` and `high` are what `_word` takes for the first of them."""
+    """The codes of positions, a word each. `first` and `high` are what `random_word` takes for the first of them."""
     for i in range(count):
         place = load(places, i) * _FIXED
-        store(words, i, _code(place, top * _FIXED, _word(np.uint32(first + np.uint32(i)), high)))
+        store(words, i, _code(place, top * _FIXED, random_word(np.uint32(first + np.uint32(i)), high)))
 
 
 @inlined
@@ -134,7 +79,7 @@ def _round_evenly(
     unit, middle, top = unit / _FIXED, middle * _FIXED, top * _FIXED
     for i in range(count):
         place = (load(values, at + i) - low) / unit + middle
-        store(words, i, _code(place, top, _word(np.uint32(first + np.uint32(i)), high)))
+        store(words, i, _code(place, top, random_word(np.uint32(first + np.uint32(i)), high)))
 
 
 @inlined
@@ -202,12 +147,9 @@ def _encode(
         source, at = values, position[m]
         kept, goal = memory_at[m], target_at[m]  # read once: within loops that store, LLVM could not rely on them
         if b >= BFLOAT16:
-            _put_floats(values, at, n, b, wire, record)
-            if decodes and b == BFLOAT16:
-                _get_rounded(wire, record, n, target, goal)
-            elif decodes:
-                for i in range(n):
-                    store(target, goal + i, load(values, at + i))
+            put_floats(values, at, n, b, wire, record)
+            if decodes:
+                get_floats(wire, record, n, b, target, goal)
             continue
         if feedback and decodes:  # in place: the block and `values` overlap, and LLVM has no vectors for what does
             for i in range(n):
@@ -255,7 +197,7 @@ def _encode(
                         store(target, goal + tile + i, load(places, i))
                 for i in range(length):
                     store(places, i, load(source, at + tile + i) - load(places, i))
-                _stream(places, length, pending, kept + tile)
+                write_past_caches(places, length, pending, kept + tile)
     if feedback:
         fence()
 
@@ -291,11 +233,8 @@ def _decode(
                 scales[k] = load_float(wire, wire_at[m] + 4 * k)
         for tile in range(0, n, step):
             length, at = min(step, n - tile), position[m] + tile
-            if b == DENSE:
-                for i in range(length):
-                    store(decoded, i, load_float(wire, head + 4 * (tile + i)))
-            elif b == BFLOAT16:
-                _get_rounded(wire, head + 2 * tile, length, decoded, START)
+            if b >= BFLOAT16:
+                get_floats(wire, head + b // 8 * tile, length, b, decoded, START)
             else:
                 _get_codes(family, wire, head, tile, length, b, codes)
                 levels(family, codes, length, b, scales, decoded, START)
@@ -305,7 +244,7 @@ def _decode(
             elif streams:
                 for i in range(length):
                     store(decoded, i, factor * load(decoded, i))
-                _stream(decoded, length, out, at)
+                write_past_caches(decoded, length, out, at)
             else:
                 for i in range(length):
                     store(out, at + i, factor * load(decoded, i))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compression import COMPRESSORS, Solo, build, codec
 from compression.averagers import TwoHop
-from compression.codecs.quantizers import Quantizer
+from compression.codecs.quantizer import Quantizer
 from compression.gradients import Gradients
 from compression.layers import layers_of
 from compression.network.threads import ThreadCollectives, run_ranks
