@@ -63,7 +63,7 @@ Arrays = tuple[np.ndarray, ...]
 
 
 @inlined
-def _length(count: int) -> int:
+def _length(count: int) -> np.int64:
     """The length at which so many values are rotated."""
     length = _SHORTEST
     while length < count:
@@ -240,7 +240,7 @@ def _fill_table(bits: int, length: int, levels: np.ndarray, table: np.ndarray) -
 @inlined
 def _exact(count: int, bits: int) -> bool:
     """Whether a piece is sent as float32, as `codecs.eden.is_exact`."""
-    return count < _SHORTEST and 4 * count <= 4 + _SHORTEST * bits // 8
+    return bool(count < _SHORTEST and 4 * count <= 4 + _SHORTEST * bits // 8)
 
 
 @inlined
