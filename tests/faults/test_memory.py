@@ -31,7 +31,7 @@ generator = torch.Generator().manual_seed(0)
 def kinds():
     row = COMPRESSORS[name]
     widths = range(row.min_bits, 9) if row.has_bits else [None]
-    for bits, bucket_size in itertools.product(widths, (512, 7, -1)):
+    for bits, bucket_size in itertools.product(widths, (512, 64) if name == "eden" else (512, 7, -1)):
         yield codec(name, **({} if bits is None else {"bits": bits}), bucket_size=bucket_size)
 """
 
@@ -46,15 +46,16 @@ for kind, count, at_end in itertools.product(kinds(), SIZES, (True, False)):
     keys = stream_keys(1, 2, plan.layers, 0, 0)
     wire = fenced.empty([kind.wire_bytes(count)], torch.uint8)
     kind.encode_plan(plan, values, keys, wire)
-    kind.decode_plan(plan, wire, out)
-    kind.decode_plan(plan, wire, out, 0.5, accumulate=True)
+    kind.decode_plan(plan, wire, out, keys=keys)
+    kind.decode_plan(plan, wire, out, 0.5, accumulate=True, keys=keys)
     kind.encode_plan(plan, values, keys, wire, residual, pending)
     received = fenced.copy(torch.stack([wire, wire]))
-    kind.of_averages.recode_plan(plan, received, out, 1, 1 / 3, keys, wire, residual, pending)
+    senders = np.stack([keys, keys])
+    kind.of_averages.recode_plan(plan, received, out, 1, 1 / 3, keys, wire, residual, pending, senders)
     if hasattr(kind, "expected_squared_error"):
         kind.expected_squared_error(values)
     wire.random_(0, 256, generator=generator)  # any bytes decode to something, within the tensors
-    kind.decode_plan(plan, wire, out)
+    kind.decode_plan(plan, wire, out, keys=keys)
     assert fenced.intact(), "written outside of a tensor"
 print("done")
 """
@@ -97,7 +98,7 @@ def stays_within(program: str, name: str, how: str) -> None:
     assert (done.returncode, reached) == (0, ["done"]), f"at {reached}: {done.stderr[-2000:]}"
 
 
-NAMES = ["maxmin", "exponential", "1bit", "norm_uniform", "terngrad", "quantile"]
+NAMES = ["maxmin", "exponential", "1bit", "norm_uniform", "terngrad", "quantile", "eden"]
 
 
 @pytest.mark.parametrize("name", NAMES)

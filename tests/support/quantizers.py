@@ -10,6 +10,15 @@ from compression.registry import QuantizerOptions, Row
 from tests.support.small_training import Trained, train
 
 
+def takes(name: str, bucket_size: int) -> bool:
+    """Whether a quantizer of the registry has buckets of that size."""
+    try:
+        compression.codec(name, bucket_size=bucket_size)
+    except ValueError:
+        return False
+    return True
+
+
 class MidRise(ScalarQuantizer, VariableWidth):
     """2^b uniform levels between plus and minus the largest magnitude, none of them zero."""
 

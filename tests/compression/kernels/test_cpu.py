@@ -1,20 +1,27 @@
 """The fast kernels give the reference's bits: codes, decoded values, residuals."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from compression import COMPRESSORS, codec, plans
-from compression.kernels import cpu, reference
+from compression.kernels import Kernels, for_device, reference
 from compression.layers import BFLOAT16, DENSE, Layer, shard
 from compression.plans import Plan, Segment
 from compression.randomness import stream_keys
+from tests.support.quantizers import takes
 
 SIZES = (5000, 1, 513, 64, 4097, 700)
 QUANTIZERS = [name for name, row in COMPRESSORS.items() if row.quantizer is not None]
 MOST = float(torch.finfo(torch.float32).max)
 ODD = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-40, 3e38, -3e38, MOST, -MOST, float("inf"), -float("inf"), float("nan")]
+
+
+def with_buckets(*sizes: int) -> list[tuple[str, int]]:
+    """Every quantizer with each of these sizes of buckets that it takes, and with 64, which all do."""
+    return [(name, size) for name in QUANTIZERS for size in (*sizes, 64) if takes(name, size)]
 
 
 def widths_of(name: str, shift: int) -> tuple[int, ...]:
@@ -36,19 +43,24 @@ def planned(
     shards = {layer.name: shard(layer.numel, bucket_size, world_size, layer.index) for layer in layers}
     bits = {layer.name: width for layer, width in zip(layers, widths, strict=True)}
     quantizer = codec(name, bucket_size=bucket_size)
-    return plans.plan(segments, range(world_size), shards, bits, quantizer.shard_bucket_size, quantizer.record_bytes)
+    rules = (quantizer.shard_bucket_size, quantizer.record_bytes)
+    return quantizer.in_pieces(plans.plan(segments, range(world_size), shards, bits, *rules))
+
+
+def fast(name: str) -> Kernels:
+    return for_device(torch.device("cpu"), codec(name).family)
 
 
 def same_bits(name: str, plan: Plan, values: torch.Tensor, residual: torch.Tensor | None) -> None:
     keys = stream_keys(1, 2, plan.layers, 0, 0)
     found = []
-    for kernels in (reference, cpu):
+    for kernels in (reference, fast(name)):
         wire = torch.zeros(plan.wire_bytes, dtype=torch.uint8)
         pending = torch.zeros(plan.values)
         states = (residual.clone(), pending) if residual is not None else ()
         kernels.encode(codec(name), plan, values, keys, wire, *states)
         decoded = torch.ones(plan.values)
-        kernels.decode(codec(name), plan, wire, decoded, 0.5, accumulate=True)
+        kernels.decode(codec(name), plan, wire, decoded, 0.5, accumulate=True, keys=keys)
         found.append((_comparable(wire), _comparable(pending), _comparable(decoded)))
     assert all(torch.equal(slow, fast) for slow, fast in zip(*found, strict=True))
 
@@ -60,8 +72,7 @@ def _comparable(values: torch.Tensor) -> torch.Tensor:
     return torch.where(values.isnan(), 0x7FC00000, values.view(torch.int32))
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
-@pytest.mark.parametrize("bucket_size", [512, 100, -1, 8, 1])
+@pytest.mark.parametrize(("name", "bucket_size"), with_buckets(512, 100, -1, 8, 1))
 @pytest.mark.parametrize("feedback", [False, True])
 @pytest.mark.parametrize("shift", [0, 4])
 def test_numba_and_torch_give_the_same_bits(name: str, bucket_size: int, feedback: bool, shift: int) -> None:
@@ -81,8 +92,7 @@ def test_whatever_their_size_the_bits_are_the_same(name: str, power: int) -> Non
     same_bits(name, plan, values.float(), None)
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
-@pytest.mark.parametrize("bucket_size", [512, 100, -1])
+@pytest.mark.parametrize(("name", "bucket_size"), with_buckets(512, 100, -1))
 @pytest.mark.parametrize(("feedback", "rank"), [(False, None), (True, None), (False, 0), (True, 2), (False, 3)])
 def test_sums_over_ranks_are_encoded_with_the_same_bits(
     name: str, bucket_size: int, feedback: bool, rank: int | None
@@ -91,17 +101,19 @@ def test_sums_over_ranks_are_encoded_with_the_same_bits(
     plan = planned(name, widths_of(name, 2), bucket_size, 1, (70_000, *SIZES[1:]))
     values, residual = torch.randn(2, plan.values, generator=torch.Generator().manual_seed(bucket_size))
     received = torch.empty(3, plan.wire_bytes, dtype=torch.uint8)
+    senders = np.stack([stream_keys(1, 2, plan.layers, 1, other) for other in range(3)])
     for other, message in enumerate(received):
-        cpu.encode(codec(name), plan, values.roll(other), stream_keys(1, 2, plan.layers, 1, other), message)
+        fast(name).encode(codec(name), plan, values.roll(other), senders[other], message)
     keys = stream_keys(1, 2, plan.layers, 2, 0)
     found = []
-    for kernels in (reference, cpu):
+    for kernels in (reference, fast(name)):
         wire, pending = torch.zeros(plan.wire_bytes, dtype=torch.uint8), torch.zeros(plan.values)
-        states, own_shard = (residual.clone(), pending) if feedback else (), values.clone()
-        kernels.recode(codec(name).of_averages, plan, received, own_shard, rank, 1 / 3, keys, wire, *states)
+        states, own_shard = (residual.clone(), pending) if feedback else (None, None), values.clone()
+        summands = (received, own_shard, rank, 1 / 3)
+        kernels.recode(codec(name).of_averages, plan, *summands, keys, wire, *states, senders)
         found.append((wire, pending, own_shard))
     decoded = torch.empty_like(values)
-    reference.decode(codec(name), plan, wire, decoded)
+    reference.decode(codec(name), plan, wire, decoded, keys=keys)
     assert torch.equal(own_shard, decoded)
     assert all(torch.equal(slow, fast) for slow, fast in zip(*found, strict=True))
 
@@ -126,17 +138,18 @@ def test_whatever_the_values_the_bits_are_the_same(
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_the_reference_waits_for_no_device(name: str) -> None:
     """Tensors without values, which nobody could wait for, stand for those of a GPU."""
-    plan, device = planned(name, widths_of(name, 1), 100, world_size=2), torch.device("meta")
+    plan, device = planned(name, widths_of(name, 1), 64, world_size=2), torch.device("meta")
     values, residual, pending = torch.empty(3, plan.values, device=device)
     wire = torch.empty(plan.wire_bytes, dtype=torch.uint8, device=device)
-    reference.encode(codec(name), plan, values, stream_keys(1, 2, plan.layers, 0, 0), wire, residual, pending)
-    reference.decode(codec(name), plan, wire, values, 0.5, accumulate=True)
+    keys = stream_keys(1, 2, plan.layers, 0, 0)
+    reference.encode(codec(name), plan, values, keys, wire, residual, pending)
+    reference.decode(codec(name), plan, wire, values, 0.5, accumulate=True, keys=keys)
 
 
 @pytest.mark.parametrize("name", [name for name in QUANTIZERS if COMPRESSORS[name].has_bits])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_expected_error_is_the_same(name: str, bits: int) -> None:
-    quantizer = codec(name, bits=bits, bucket_size=100)
+    quantizer = codec(name, bits=bits, bucket_size=100 if takes(name, 100) else 128)
     values = torch.randn(5000, generator=torch.Generator().manual_seed(bits))
     expected = reference.expected_squared_error(quantizer, quantizer._messages(1, 5000), values)
     assert quantizer.expected_squared_error(values) == pytest.approx(expected, rel=1e-4)

@@ -46,14 +46,15 @@ import torch
 values, out = torch.linspace(-1, 1, 3000)[None] ** 3, {}
 with warnings.catch_warnings(record=True, action="always") as heard:
     from compression import codec
+    from compression.codecs.base import decoded as decoded_by
 
     for name, options in [
         ("maxmin", {"bits": 4}), ("maxmin", {"bits": 3}), ("exponential", {"bits": 4}), ("quantile", {"bits": 2}),
-        ("terngrad", {}), ("1bit", {}), ("topk", {"ratio": 0.1}),
+        ("terngrad", {}), ("1bit", {}), ("topk", {"ratio": 0.1}), ("eden", {"bits": 3}), ("eden", {"bits": 6}),
     ]:
         quantizer = codec(name, **options)
         wire = quantizer.encode(values, 0)
-        decoded = quantizer.decode(wire, 3000)
+        decoded = decoded_by(quantizer, wire, 3000, 0)
         out[name + str(options)] = [wire.flatten().tolist(), decoded.view(torch.uint8).flatten().tolist()]
     out["error"] = codec("maxmin", bits=4).expected_squared_error(values)
 print(json.dumps([out, [[each.category.__name__, str(each.message)] for each in heard]]))
