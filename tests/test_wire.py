@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 import compression
 from compression.codecs.base import BFloat16, Float32
+from compression.codecs.base import decoded as read_by
+from compression.kernels.reference.normal import lloyd_max
 from compression.randomness import random_bits, stream_keys
 
 PAGE = (Path(__file__).parents[1] / "docs" / "wire.md").read_text(encoding="utf-8")
@@ -95,7 +97,86 @@ def low_rank(raw: bytes, rows: int, cols: int, rank: int) -> Iterator[Float]:
     yield from sum(np.outer(u, v) for u, v in zip(left, right, strict=True)).reshape(-1)
 
 
-def decoded(name: str, options: dict[str, Any], raw: bytes, count: int) -> list[Float]:
+def stream_key(seed: int, step: int, layer: int, hop: int, rank: int) -> int:
+    key = 0
+    for part in (seed, step, hop, rank):
+        key = mix(key ^ part)
+    return mix(layer ^ key)
+
+
+def mix(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
+def random_word(i: int, key: int) -> int:
+    x = (i + key) % 2**32
+    x = (x ^ x >> 15) * 0x7FEB352D % 2**32
+    x ^= key >> 32
+    x = (x ^ x >> 15) * 0x735A2D97 % 2**32
+    return x ^ x >> 15
+
+
+def levels_of(bits: int) -> list[Float]:
+    found = re.search(rf"^levels {bits}: ([0-9a-f\s]*)", PAGE, re.MULTILINE)
+    assert found is not None
+    return [np.frombuffer(bytes.fromhex(word), ">f4")[0] for word in found[1].split()]
+
+
+def rotated(raw: bytes, count: int, bits: int, bucket_size: int, key: int) -> Iterator[Float]:
+    element = 0
+    while element < count:
+        for n, nbytes in pieces(min(bucket_size, count - element), bits):
+            record, raw = raw[:nbytes], raw[nbytes:]
+            yield from piece(record, n, bits, element, key) if nbytes != 4 * n else floats(record)
+            element += n
+    assert not raw
+
+
+def pieces(n: int, bits: int) -> list[tuple[int, int]]:
+    if n == 0 or (n < 64 and 4 * n <= 4 + 8 * bits):
+        return [(n, 4 * n)] if n else []
+    length = max(64, 2 ** math.ceil(math.log2(n)))
+    padded = [(n, 4 + length * bits // 8)]
+    if not 64 < n < length:
+        return padded
+    parted = [(length // 2, 4 + length // 2 * bits // 8), *pieces(n - length // 2, bits)]
+    return min(padded, parted, key=lambda each: (sum(nbytes for _, nbytes in each), len(each)))
+
+
+def piece(record: bytes, n: int, bits: int, element: int, key: int) -> list[Float]:
+    length = 8 * (len(record) - 4) // bits
+    above = levels_of(bits)
+    every = above + [-y for y in above]
+    values = [every[code] / Float(length) for code in stream(record[4:], length, bits)]
+    turned = {}
+    for k, stride in enumerate((16, 32)):
+        u = Float(random_word(2**31 + 2 * (element // 32) + k, key) >> 8) * Float(2.0**-24)
+        q = u * u
+        c, s = ((Float(1) + Float(2) * u) - q) / (Float(1) + q), ((Float(1) - Float(2) * u) - q) / (Float(1) + q)
+        turned[stride] = c, s
+    for number in (1, 0):
+        stride = length // 2
+        while stride:
+            for i in (i for i in range(length) if i // stride % 2 == 0):
+                a, b = values[i], values[i + stride]
+                if number == 0 and stride in turned:
+                    c, s = turned[stride]
+                    values[i], values[i + stride] = c * a + s * b, s * a - c * b
+                else:
+                    values[i], values[i + stride] = a + b, a - b
+            stride //= 2
+        words = [random_word(2 * ((element + i) // 32) + number, key) for i in range(0, length, 32)]
+        values = [-x if words[i // 32] >> i % 32 & 1 else x for i, x in enumerate(values)]
+    scale, limit = floats(record[:4])[0], Float(3.4e38)
+    return [np.clip(scale * x, -limit, limit) for x in values[:n]]
+
+
+def decoded(name: str, options: dict[str, Any], raw: bytes, count: int, seed: int = 0) -> list[Float]:
+    if name == "eden":
+        return list(rotated(raw, count, **{"bucket_size": 512, **options}, key=stream_key(seed, 0, 0, 0, 0)))
     if name in ("float32", "bfloat16"):
         step = {"float32": 4, "bfloat16": 2}[name]
         return [floats(bytes(4 - step) + raw[i : i + step])[0] for i in range(0, len(raw), step)]
@@ -139,19 +220,26 @@ def test_the_examples_are_what_the_codecs_make_and_what_the_page_says(example: d
     if name != "svd":  # whose vectors are as the machine's linear algebra has them
         assert bytes(ours.encode(values, int(example["seed"]))[0].tolist()) == raw
     close = {"rtol": 1e-6} if name == "svd" else {"rtol": 0}
-    np.testing.assert_allclose(decoded(name, options, raw, values.numel()), wanted, **close)
+    np.testing.assert_allclose(decoded(name, options, raw, values.numel(), int(example["seed"])), wanted, **close)
     wire = torch.frombuffer(bytearray(raw), dtype=torch.uint8)[None]
-    np.testing.assert_allclose(ours.decode(wire, values.numel())[0].numpy(), wanted, **close)
+    read = read_by(ours, wire, values.numel(), int(example["seed"]))[0].numpy()
+    np.testing.assert_allclose(read, wanted, **close)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_the_levels_of_the_page_are_those_of_the_definition(bits: int) -> None:
+    assert levels_of(bits) == [np.float32(level) for level in lloyd_max(bits)[0]]
 
 
 def cases(draw: Callable[..., Any]) -> tuple[str, dict[str, Any], int]:
     name = draw(st.sampled_from(sorted(named(example["codec"])[0] for example in EXAMPLES)))
     count = draw(st.integers(1, 60) | st.integers(2500, 6000))
     options: dict[str, Any] = {}
-    if name in ("maxmin", "quantile", "norm_uniform", "exponential"):
+    if name in ("maxmin", "quantile", "norm_uniform", "exponential", "eden"):
         options["bits"] = draw(st.integers(compression.COMPRESSORS[name].min_bits, 8))
     if name in compression.COMPRESSORS and compression.COMPRESSORS[name].quantizer and name != "quantile":
-        options["bucket_size"] = draw(st.sampled_from([1, 3, 8, 64, 512, 3000, -1]))
+        sizes = [64, 128, 512, 4096] if name == "eden" else [1, 3, 8, 64, 512, 3000, -1]
+        options["bucket_size"] = draw(st.sampled_from(sizes))
     if name == "topk":
         options["ratio"] = draw(st.sampled_from([0.001, 0.01, 0.25, 0.6, 1.0]))
     if name == "svd":
@@ -170,8 +258,8 @@ def test_what_the_codecs_make_of_random_values_is_read_to_the_same_bits(
     values = torch.randn(1, count, generator=generator) * (spread * torch.randn(1, count, generator=generator)).exp()
     ours = codec(name, options)
     wire = ours.encode(values, seed)
-    read = ours.decode(wire, count)[0].numpy()
-    theirs = np.array(decoded(name, options, bytes(wire[0].tolist()), count), np.float32)
+    read = read_by(ours, wire, count, seed)[0].numpy()
+    theirs = np.array(decoded(name, options, bytes(wire[0].tolist()), count, seed), np.float32)
     tolerance = 1e-5 * float(values.abs().max()) if name == "svd" else 0.0
     np.testing.assert_allclose(read, theirs, rtol=tolerance and 1e-4, atol=tolerance)
 
@@ -188,27 +276,10 @@ def test_random_numbers_are_those_of_the_page() -> None:
     (block,) = [block for block in BLOCKS if "stream" in block]
     parts = dict(re.findall(r"(\w+)=(\d+)", block["stream"]))
     seed, step, layer, hop, rank = (int(parts[name]) for name in ("seed", "step", "layer", "hop", "rank"))
-
-    def mix(x: int) -> int:
-        x = (x + 0x9E3779B97F4A7C15) % 2**64
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
-        return x ^ x >> 31
-
-    def bits(i: int, key: int) -> int:
-        x = (i + key) % 2**32
-        x = (x ^ x >> 15) * 0x7FEB352D % 2**32
-        x ^= key >> 32
-        x = (x ^ x >> 15) * 0x735A2D97 % 2**32
-        return x ^ x >> 15
-
-    key = 0
-    for part in (seed, step, hop, rank):
-        key = mix(key ^ part)
-    key = mix(layer ^ key)
+    key = stream_key(seed, step, layer, hop, rank)
     assert f"{key:016x}" == block["key"]
-    assert [f"{bits(i, key):08x}" for i in range(3)] == block["bits"].split()
+    assert [f"{random_word(i, key):08x}" for i in range(3)] == block["bits"].split()
     halves = stream_keys(seed, step, np.array([layer]), hop, rank)[0].astype(np.int64)
     assert int(halves[1]) << 32 | int(halves[0]) == key
     drawn = random_bits(torch.arange(3), *torch.from_numpy(halves))
-    assert drawn.tolist() == [bits(i, key) for i in range(3)]
+    assert drawn.tolist() == [random_word(i, key) for i in range(3)]

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..averagers import Averager, Averaging
 from ..gradients import Gradients, is_unit_scale, not_finite
 from ..layers import Layer
+from ..limits import LIMIT
 from ..network.collectives import Collectives
 from ..streams import Meanwhile, Phases, Until, device_future, record_stream
 from .engine import Engine
@@ -216,7 +217,8 @@ class Pipeline:
         if not self._in_order:
             gradients = prepared.unscaled()
         elif prepared.flat is not gradients.flat:
-            gradients.flat.copy_(prepared.flat if is_unit_scale(scale) else prepared.flat.mul_(scale))
+            averages = prepared.flat if is_unit_scale(scale) else prepared.flat.mul_(scale)
+            gradients.flat.copy_(_cut_to(averages, gradients.flat.dtype))
         views = [values for _, values in gradients.layers(self._sizes)]
         self.nonfinite.update(zip(gradients.names, not_finite(gradients.flat, views), strict=True))
         return gradients
@@ -230,3 +232,14 @@ class Pipeline:
             urgent = self._choose(urgent)
         self.seconds += time.perf_counter() - start
         return urgent
+
+
+def _cut_to(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values with those that are finite, but too large for a type of numbers, at its limit.
+
+    Decoded values may be larger than any gradient was. What is not finite stays so.
+    """
+    most = torch.finfo(dtype).max
+    if most >= LIMIT:
+        return values
+    return torch.where(values.isfinite(), values.clamp(-most, most), values)

@@ -103,3 +103,21 @@ def test_seconds_and_submissions_are_counted() -> None:
     assert pipeline.submitted == 2
     assert pipeline.seconds > 0
     pipeline.close()
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_averages_beyond_a_half_types_limit_are_cut_there_and_stay_finite(kind: torch.dtype) -> None:
+    """A rotated bucket of equal values at the limit decodes to some larger ones; what was infinite stays so."""
+    layers = layers_of([("a", (16, 64))], 64)
+    pipeline = Pipeline(build("eden", bits=1, bucket_size=64).averager(layers, Solo(), 0), layers, CPU)
+    most = torch.finfo(kind).max
+    found = averaged(pipeline, [Gradients(torch.full((1024,), most, dtype=kind), ("a",), (0,))])
+    assert found.isfinite().all()
+    assert bool((found.abs() == most).any())
+    values = torch.ones(1024, dtype=kind)
+    values[3] = torch.inf
+    found = averaged(pipeline, [Gradients(values, ("a",), (0,))], 1)
+    assert not found[:64].isfinite().any()
+    assert found[64:].isfinite().all()
+    assert bool(pipeline.nonfinite["a"])
+    pipeline.close()
