@@ -5,7 +5,8 @@
 
 Each setting is a `--compression-type` with its flags, or flags alone.
 The training flags are those of RECIPES, and all runs have two ranks under torchrun. A row gives top-1 after the last
-epoch as mean and standard deviation over the seeds, bytes sent as a fraction of float32's, and seconds. With
+epoch as mean and standard deviation over the seeds, how much it and the loss differ from the first row's, paired by
+seed, with the standard error of that, bytes sent as a fraction of float32's, and seconds. With
 `--runs FILE` every finished run is kept there, one JSON object a line, and is not run again: a table that was cut off
 goes on, and later ones add to it. Runs on other data are others, whatever their folder is called.
 """
@@ -152,14 +153,26 @@ def main() -> None:
             for setting, runs in results.items():
                 runs.append(finished.get(folder, recipe + flags_of(setting), seed))
                 print(f"seed {seed}, {setting}: {runs[-1]['val.top1']:.2f} %", file=sys.stderr, flush=True)
-    print("| setting | top-1, % | deviation | bytes sent, fraction of float32 | seconds |")
-    print("| --- | --- | --- | --- | --- |")
+    print("| setting | top-1, % | deviation | difference | loss | difference | bytes sent, of float32 | seconds |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    first = results[asked.settings[0]]
     for setting, runs in results.items():
         top1 = [run["val.top1"] for run in runs]
         spread = f"{statistics.stdev(top1):.1f}" if len(top1) > 1 else ""
-        seconds = statistics.median(run["seconds"] for run in runs)
-        sent = runs[0]["comm.ratio"]
-        print(f"| `{setting}` | {statistics.mean(top1):.1f} | {spread} | {sent:.4f} | {seconds:.0f} |")
+        loss = statistics.mean(run["val.loss"] for run in runs)
+        cells = [f"{statistics.mean(top1):.1f}", spread, paired(runs, first, "val.top1", 1)]
+        cells += [f"{loss:.3f}", paired(runs, first, "val.loss", 3), f"{runs[0]['comm.ratio']:.4f}"]
+        cells.append(f"{statistics.median(run['seconds'] for run in runs):.0f}")
+        print(f"| `{setting}` | {' | '.join(cells)} |")
+
+
+def paired(runs: list[dict[str, Any]], others: list[dict[str, Any]], metric: str, digits: int) -> str:
+    """The mean difference of two settings' metric, seed by seed, with its standard error where there are more seeds."""
+    apart = [run[metric] - other[metric] for run, other in zip(runs, others, strict=True)]
+    if runs is others:
+        return ""
+    error = f" ± {statistics.stdev(apart) / len(apart) ** 0.5:.{digits}f}" if len(apart) > 1 else ""
+    return f"{statistics.mean(apart):+.{digits}f}{error}"
 
 
 if __name__ == "__main__":

@@ -161,7 +161,8 @@ def independent_rows(subject: Subject) -> Outcome:
                 return f"the message of row {row} of 3 changes when the other rows do"
             # Alone, unless the number of a row is part of what is keyed.
             keyed = getattr(codec, "keyed", False)
-            apart = decoded(codec, other_wires, count, 3)[row] if keyed else codec.decode(wires[row, None], count)[0]
+            sent = other_wires if keyed else wires[row, None].clone()
+            apart = decoded(codec, sent, count, 3)[row if keyed else 0]
             if not torch.allclose(apart, together[row], rtol=1e-5, atol=1e-6 * float(values.abs().max())):
                 return f"row {row} of 3 decodes to other values than {'beside other rows' if keyed else 'alone'}"
         single_wires = {_key(codec.encode(values[None], seed)[0]) for seed in range(8)}

@@ -55,3 +55,11 @@ def test_a_run_on_unknown_data_is_not_used(
     runs = accuracy.Runs(kept)
     assert capsys.readouterr().err == f"{kept}: 1 runs on unknown data are not used\n"
     assert runs.get("digits", [], 0) == {"val.top1": 1.0}
+
+
+def test_differences_are_paired_by_seed() -> None:
+    first = [{"val.top1": value} for value in (40.0, 50.0, 60.0)]
+    runs = [{"val.top1": value} for value in (41.0, 52.0, 63.0)]
+    assert accuracy.paired(runs, first, "val.top1", 1) == "+2.0 ± 0.6"
+    assert accuracy.paired(first[:1], runs[:1], "val.top1", 2) == "-1.00"
+    assert accuracy.paired(first, first, "val.top1", 1) == ""
