@@ -2,9 +2,10 @@
 
     python benchmarks/fidelity.py [-o docs/fidelity.md]
 
-Three tables. Every row of the registry, in one encoding from a fresh start, on normal numbers and on a real gradient:
+Four tables. Every row of the registry, in one encoding from a fresh start, on normal numbers and on a real gradient:
 resnet18, some steps into training on handwritten digits; beside them, schemes of GRACE by their formulas. The sum of
-20 steps' gradients, for what remembers. Averages over 2, 4 and 8 ranks, whose gradients differ or are alike.
+20 steps' gradients, for what remembers. Averages over 1, 2, 4 and 8 ranks, whose gradients differ or are alike. What
+EDEN's rotation and its levels each bring.
 """
 
 import argparse
@@ -26,17 +27,22 @@ import compression
 from benchmarks.search import machine
 from compression import COMPRESSORS, Solo
 from compression.averagers import Averager, OneHop
+from compression.codecs.base import decoded
+from compression.codecs.eden import Eden
+from compression.codecs.quantizers import MaxMin
 from compression.gradients import Gradients
+from compression.kernels.reference.rotations import Rotations
 from compression.layers import Layer, layers_of
 from compression.limits import TINY
 from compression.network.threads import ThreadCollectives, run_ranks
+from compression.randomness import Draws
 from image_classification.models import build
 
 # Values of the option that sets how much is sent; a compressor is measured at those of the first one that it takes.
-SETTINGS: dict[str, tuple[Any, ...]] = {"bits": (2, 4, 8), "ratio": (0.001, 0.01, 0.1), "rank": (1, 4, 16)}
+SETTINGS: dict[str, tuple[Any, ...]] = {"bits": (1, 2, 3, 4, 8), "ratio": (0.001, 0.01, 0.1), "rank": (1, 4, 16)}
 WHOLE_LAYERS = ("maxmin", "norm_uniform", "exponential", "terngrad")  # measured with one bucket a layer, too
 SUMMED = 20  # steps of the second table
-WORLDS = (2, 4, 8)  # ranks of the third
+WORLDS = (1, 2, 4, 8)  # ranks of the third
 NORMAL = {"normal": torch.randn(512, 256, 3, 3, generator=torch.Generator().manual_seed(0))}
 
 PAGE = """# Fidelity
@@ -65,7 +71,8 @@ momentum here, with which it sends something else than the gradient.
 
 ## Averages of several ranks
 
-The error of the average through the two hops of a quantizer, relative to the true average. *Different*: every rank has
+The error of the average, relative to the true average, through the two hops of a quantizer; one rank alone encodes
+both. The last rows are of other averagers, in their first step. *Different*: every rank has
 the gradient of another step, and their average is shorter than each, so that relative errors grow with W; *alike*: all
 have the same. Hop one's errors are independent and average out; hop two encodes the average once, and its error stays.
 Where gradients are alike that is plain: with any number of ranks the error is about that of one encoding, in the first
@@ -73,6 +80,14 @@ table; terngrad's, whose hop two does not clip, comes down to it. `second_hop_bi
 hop one's error, which falls with W. The bits a value are the mean of both hops.
 
 {averages}
+
+## What a rotation and levels bring
+
+Squared error of one encoding, |decoded - g|^2 / |g|^2, in buckets of 512: max-min as it is; max-min of buckets that are
+rotated at random as EDEN does it; EDEN, whose levels are those for normal values, and whose scale makes it unbiased. The
+rotation brings most where gradients have outliers, the levels most at few bits.
+
+{ablation}
 
 Made by `python benchmarks/fidelity.py -o docs/fidelity.md` on {machine}; Python {python}, torch {torch}.
 """
@@ -194,6 +209,10 @@ def grace(gradient: Mapping[str, Tensor]) -> Iterator[tuple[str, float, float]]:
 
 
 REMEMBERING: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("eden", {"bits": 1}),
+    ("eden", {"bits": 1, "error_feedback": True}),
+    ("eden", {"bits": 2}),
+    ("eden", {"bits": 2, "error_feedback": True}),
     ("maxmin", {"bits": 2}),
     ("maxmin", {"bits": 2, "error_feedback": True}),
     ("maxmin", {"bits": 4}),
@@ -232,14 +251,27 @@ def sums(gradients: Sequence[Mapping[str, Tensor]]) -> Iterator[str]:
 
 
 AVERAGED: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("eden", {"bits": 1}),
+    ("eden", {"bits": 2}),
+    ("eden", {"bits": 2, "second_hop_bits": 4}),
+    ("eden", {"bits": 3}),
+    ("eden", {"bits": 4}),
     ("maxmin", {"bits": 2}),
+    ("maxmin", {"bits": 2, "bucket_size": 64}),
     ("maxmin", {"bits": 2, "second_hop_bits": 4}),
     ("maxmin", {"bits": 2, "second_hop_bits": 8}),
+    ("maxmin", {"bits": 3}),
     ("maxmin", {"bits": 4}),
+    ("maxmin", {"bits": 4, "bucket_size": 64}),
     ("maxmin", {"bits": 4, "second_hop_bits": 8}),
+    ("norm_uniform", {"bits": 2}),
     ("norm_uniform", {"bits": 4}),
+    ("exponential", {"bits": 3}),
     ("exponential", {"bits": 4}),
     ("terngrad", {}),
+    ("topk", {"ratio": 0.05, "error_feedback": True}),
+    ("powersgd", {"rank": 4}),
+    ("powersgd", {"rank": 16}),
 )
 
 
@@ -248,12 +280,12 @@ def averages(gradients: Sequence[Mapping[str, Tensor]]) -> Iterator[str]:
     heads = [f"{kind}, W = {world}" for kind in ("different", "alike") for world in WORLDS]
     yield f"| compressor | options | bits/value | {' | '.join(heads)} |"
     yield "| --- | --- |" + " ---: |" * (1 + len(heads))
-    layers = layers_like(gradients[0], 512)
 
     def average(
         compressor: compression.Compressor, own: Sequence[Mapping[str, Tensor]], ranks: ThreadCollectives
     ) -> Tensor:
         averaged = packed(own[ranks.rank])
+        layers = layers_like(own[0], compressor.bucket_size)
         compressor.averager(layers, ranks, seed=0).average_(averaged, step=0)
         return averaged.flat
 
@@ -266,10 +298,41 @@ def averages(gradients: Sequence[Mapping[str, Tensor]]) -> Iterator[str]:
                 true = torch.stack([packed(gradient).flat for gradient in own]).double().mean(0)
                 averaged = run_ranks(world, functools.partial(average, compressor, own))[0]
                 cells.append(float((averaged - true).norm() / true.norm()))
+        layers = layers_like(gradients[0], compressor.bucket_size)
         sent = compressor.averager(layers, Solo(), 0).sent(layers, 2)
         values = sum(layer.numel for layer in layers)
         bits = 8 * sent.addressed / values  # at 2 ranks, each of which sends half of a gradient in each hop
         yield f"| {name} | {in_words(options)} | {bits:.3f} | {' | '.join(f'{cell:.4f}' for cell in cells)} |"
+
+
+class RotatedMaxMin(MaxMin):
+    """Max-min of buckets that are rotated as EDEN does it: what the rotation brings by itself."""
+
+    keyed = True
+
+    def encode_vectors(self, vectors_MK: Tensor, draws: Draws, contraction: bool) -> Tensor:
+        count = vectors_MK.shape[1]
+        rotated = Rotations.drawn(draws, count).forward(vectors_MK) / count
+        return super().encode_vectors(rotated, draws, contraction)
+
+    def decode_records(self, records_MB: Tensor, count: int, draws: Draws | None) -> Tensor:
+        assert draws is not None
+        return Rotations.drawn(draws, count).back(super().decode_records(records_MB, count, draws)) / count
+
+
+def ablation(gradient: Mapping[str, Tensor]) -> Iterator[str]:
+    """The lines of the fourth table."""
+    yield "| values | bits | maxmin | rotated maxmin | eden |"
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    real = torch.cat([values.reshape(-1) for values in gradient.values() if values.dim() > 1])
+    for name, values in (("normal", NORMAL["normal"].reshape(-1)), ("resnet18", real)):
+        rows = values[: len(values) // 512 * 512].view(1, -1)
+        for bits in (1, 2, 3, 4):
+            cells = []
+            for codec in (MaxMin(bits), RotatedMaxMin(bits), Eden(bits)):
+                found = decoded(codec, codec.encode(rows, 1), rows.shape[1], 1)
+                cells.append(float((found - rows).double().square().sum() / rows.double().square().sum()))
+            yield f"| {name} | {bits} | {' | '.join(f'{cell:.4f}' for cell in cells)} |"
 
 
 def in_words(options: Mapping[str, Any]) -> str:
@@ -291,6 +354,7 @@ def main() -> None:
         table="\n".join(table(at[0])),
         sums="\n".join(sums(at)),
         averages="\n".join(averages(at)),
+        ablation="\n".join(ablation(at[0])),
         machine=machine(),
         python=platform.python_version(),
         torch=torch.__version__,
