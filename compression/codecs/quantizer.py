@@ -232,7 +232,8 @@ class VariableWidth(Quantizer):
 
         With `projected`, that of the projection which error feedback encodes. It loses |v|^2 - <v, Q>^2 / |Q|^2 of a
         bucket, where E <v, Q> = n = |v|^2 and E |Q|^2 = n + q, q the unbiased code's error: q n / (q + n) with the
-        means in place of the draws, within 3 % of what is measured in buckets of 512 gradients; fewer values that hold the norm lose less.
+        means in place of the draws, within 3 % of what is measured in buckets of 512 gradients. Where a few values hold
+        the norm, a bucket loses up to a seventh less.
         """
         flat = values.detach().to(torch.float32).reshape(-1)
         return self._kernels(flat).expected_squared_error(self, self._messages(1, len(flat)), flat, projected)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..gradients import Gradients
-from ..layers import Layer, layers_of
+from ..layers import DENSE, Layer, layers_of
 from ..network.arrangement import Arrangement
 from ..network.inside import Levels
 from ..registry import Compressor
@@ -38,7 +38,7 @@ class Attached(ABC):
         choose: Callable[[bool], bool] | None = None,
     ) -> None:
         """`parameters`: those of the model that are averaged, by name."""
-        self.parameters = dict(parameters)
+        self.parameters, self.compressor = dict(parameters), compressor
         shapes = ((name, p.shape) for name, p in self.parameters.items())
         self.layers: tuple[Layer, ...] = layers_of(shapes, compressor.bucket_size)
         self.device = next(iter(self.parameters.values())).device
@@ -186,6 +186,16 @@ class Attached(ABC):
     def set_widths(self, widths: Mapping[str, int]) -> None:
         """Bits per layer from the next step on; unnamed layers keep theirs. Raises ValueError where they misfit."""
         self.averager.set_widths(widths)
+
+    def encoded_bytes_at(self, bits: int) -> dict[str, int]:
+        """Bytes of one encoding of each compressed layer at a width, what all ranks add to it included; at DENSE, of
+        each layer that is never compressed. A rank sends 2 (W - 1) / W of them in a step, W ranks or hosts.
+
+        Raises ValueError where the compressor has no bit widths, or not this one.
+        """
+        layers = [layer for layer in self.layers if layer.compressed == (bits != DENSE)]
+        nbytes = self.averager.encoded_bytes_at(layers, bits, self.collectives.world_size)
+        return {layer.name: count for layer, count in zip(layers, nbytes, strict=True)}
 
     @property
     def without_momentum(self) -> frozenset[str]:
