@@ -237,3 +237,13 @@ class VariableWidth(Quantizer):
         """
         flat = values.detach().to(torch.float32).reshape(-1)
         return self._kernels(flat).expected_squared_error(self, self._messages(1, len(flat)), flat, projected)
+
+    def encoding_error(self, values: Tensor, seed: int, projected: bool = False) -> Tensor:
+        """v - decode(encode(v)) of one draw of the rounding, float32 [N]; with `projected`, of the projection."""
+        flat = values.detach().to(torch.float32).reshape(-1).contiguous()
+        if not projected:
+            return flat - self.decode(self.encode(flat[None], seed), len(flat))[0]
+        plan, lost = self._messages(1, len(flat)), torch.zeros_like(flat)
+        wire = torch.empty(self.wire_bytes(len(flat)), dtype=torch.uint8, device=flat.device)
+        self.encode_plan(plan, flat, stream_keys(seed, 0, plan.layers, 0, 0), wire, torch.zeros_like(flat), lost)
+        return lost

@@ -17,8 +17,6 @@ from compression.gradients import Gradients
 from compression.kernels import reference
 from compression.layers import layers_of
 from compression.network.threads import ThreadCollectives, run_ranks
-from compression.plans import plan_of_messages
-from compression.randomness import stream_keys
 
 QUANTIZERS = {name: row for name, row in COMPRESSORS.items() if row.quantizer is not None}
 AT_ALL_WIDTHS = [
@@ -159,15 +157,18 @@ def test_the_expected_error_of_a_projection_is_nearly_what_happens(
     name: str, options: dict[str, Any], values: Tensor
 ) -> None:
     """What error feedback leaves over after many encodings of one layer, in the mean."""
-    quantizer, count, draws = codec(name, **options, bucket_size=512), values.numel(), 64
-    plan = plan_of_messages(draws, count, quantizer.bits, quantizer.shard_bucket_size, quantizer.record_bytes)
-    wire = torch.empty(draws * quantizer.wire_bytes(count), dtype=torch.uint8)
-    left = torch.zeros(draws * count)
-    keys = stream_keys(0, 0, plan.layers, 0, 0)
-    quantizer.encode_plan(plan, values.view(-1).repeat(draws), keys, wire, torch.zeros(draws * count), left)
+    quantizer = codec(name, **options, bucket_size=512)
+    lost = torch.stack([quantizer.encoding_error(values, seed, projected=True) for seed in range(64)])
     expected = quantizer.expected_squared_error(values, projected=True)
-    assert float(left.double().square().sum()) / draws == pytest.approx(expected, rel=0.05)
+    assert float(lost.double().square().sum(1).mean()) == pytest.approx(expected, rel=0.05)
     assert expected < float(values.double().square().sum())  # a projection is a contraction
+
+
+@quantizers_with_bits
+def test_the_error_of_an_encoding_is_what_decoding_misses(name: str, options: dict[str, Any]) -> None:
+    quantizer = buckets(name, options)
+    decoded = quantizer.decode(quantizer.encode(NORMAL.view(1, -1), 7), NORMAL.numel())
+    assert torch.equal(quantizer.encoding_error(NORMAL, 7), NORMAL.view(-1) - decoded[0])
 
 
 @pytest.mark.parametrize("projected", [False, True])
