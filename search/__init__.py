@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checking import check_claims
+    from .checking import false_claims
     from .comparison import compare
     from .evolution import Evolved, evolve
     from .fronts import Front, front
@@ -39,7 +39,7 @@ _MODULE_OF = {
     "Wish": "wishes",
     "as_text": "report",
     "check_budget": "knapsack",
-    "check_claims": "checking",
+    "false_claims": "checking",
     "compare": "comparison",
     "evolve": "evolution",
     "front": "fronts",
@@ -71,7 +71,7 @@ __all__ = [
     "Wish",
     "as_text",
     "check_budget",
-    "check_claims",
+    "false_claims",
     "compare",
     "evolve",
     "front",
