@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checking import check_claims
+    from .checking import false_claims
     from .comparison import compare
     from .evolution import Evolved, evolve
     from .exchanges import search_exchange
@@ -40,7 +40,7 @@ _MODULE_OF = {
     "Wish": "wishes",
     "as_text": "report",
     "check_budget": "knapsack",
-    "check_claims": "checking",
+    "false_claims": "checking",
     "compare": "comparison",
     "evolve": "evolution",
     "front": "fronts",
@@ -73,7 +73,7 @@ __all__ = [
     "Wish",
     "as_text",
     "check_budget",
-    "check_claims",
+    "false_claims",
     "compare",
     "evolve",
     "front",

@@ -112,6 +112,7 @@ class SearchResult:
             "seed": self.seed,
             "pins": {name: list(bounds) for name, bounds in self.bounds.items()},
             "settings": dict(self.settings),
+            "notes": list(self.notes),
             "installed": {"by": self.installed_by, "bits": list(self.installed)},
         }
         if self.uniform:
