@@ -111,8 +111,7 @@ class Objective:
 
     def sort_key(self, columns_PL: Ints | Floats) -> Floats:
         """Numbers [P] that order P assignments as the objective does; columns may be floats."""
-        columns_PL = np.atleast_2d(columns_PL)
-        rows = np.arange(columns_PL.shape[1])
+        rows = np.arange(columns_PL.shape[-1])
         error_P = np.empty(len(columns_PL))
         nbytes_P = np.empty(len(columns_PL), dtype=np.int64)
         height = max(1, BLOCK // len(rows))

@@ -158,9 +158,9 @@ def search(
 ) -> SearchResult:
     """Choose a bit width for each layer, as a wish says; without one, for the least E^0.5 C^0.5.
 
-    With "both", evolution runs beside the exact solution and the better one is installed; with "exact" it does not run, and
-    with "de" what it found is installed. Wishes that have a limit, and the balance, install the exact solution.
-    Evolution and the optimum of the objective then stand there to compare. Where a population takes more than
+    With "both", evolution runs beside the exact solution and the better one is installed; with "exact" it does not
+    run, and with "de" what it found is installed. Wishes that have a limit, and the balance, install the exact
+    solution. Evolution and the optimum of the objective then stand there to compare. Where a population takes more than
     1 GiB, "both" leaves evolution out and the result says so.
 
     pins      layer name to a width, or to its least and largest width

@@ -47,7 +47,7 @@ class Wish:
                 raise ValueError(f"the search's {name} must be a finite number above 0, got {power}")
         if self.kind == "bits":
             check_target(self.target)
-        if self.kind == "error" and not (self.target in range(1, 9)):
+        if self.kind == "error" and self.target not in range(1, 9):
             raise ValueError(f"a limit of error is that of a uniform width of 1 to 8 bits, got {self.target}")
 
     @classmethod
