@@ -37,7 +37,7 @@ def plot(result: SearchResult) -> bytes:
     """
     tables = result.tables
     figure = _figure(15, 6.5)
-    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(3, 2)))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(3, 2))[0]
     by_layer, sizes = left.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     if len(tables.layers) <= SINGLE:
         _draw_layers(by_layer, result)
