@@ -1,6 +1,6 @@
 """Bit widths for the layers of a model: an error table, differential evolution, and the true optimum beside it.
 
-It knows codecs by their errors and their bytes. It knows no model and no ranks.
+It knows codecs by their errors and their bytes. It knows no model, and ranks only where it is given an exchange.
 
 Names are loaded when they are used: importing this package loads nothing that is heavy.
 """
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .checking import false_claims
     from .comparison import compare
     from .evolution import Evolved, evolve
+    from .exchanges import search_exchange
     from .fronts import Front, front
     from .hulls import optimum
     from .knapsack import Certified, check_budget, within_budget, within_error
@@ -53,6 +54,7 @@ _MODULE_OF = {
     "ratio_for_bits": "tradeoff",
     "resolve_pins": "pins",
     "search": "run",
+    "search_exchange": "exchanges",
     "within_budget": "knapsack",
     "within_error": "knapsack",
 }
@@ -84,6 +86,7 @@ __all__ = [
     "ratio_for_bits",
     "resolve_pins",
     "search",
+    "search_exchange",
     "within_budget",
     "within_error",
 ]

@@ -112,8 +112,14 @@ class Kernels(Protocol):
         `values` holds the encoded sum, decoded again. The others as in `encode`.
         """
 
-    def expected_squared_error(self, quantizer: Definition, plan: Plan, values: Tensor) -> float:
-        """E |v - decoded|^2 over the rounding, summed over all buckets. `values`: float32 [plan.values]."""
+    def expected_squared_error(
+        self, quantizer: Definition, plan: Plan, values: Tensor, projected: bool = False
+    ) -> float:
+        """E |v - decoded|^2 over the rounding, summed over all buckets. `values`: float32 [plan.values].
+
+        With `projected`, that of the projection that error feedback encodes, up to a few percent: a bucket of norm
+        n = |v|^2 whose unbiased code has the error q counts q n / (q + n).
+        """
 
 
 class SparseKernels(Protocol):

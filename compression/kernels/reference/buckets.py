@@ -98,7 +98,7 @@ def recode(
     decode(quantizer, plan, wire, values)
 
 
-def expected_squared_error(quantizer: Definition, plan: Plan, values: Tensor) -> float:
+def expected_squared_error(quantizer: Definition, plan: Plan, values: Tensor, projected: bool = False) -> float:
     """As `Kernels.expected_squared_error`.
 
     Rounding up a gap g with probability f has variance g^2 f (1 - f).
@@ -111,7 +111,11 @@ def expected_squared_error(quantizer: Definition, plan: Plan, values: Tensor) ->
         lower, fraction = _between(kind, vectors, scales)
         upper = (lower + 1).clamp_max(kind.top)
         gap = kind.levels(scales, upper).double() - kind.levels(scales, lower).double()
-        total += float((gap**2 * fraction.double() * (1 - fraction.double())).sum())
+        error_M = (gap**2 * fraction.double() * (1 - fraction.double())).sum(1)
+        if projected and kind.projects:
+            square_M = vectors.double().square().sum(1)
+            error_M = torch.where(error_M > 0, error_M * square_M / (error_M + square_M), 0.0)
+        total += float(error_M.sum())
     return total
 
 
