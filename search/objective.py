@@ -69,7 +69,7 @@ class Objective:
     def of(cls, wish: Wish, tables: Tables) -> "Objective":
         """The objective that a wish makes least; the published one for wishes that have a limit instead."""
         if wish.kind == "balance":
-            return cls(tables, 1.0, 1.0, getattr(tables, "norm2", 0.0))
+            return cls(tables, 1.0, 1.0, tables.norm2)
         return cls(tables, wish.alpha or 0.5, wish.beta or 0.5)
 
     def __call__(self, bits: Sequence[int]) -> float:

@@ -120,11 +120,11 @@ def _change(after: float, before: float) -> str:
 
 def _omega(result: SearchResult) -> str:
     """omega, the squared error over |m|^2, where both are known."""
-    norm2 = getattr(result.tables, "norm2", 0.0)
-    if result.measure == "loss" or norm2 == 0:
+    norm2 = result.tables.norm2
+    if result.tables.measure == "loss" or norm2 == 0:
         return ""
     errors = result.error_by_layer().values()
-    squares = errors if result.measure == "square" else (error**2 for error in errors)
+    squares = errors if result.tables.measure == "square" else (error**2 for error in errors)
     return f", omega: {math.fsum(squares) / norm2:.4g}"
 
 
@@ -165,7 +165,7 @@ def _wishes(result: SearchResult, reached: Front, words: Mapping[str, str]) -> I
             fewer = megabytes(fewest + tables.dense_bytes), _state(Wish.error(width), words)
         rows.append((f"uniform {width} bits", megabytes(nbytes + tables.dense_bytes), f"{error:.4g}", *less, *fewer))
     yield from aligned(rows)
-    if result.measure == "square" and getattr(tables, "norm2", 0.0) > 0:
+    if tables.measure == "square" and tables.norm2 > 0:
         best = optimum_of(Objective.of(Wish.balance(), bounded(tables, result.bounds))).bits
         yield (
             f"The least (1 + omega) x bytes is at {tables.bits_a_value(best):.3f} bits a value: "
