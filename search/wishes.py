@@ -97,7 +97,11 @@ class Wish:
         """The wish that `to_json` wrote. Raises ValueError where it is none."""
         known = {"kind", "alpha", "beta", "target"}
         numbers = [value for key, value in content.items() if key != "kind"]
-        if not known >= set(content) or not all(type(value) in (int, float) for value in numbers):
+        if (
+            "kind" not in content
+            or not known >= set(content)
+            or not all(type(value) in (int, float) for value in numbers)
+        ):
             raise ValueError(f"a wish holds a kind and numbers for alpha, beta or target, got {dict(content)}")
         return cls(**content)
 

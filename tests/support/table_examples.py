@@ -60,6 +60,11 @@ def every_assignment(tables):
     return error, nbytes, np.array(tables.widths)[choices]
 
 
+def zero_error_tables(error=((1, 0), (2, 0))):
+    """Two layers that 8 bits encode without error."""
+    return Tables(["a", "b"], [2, 8], error, [[2, 8], [2, 8]], dense_bytes=4, values=20, numel=[8, 8])
+
+
 def many_layers(count):
     """Layers of ten thousands, in sizes and errors like ResNet-50's."""
     random = np.random.default_rng(0)
