@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .plotting import plot, plot_bits_over_time, plot_front
     from .report import as_text, logs
     from .run import SearchResult, search
-    from .saved import SavedSearch, load_search
+    from .saved import load_search
     from .scheme import load_scheme
     from .tables import Tables, measure
     from .tradeoff import Breakpoint, ratio_for_bits
@@ -34,7 +34,6 @@ _MODULE_OF = {
     "Evolved": "evolution",
     "Front": "fronts",
     "Objective": "objective",
-    "SavedSearch": "saved",
     "SearchResult": "run",
     "Tables": "tables",
     "Wish": "wishes",
@@ -68,16 +67,15 @@ __all__ = [
     "Evolved",
     "Front",
     "Objective",
-    "SavedSearch",
     "SearchResult",
     "Tables",
     "Wish",
     "as_text",
     "check_budget",
     "check_search",
-    "false_claims",
     "compare",
     "evolve",
+    "false_claims",
     "front",
     "load_scheme",
     "load_search",

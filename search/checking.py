@@ -38,7 +38,7 @@ def _installed(content: Mapping[str, Any], result: SearchResult) -> Iterator[str
         objective = Objective.of(result.wish, result.tables)
         keys = objective.sort_key(np.stack([result.tables.columns(bits) for bits in found.values()]))
         best = list(found)[int(keys.argmin())]
-        if keys.min() < objective.sort_key(result.tables.columns(result.installed))[0] - TOLERANCE:
+        if keys.min() < objective.sort_key(result.tables.columns(result.installed)[None])[0] - TOLERANCE:
             yield f"installed is what {by} found, and {best} found something better"
     for name, bits in found.items() | {("installed", result.installed)}:
         columns_L = result.tables.columns(bits)
@@ -90,9 +90,7 @@ def _limits(content: Mapping[str, Any], result: SearchResult) -> Iterator[str]:
         if found.error > limit:
             yield f"{name} has an error of {found.error:g}, above {limit:g} of uniform {wish.target} bits"
         anew = within_error(within, limit)
-    value, least = (
-        (found.error, anew.error) if found.minimized == "error" else (found.nbytes, anew.nbytes)
-    )
+    value, least = (found.error, anew.error) if found.minimized == "error" else (found.nbytes, anew.nbytes)
     room = TOLERANCE * (abs(value) + abs(least))
     if found.lower_bound > least + room:
         yield f"{name}.lower_bound is {found.lower_bound:g}, and an assignment within the limit has {least:g}"

@@ -30,9 +30,9 @@ def compare(tables: Tables, first: Sequence[int], second: Sequence[int], names: 
     shown = differ[np.argsort(-np.abs(more_nbytes_L[differ]), kind="stable")][:MOST]
     table: list[Sequence[str]] = [("layer", "values", "bits", "MB more", "error more")]
     for row in shown:
-        error = f"{more_error_L[row] / (abs(tables.total_error(first)) or 1):+.3%}"
+        loses = f"{more_error_L[row] / (abs(tables.total_error(first)) or 1):+.3%}"
         change = f"{first[row]} -> {second[row]}"
-        table.append((tables.layers[row], f"{tables.numel[row]:,}", change, f"{more_nbytes_L[row] / 1e6:+.3f}", error))
+        table.append((tables.layers[row], f"{tables.numel[row]:,}", change, f"{more_nbytes_L[row] / 1e6:+.3f}", loses))
     lines += aligned(table, left=1)
     if len(differ) > len(shown):
         share = percent(np.abs(more_nbytes_L[shown]).sum() / np.abs(more_nbytes_L[differ]).sum())

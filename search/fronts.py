@@ -44,7 +44,7 @@ class Front:
         return {name: (tables.encoded_bytes(bits), tables.total_error(bits)) for name, bits in rows.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Totals of every corner, and the step that leads to it: a layer and its width. The first corner has no step."""
+        """Totals of every corner, and the step that leads to it: a layer and its width, none for the first."""
         tables, walk = self.tables, self.walk
         return {
             "start": tables.bits(walk.edges.start_L),
@@ -78,9 +78,7 @@ class Front:
         return nbytes, 8 * nbytes / sum(tables.numel), ratio, error
 
 
-def front(
-    tables: Tables, installed: Sequence[int] | None = None, bounds: Mapping[str, Bounds] | None = None
-) -> Front:
+def front(tables: Tables, installed: Sequence[int] | None = None, bounds: Mapping[str, Bounds] | None = None) -> Front:
     """The front of these tables, with the layers' bounds kept.
 
     installed  the layers' widths, to stand beside it

@@ -1,8 +1,8 @@
 """The best assignment within a limit: a multiple-choice knapsack, solved with a certificate.
 
 One width for each layer; the least sum of errors within so many bytes, or the fewest bytes within so much error. Both
-are one problem with its two columns exchanged. The answer need not lie on the hull of all assignments, as the optimum of
-E^alpha C^beta does; but the hull bounds it, and the bound does the work.
+are one problem with its two columns exchanged. The answer need not lie on the hull of all assignments, as the optimum
+of E^alpha C^beta does; but the hull bounds it, and the bound does the work.
 """
 
 import math
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .hulls import Edges, completed, merge_edges, sums_of_the_rest
 from .objective import gap
-from .tables import Floats, Ints, MeasuredCodec, Tables
+from .tables import Ints, MeasuredCodec, Tables
 from .wishes import check_target
 
 EPS = float(np.finfo(np.float64).eps)
@@ -76,8 +76,8 @@ def within_error(tables: Tables, limit: float, frontier: int = FRONTIER) -> Cert
     least = math.fsum(tables.error.min(axis=1))
     if not least <= limit:
         raise ValueError(
-            f"no assignment keeps within an error of {limit:.6g}, for the least possible is {least:.6g}; allow the error "
-            "of a smaller width, search among larger widths, or loosen the pins"
+            f"no assignment keeps within an error of {limit:.6g}, for the least possible is {least:.6g}; allow the "
+            "error of a smaller width, search among larger widths, or loosen the pins"
         )
     rows = np.arange(len(tables.layers))
 

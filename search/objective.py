@@ -69,7 +69,7 @@ class Objective:
     def of(cls, wish: Wish, tables: Tables) -> "Objective":
         """The objective that a wish makes least; the published one for wishes that have a limit instead."""
         if wish.kind == "balance":
-            return cls(tables, 1.0, 1.0, getattr(tables, "norm2", 0.0))
+            return cls(tables, 1.0, 1.0, tables.norm2)
         return cls(tables, wish.alpha or 0.5, wish.beta or 0.5)
 
     def __call__(self, bits: Sequence[int]) -> float:
@@ -111,8 +111,7 @@ class Objective:
 
     def sort_key(self, columns_PL: Ints | Floats) -> Floats:
         """Numbers [P] that order P assignments as the objective does; columns may be floats."""
-        columns_PL = np.atleast_2d(columns_PL)
-        rows = np.arange(columns_PL.shape[1])
+        rows = np.arange(columns_PL.shape[-1])
         error_P = np.empty(len(columns_PL))
         nbytes_P = np.empty(len(columns_PL), dtype=np.int64)
         height = max(1, BLOCK // len(rows))

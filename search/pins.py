@@ -42,9 +42,7 @@ def resolve_pins(pins: Sequence[str], layers: Sequence[str], widths: Sequence[in
 
 def as_bounds(pins: Pins | None, layers: Sequence[str], widths: Sequence[int]) -> dict[str, Bounds]:
     """Least and largest width of each pinned layer. Raises ValueError for unknown layers and widths."""
-    bounds = {
-        name: (given, given) if isinstance(given, int) else given for name, given in (pins or {}).items()
-    }
+    bounds = {name: (given, given) if isinstance(given, int) else given for name, given in (pins or {}).items()}
     known = set(layers)
     for name, given in bounds.items():
         if name not in known:

@@ -5,9 +5,10 @@ All are drawn by Agg: no display, no global state.
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .fronts import Front, front
 from .run import NAMES, SearchResult
@@ -22,6 +23,7 @@ STYLES = {
     "budget": ("D", "tab:red"),
     "bytes": ("D", "tab:red"),
 }
+SINGLE = 256  # layers that can be seen one by one
 NAMED = 64  # ticks with layers' names that fit on an axis
 LONGEST = 34  # characters of a name
 
@@ -29,27 +31,26 @@ LONGEST = 34  # characters of a name
 def plot(result: SearchResult) -> bytes:
     """A PNG of one search.
 
-    Left: each layer's bit width, as each way found it, and as installed, over the layer's number of values. Right:
-    total error over ratio, with the front of all assignments and the uniform widths.
+    Left: each layer's bit width, as each way found it, and as installed, over the layer's number of values; of
+    hundreds of layers, the share of each width among neighbors. Right: total error over ratio, with the front of
+    all assignments and the uniform widths.
     """
     tables = result.tables
     figure = _figure(15, 6.5)
-    left, plane = figure.subfigures(1, 2, width_ratios=(3, 2))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(3, 2))[0]
     by_layer, sizes = left.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    layers = np.arange(len(tables.layers))
-    few = len(layers) <= 4 * NAMED
-    by_layer.step(layers, result.installed, where="mid", color="0.6", label="installed", zorder=1, linewidth=1 if few else 0.3)
-    for by, bits in result.found().items():
-        marker, color = STYLES[by]
-        by_layer.scatter(layers, bits, marker=marker, color=color, label=NAMES[by], s=24 if few else 2)
-    by_layer.set(ylabel="bits", yticks=tables.widths)
-    by_layer.grid(axis="y", color="0.92")
-    by_layer.set_axisbelow(True)
-    by_layer.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
-    sizes.fill_between(layers, tables.numel, step="mid", color="tab:blue", alpha=0.5, linewidth=0)
+    if len(tables.layers) <= SINGLE:
+        _draw_layers(by_layer, result)
+        edges = np.arange(len(tables.layers) + 1) - 0.5
+        sizes.stairs(tables.numel, edges, baseline=min(tables.numel) / 2, fill=True, color="tab:blue", alpha=0.5)
+    else:
+        edges = _draw_shares(by_layer, result)
+        sums = np.add.reduceat(np.array(tables.numel), edges[:-1].astype(np.int64))
+        sizes.stairs(sums, edges - 0.5, baseline=sums.min() / 2, fill=True, color="tab:blue", alpha=0.5)
+    by_layer.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=8, frameon=False)
     sizes.set(ylabel="values", yscale="log")
     _name_layers(sizes, tables.layers, "x")
-    _draw_front(plane.subplots(), front(tables, result.installed, result.bounds), result)
+    _draw_front(right.subplots(), front(tables, result.installed, result.bounds), result)
     return _png(figure)
 
 
@@ -70,9 +71,9 @@ def plot_bits_over_time(results: Mapping[str, SearchResult] | Sequence[SearchRes
     from matplotlib.colors import BoundaryNorm
 
     named = results if isinstance(results, Mapping) else {str(row): result for row, result in enumerate(results)}
-    first, *others = named.values() if named else [None]
-    if first is None:
+    if not named:
         raise ValueError("a picture of widths over time needs at least one search, got none")
+    first, *others = named.values()
     if any(other.tables.layers != first.tables.layers for other in others):
         raise ValueError("a picture of widths over time is of the same layers throughout, got different ones")
     layers = first.tables.layers
@@ -91,13 +92,43 @@ def plot_bits_over_time(results: Mapping[str, SearchResult] | Sequence[SearchRes
     return _png(figure)
 
 
+def _draw_layers(axes: "Axes", result: SearchResult) -> None:
+    """A mark for each layer and finder, and a line through what is installed."""
+    tables = result.tables
+    layers = np.arange(len(tables.layers))
+    edges = np.arange(len(layers) + 1) - 0.5
+    axes.stairs(result.installed, edges, baseline=None, color="0.6", label="installed", zorder=1)
+    for by, bits in result.found().items():
+        marker, color = STYLES[by]
+        axes.scatter(layers, bits, marker=marker, color=color, label=NAMES[by], s=24 if len(layers) <= NAMED else 6)
+    axes.set(ylabel="bits", yticks=tables.widths, ylim=(tables.widths[0] - 0.5, tables.widths[-1] + 0.5))
+    axes.grid(axis="y", color="0.92")
+    axes.set_axisbelow(True)
+
+
+def _draw_shares(axes: "Axes", result: SearchResult) -> NDArray:
+    """The share of each width among neighbors, where layers are too many to be seen one by one. Their limits."""
+    from matplotlib import colormaps
+
+    installed_L = np.array(result.installed)
+    edges = np.unique(np.linspace(0, len(installed_L), SINGLE // 2 + 1).astype(np.int64))
+    floor = np.zeros(len(edges) - 1)
+    widths = np.unique(installed_L).tolist()
+    for width, color in zip(widths, colormaps["viridis"](np.linspace(0, 1, len(widths))), strict=True):
+        share = np.add.reduceat(installed_L == width, edges[:-1], dtype=np.float64) / np.diff(edges)
+        axes.stairs(floor + share, edges - 0.5, baseline=floor, fill=True, color=color, label=f"{width} bits")
+        floor = floor + share
+    axes.set(ylabel="share of neighboring layers, as installed", ylim=(0, 1))
+    return edges
+
+
 def _draw_front(plane: "Axes", reached: Front, result: SearchResult) -> None:
     tables, walk = reached.tables, reached.walk
     ratio_P = (walk.nbytes_P + tables.dense_bytes) / (4 * tables.values)
     plane.plot(ratio_P, walk.error_P, color="0.6", label="front of all assignments", zorder=1)
     for by, bits in result.found().items():
         marker, color = STYLES[by]
-        style = {"marker": marker, "color": color, "label": NAMES[by], "zorder": 3}
+        style: dict[str, Any] = {"marker": marker, "color": color, "label": NAMES[by], "zorder": 3}
         plane.scatter(tables.ratio(bits), tables.total_error(bits), **style)
     uniform = [(width,) * len(tables.layers) for width in tables.widths]
     points = [(tables.ratio(bits), tables.total_error(bits)) for bits in uniform]
@@ -108,7 +139,7 @@ def _draw_front(plane: "Axes", reached: Front, result: SearchResult) -> None:
     installed = tables.ratio(result.installed), tables.total_error(result.installed)
     plane.scatter(*installed, marker="o", s=160, facecolors="none", edgecolors="black", label="installed", zorder=4)
     units = {"root": "total error", "square": "total squared error", "loss": "change of the loss"}
-    plane.set(xlabel="bytes sent over float32's", ylabel=units[result.measure], xscale="log")
+    plane.set(xlabel="bytes sent over float32's", ylabel=units[result.tables.measure], xscale="log")
     _mark_ratios(plane, min(ratio_P[0], *(x for x, _ in points)), max(ratio_P[-1], *(x for x, _ in points)))
     if walk.error_P.min() > 0 and min(y for _, y in points) > 0:
         plane.set_yscale("log")

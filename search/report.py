@@ -44,7 +44,7 @@ def logs(result: SearchResult, when: int | str, uncompressed: Collection[str]) -
     return {
         f"epoch{when}.json": as_json(result.error_by_layer(), indent=1),
         f"compress_scheme_{when}.json": as_json(scheme, indent=1),
-        f"search_{when}.json": as_json(result.to_json()),
+        f"search_{when}.json": as_json({**result.to_json(), "uncompressed": list(uncompressed)}),
     }
 
 
@@ -91,8 +91,9 @@ def _gains(result: SearchResult) -> Iterator[str]:
     nbytes, error = tables.encoded_bytes(bits), tables.total_error(bits)
     every, float32 = nbytes + tables.dense_bytes, 4 * tables.values
     yield (
-        f"Bytes: {megabytes(every)} MB a gradient, {float32 / every:.4g} times fewer than the {megabytes(float32)} MB of "
-        f"float32; {tables.bits_a_value(bits):.3f} bits a value, scales included. Total error: {error:.4g}{_omega(result)}."
+        f"Bytes: {megabytes(every)} MB a gradient, {float32 / every:.4g} times fewer than the {megabytes(float32)} MB "
+        f"of float32; {tables.bits_a_value(bits):.3f} bits a value, scales included. "
+        f"Total error: {error:.4g}{_omega(result)}."
     )
     if len(tables.widths) == 1:
         return
@@ -101,14 +102,15 @@ def _gains(result: SearchResult) -> Iterator[str]:
         yield "At equal bytes: no mix of uniform widths takes so many or so few."
     else:
         more = f", {_change(error, at_equal_bytes)} of it" if at_equal_bytes > 0 else ""
-        yield f"At equal bytes: uniform widths have a total error of {at_equal_bytes:.4g}; the search's is {error:.4g}{more}."
+        before = f"uniform widths have a total error of {at_equal_bytes:.4g}"
+        yield f"At equal bytes: {before}; the search's is {error:.4g}{more}."
     if at_equal_error is None:
         yield "At equal error: no mix of uniform widths has so much or so little."
     else:
-        before = at_equal_error + tables.dense_bytes
+        uniform = at_equal_error + tables.dense_bytes
         yield (
-            f"At equal error: uniform widths take {megabytes(before)} MB; the search's take {megabytes(every)} MB, "
-            f"{_change(every, before)} of it."
+            f"At equal error: uniform widths take {megabytes(uniform)} MB; the search's take {megabytes(every)} MB, "
+            f"{_change(every, uniform)} of it."
         )
 
 
@@ -118,11 +120,11 @@ def _change(after: float, before: float) -> str:
 
 def _omega(result: SearchResult) -> str:
     """omega, the squared error over |m|^2, where both are known."""
-    norm2 = getattr(result.tables, "norm2", 0.0)
-    if result.measure == "loss" or norm2 == 0:
+    norm2 = result.tables.norm2
+    if result.tables.measure == "loss" or norm2 == 0:
         return ""
     errors = result.error_by_layer().values()
-    squares = errors if result.measure == "square" else (error**2 for error in errors)
+    squares = errors if result.tables.measure == "square" else (error**2 for error in errors)
     return f", omega: {math.fsum(squares) / norm2:.4g}"
 
 
@@ -163,7 +165,7 @@ def _wishes(result: SearchResult, reached: Front, words: Mapping[str, str]) -> I
             fewer = megabytes(fewest + tables.dense_bytes), _state(Wish.error(width), words)
         rows.append((f"uniform {width} bits", megabytes(nbytes + tables.dense_bytes), f"{error:.4g}", *less, *fewer))
     yield from aligned(rows)
-    if result.measure == "square" and getattr(tables, "norm2", 0.0) > 0:
+    if tables.measure == "square" and tables.norm2 > 0:
         best = optimum_of(Objective.of(Wish.balance(), bounded(tables, result.bounds))).bits
         yield (
             f"The least (1 + omega) x bytes is at {tables.bits_a_value(best):.3f} bits a value: "
@@ -217,11 +219,16 @@ def _certificate(result: SearchResult) -> Iterator[str]:
     if (found := result.certified) is None:
         return
     least = "least" if found.minimized == "error" else "fewest"
-    proof = f"which is the {least} possible" if found.gap == 0 else f"at most {percent(found.gap)} above the {least} possible"
+    proof = (
+        f"which is the {least} possible"
+        if found.gap == 0
+        else f"at most {percent(found.gap)} above the {least} possible"
+    )
     if found.minimized == "error":
-        yield f"Within the budget: total error {found.error:.4g} at {found.bits_a_value:.3f} bits a value, {proof}."
+        within = f"Within the budget: total error {found.error:.4g}"
     else:
-        yield f"Within the error: {megabytes(found.nbytes)} MB encoded at {found.bits_a_value:.3f} bits a value, {proof}."
+        within = f"Within the error: {megabytes(found.nbytes)} MB encoded"
+    yield f"{within} at {found.bits_a_value:.3f} bits a value, {proof}."
 
 
 # What is installed

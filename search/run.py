@@ -62,11 +62,6 @@ class SearchResult:
     notes: tuple[str, ...] = ()
 
     @property
-    def measure(self) -> str:
-        """What the tables' errors are: "root", "square" or "loss"."""
-        return measure_of(self.tables)
-
-    @property
     def gap(self) -> float | None:
         """Excess of differential evolution's objective over the optimum, as a fraction of it, where both ran."""
         if self.de is None or self.optimum is None:
@@ -103,8 +98,8 @@ class SearchResult:
             "nbytes": tables.nbytes.tolist(),
             "dense_bytes": tables.dense_bytes,
             "values": tables.values,
-            "measure": self.measure,
-            "norm2": getattr(tables, "norm2", 0.0),
+            "measure": tables.measure,
+            "norm2": tables.norm2,
             "wish": self.wish.to_json(),
             "method": self.method,
             "popsize": self.popsize,
@@ -126,11 +121,6 @@ class SearchResult:
             if row is not None:
                 plain[name] = _all_finite(asdict(row))
         return plain
-
-
-def measure_of(tables: Tables) -> str:
-    """What errors are: "root", "square" or "loss"."""
-    return getattr(tables, "measure", "root")
 
 
 def limit_name(wish: Wish) -> str:
@@ -158,9 +148,9 @@ def search(
 ) -> SearchResult:
     """Choose a bit width for each layer, as a wish says; without one, for the least E^0.5 C^0.5.
 
-    With "both", evolution runs beside the exact solution and the better one is installed; with "exact" it does not run, and
-    with "de" what it found is installed. Wishes that have a limit, and the balance, install the exact solution.
-    Evolution and the optimum of the objective then stand there to compare. Where a population takes more than
+    With "both", evolution runs beside the exact solution and the better one is installed; with "exact" it does not
+    run, and with "de" what it found is installed. Wishes that have a limit, and the balance, install the exact
+    solution. Evolution and the optimum of the objective then stand there to compare. Where a population takes more than
     1 GiB, "both" leaves evolution out and the result says so.
 
     pins      layer name to a width, or to its least and largest width
@@ -170,7 +160,7 @@ def search(
     without `numel`.
     """
     wish = wish or Wish.objective()
-    wish.check(tables.widths, measure_of(tables))
+    wish.check(tables.widths, tables.measure)
     if method not in METHODS:
         raise ValueError(f"a search's method is one of {', '.join(METHODS)}, got {method!r}")
     if method == "de" and wish.kind != "objective":
@@ -193,7 +183,7 @@ def search(
         )
         certified = replace(certified, bits=moved_into(tables, bounds, certified.bits))
     evolved, best, uniform, notes = None, None, {}, []
-    if measure_of(tables) != "loss":
+    if tables.measure != "loss":
         objective = Objective.of(wish, within)
         if method != "de":
             best = _moved(optimum_of(objective), tables, bounds)

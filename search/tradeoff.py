@@ -52,9 +52,7 @@ def ratios_for_bits(tables: Tables, averages: Sequence[float]) -> list[Breakpoin
     points = []
     for average in averages:
         if average < bits_C[0]:
-            raise ValueError(
-                f"no beta/alpha takes fewer than the cheapest {bits_C[0]:g} bits a value, got {average:g}"
-            )
+            raise ValueError(f"no beta/alpha takes fewer than the cheapest {bits_C[0]:g} bits a value, got {average:g}")
         corner = max(c for c, bits in enumerate(bits_C) if bits <= average)
         power = 0.0
         if corner < len(corners) - 1:

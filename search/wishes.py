@@ -47,7 +47,7 @@ class Wish:
                 raise ValueError(f"the search's {name} must be a finite number above 0, got {power}")
         if self.kind == "bits":
             check_target(self.target)
-        if self.kind == "error" and not (self.target in range(1, 9)):
+        if self.kind == "error" and self.target not in range(1, 9):
             raise ValueError(f"a limit of error is that of a uniform width of 1 to 8 bits, got {self.target}")
 
     @classmethod
@@ -97,7 +97,11 @@ class Wish:
         """The wish that `to_json` wrote. Raises ValueError where it is none."""
         known = {"kind", "alpha", "beta", "target"}
         numbers = [value for key, value in content.items() if key != "kind"]
-        if not known >= set(content) or not all(type(value) in (int, float) for value in numbers):
+        if (
+            "kind" not in content
+            or not known >= set(content)
+            or not all(type(value) in (int, float) for value in numbers)
+        ):
             raise ValueError(f"a wish holds a kind and numbers for alpha, beta or target, got {dict(content)}")
         return cls(**content)
 

@@ -16,9 +16,7 @@ KEYS = {
 
 
 def zero_error_tables():
-    return Tables(
-        ["a", "b"], [2, 8], [[1, 0], [2, 0]], [[2, 8], [2, 8]], dense_bytes=4, values=20, numel=[8, 8]
-    )
+    return Tables(["a", "b"], [2, 8], [[1, 0], [2, 0]], [[2, 8], [2, 8]], dense_bytes=4, values=20, numel=[8, 8])
 
 
 def objective(content, bits):

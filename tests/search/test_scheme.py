@@ -14,9 +14,7 @@ def load(tmp_path, content):
     return load_scheme(path, COMPRESSED, PARAMETERS)
 
 
-@pytest.mark.parametrize(
-    "uncompressed", [{}, {"32": []}, {"32": ["bn1.bias"]}, {"32": ["bn1.weight", "bn1.bias"]}]
-)
+@pytest.mark.parametrize("uncompressed", [{}, {"32": []}, {"32": ["bn1.bias"]}, {"32": ["bn1.weight", "bn1.bias"]}])
 def test_a_scheme_need_not_list_what_is_not_compressed(tmp_path, uncompressed):
     widths = load(tmp_path, {"8": ["fc.weight"], "1": ["conv1.weight"], **uncompressed})
     assert widths == {"conv1.weight": 1, "fc.weight": 8}
@@ -72,9 +70,7 @@ def test_a_scheme_that_does_not_fit_is_refused_in_one_line(tmp_path, content, wo
 
 
 def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"none\.json: cannot read the scheme \(No such file or directory\); give a"
-    ):
+    with pytest.raises(ValueError, match=r"none\.json: cannot read the scheme \(No such file or directory\); give a"):
         load_scheme(tmp_path / "none.json", COMPRESSED, PARAMETERS)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"binary: cannot read the scheme \(not UTF-8 text\)"):
