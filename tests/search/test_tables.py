@@ -189,9 +189,11 @@ def test_powers_must_be_above_zero(name, power):
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(900.0, 1.0), (1.0, 900.0)])
-def test_an_objective_outside_of_float64_says_to_scale_both_powers(alpha, beta):
-    with pytest.raises(ValueError, match="only beta/alpha matters, so divide both"):
-        Objective(two_layers(), alpha, beta)((2, 4))
+def test_an_objective_outside_of_float64_is_ranked_all_the_same(alpha, beta):
+    objective = Objective(two_layers(), alpha, beta)
+    assert objective((2, 4)) in (0.0, math.inf)
+    better, worse = ((4, 4), (2, 2)) if alpha > beta else ((2, 2), (4, 4))
+    assert objective.log(better) < objective.log((2, 4)) < objective.log(worse)
 
 
 def test_assignments_rank_as_their_objectives_do():
