@@ -1,18 +1,18 @@
 """A search on an attached model: from what its exchange recorded to the widths that it sends with from then on.
 
-The one module of this package that knows ranks. All of them call it and get the same result, or the same error.
+The one module of this package that knows ranks, and only by what it asks of them. All of them call it and get the same
+result, or the same error.
 """
 
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
-
-from compression import DENSE, Attached, Collectives
 
 from .pins import resolve_pins
 from .run import Method, SearchResult, search
@@ -22,8 +22,61 @@ from .wishes import Wish
 Result = TypeVar("Result")
 
 
+class Network(Protocol):
+    """The ranks, as `gradwire.Collectives` has them."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def sum_(self, values: Tensor) -> None: ...
+
+    def broadcast(self, value: Any) -> Any: ...
+
+    def collect(self, value: Any) -> list[Any]: ...
+
+
+class Records(Protocol):
+    """What a search measures errors on, as `gradwire.Recorder` has it."""
+
+    def averaged(self, collectives: Any) -> Mapping[str, Tensor]: ...
+
+
+class Searchable(Protocol):
+    """What a search needs of an exchange, as `gradwire.Attached` has it; only one that records can be searched."""
+
+    @property
+    def recorder(self) -> Records | None: ...
+
+    @property
+    def collectives(self) -> Network: ...
+
+    @property
+    def compressor(self) -> Any: ...
+
+    @property
+    def layers(self) -> Sequence[Any]: ...
+
+    @property
+    def hosts(self) -> Any: ...
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def dense_bytes(self) -> int: ...
+
+    def encoded_bytes_at(self, bits: int) -> dict[str, int]: ...
+
+    def set_widths(self, widths: Mapping[str, int]) -> None: ...
+
+    def moved(self, steps: Mapping[str, Tensor], factor: float) -> AbstractContextManager[None]: ...
+
+
 def search_exchange(
-    exchange: Attached,
+    exchange: Searchable,
     wish: Wish | None = None,
     *,
     target_bits: float | None = None,
@@ -37,7 +90,7 @@ def search_exchange(
     seed: int = 0,
     pins: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
-    network: Collectives | None = None,
+    network: Network | None = None,
 ) -> SearchResult:
     """Choose the bit widths of an exchange that records, and set them: residuals stay as they are.
 
@@ -89,7 +142,7 @@ def search_exchange(
 
 
 def check_search(
-    exchange: Attached,
+    exchange: Searchable,
     wish: Wish | None = None,
     *,
     widths: Sequence[int] = range(2, 9),
@@ -107,7 +160,7 @@ def check_search(
         widths,
         np.zeros((len(layers), len(widths))),
         np.array([[nbytes[layer.name] for nbytes in at_width] for layer in layers]),
-        sum(exchange.encoded_bytes_at(DENSE).values()),
+        exchange.dense_bytes,
         sum(layer.numel for layer in exchange.layers),
         [layer.numel for layer in layers],
         by,
@@ -117,7 +170,7 @@ def check_search(
 
 
 def tables_of(
-    exchange: Attached,
+    exchange: Searchable,
     gradients: Mapping[str, Tensor],
     widths: Sequence[int],
     by: Measure = "root",
@@ -136,7 +189,7 @@ def tables_of(
         gradients,
         codec_at,
         widths,
-        sum(exchange.encoded_bytes_at(DENSE).values()),
+        exchange.dense_bytes,
         sum(layer.numel for layer in exchange.layers),
         by,
         projected=compressor.error_feedback,
@@ -146,13 +199,13 @@ def tables_of(
 
 
 def changes_of_loss(
-    exchange: Attached,
+    exchange: Searchable,
     gradients: Mapping[str, Tensor],
     widths: Sequence[int],
     loss: Callable[[], float] | None,
     step_size: float,
     seed: int,
-    network: Collectives,
+    network: Network,
 ) -> dict[tuple[str, int], float]:
     """What the loss gains, by layer and width, where that layer's part of a step of all layers is the encoded one.
 
@@ -186,7 +239,7 @@ def changes_of_loss(
     return {pair: change for part in parts for pair, change in part.items()}
 
 
-def _settings(exchange: Attached, network: Collectives) -> dict[str, Any]:
+def _settings(exchange: Searchable, network: Network) -> dict[str, Any]:
     """What a search was of, in plain values."""
     compressor = exchange.compressor
     return {
@@ -199,7 +252,7 @@ def _settings(exchange: Attached, network: Collectives) -> dict[str, Any]:
     }
 
 
-def _on_first_rank(network: Collectives, work: Callable[[], Result]) -> Result:
+def _on_first_rank(network: Network, work: Callable[[], Result]) -> Result:
     """What `work` returns on rank 0, on all ranks; or what it raises there."""
     return _value_of(network.broadcast(_outcome(work) if network.rank == 0 else None))
 

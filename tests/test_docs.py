@@ -68,8 +68,11 @@ def test_pages_that_are_held_elsewhere_are() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder to run in, from which the program and, by the name that it installs as, the library are found."""
-    for name, target in (("main.py", "main.py"), ("benchmarks", "benchmarks"), ("gradwire", "compression")):
-        (tmp_path / name).symlink_to(ROOT / target)
+    for name in ("main.py", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "gradwire").mkdir()
+    for path in (*(ROOT / "compression").iterdir(), ROOT / "search"):
+        (tmp_path / "gradwire" / path.name).symlink_to(path)
     return tmp_path
 
 

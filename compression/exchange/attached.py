@@ -189,14 +189,20 @@ class Attached(ABC):
         self.averager.set_widths(widths)
 
     def encoded_bytes_at(self, bits: int) -> dict[str, int]:
-        """Bytes of one encoding of each compressed layer at a width, what all ranks add to it included; at DENSE, of
-        each layer that is never compressed. A rank sends 2 (W - 1) / W of them in a step, W ranks or hosts.
+        """Bytes of one encoding of each compressed layer at a width, what all ranks add to it included.
 
-        Raises ValueError where the compressor has no bit widths, or not this one.
+        A rank sends 2 (W - 1) / W of them in a step, W ranks or hosts. Raises ValueError where the compressor has no
+        bit widths, or not this one.
         """
-        layers = [layer for layer in self.layers if layer.compressed == (bits != DENSE)]
+        layers = [layer for layer in self.layers if layer.compressed]
         nbytes = self.averager.encoded_bytes_at(layers, bits, self.collectives.world_size)
         return {layer.name: count for layer, count in zip(layers, nbytes, strict=True)}
+
+    @property
+    def dense_bytes(self) -> int:
+        """Likewise of all layers that are never compressed, beside those that have widths."""
+        layers = [layer for layer in self.layers if not layer.compressed]
+        return sum(self.averager.encoded_bytes_at(layers, DENSE, self.collectives.world_size))
 
     @property
     def without_momentum(self) -> frozenset[str]:
