@@ -29,7 +29,12 @@ LONGEST = 34  # characters of a name
 
 
 def plot(result: SearchResult) -> bytes:
-    """A PNG of one search.
+    """A PNG of one search: `draw` says what is in it."""
+    return _png(draw(result))
+
+
+def draw(result: SearchResult) -> "Figure":
+    """Widths by layer, and the plane of bytes and error.
 
     Left: each layer's bit width, as each way found it, and as installed, over the layer's number of values; of
     hundreds of layers, the share of each width among neighbors. Right: total error over ratio, with the front of
@@ -51,7 +56,7 @@ def plot(result: SearchResult) -> bytes:
     sizes.set(ylabel="values", yscale="log")
     _name_layers(sizes, tables.layers, "x")
     _draw_front(right.subplots(), front(tables, result.installed, result.bounds), result)
-    return _png(figure)
+    return figure
 
 
 def plot_front(result: SearchResult) -> bytes:
@@ -62,7 +67,12 @@ def plot_front(result: SearchResult) -> bytes:
 
 
 def plot_bits_over_time(results: Mapping[str, SearchResult] | Sequence[SearchResult]) -> bytes:
-    """A PNG of the widths installed by several searches of one model, layer by layer.
+    """A PNG of the widths that several searches installed: `draw_bits_over_time` says what is in it."""
+    return _png(draw_bits_over_time(results))
+
+
+def draw_bits_over_time(results: Mapping[str, SearchResult] | Sequence[SearchResult]) -> "Figure":
+    """The widths installed by several searches of one model, layer by layer.
 
     results  when each search was to the search; a sequence is numbered from 0
 
@@ -89,7 +99,7 @@ def plot_bits_over_time(results: Mapping[str, SearchResult] | Sequence[SearchRes
     whens = list(named)
     axes.set_xticks(shown, [whens[column] for column in shown], rotation=90 if max(map(len, whens)) > 3 else 0)
     axes.set_xlabel("search after epoch")
-    return _png(figure)
+    return figure
 
 
 def _draw_layers(axes: "Axes", result: SearchResult) -> None:
