@@ -7,7 +7,7 @@ costs a collective.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -370,6 +370,16 @@ class _Stopwatch:
             return [end - start for start, end in self._laps]
         torch.cuda.synchronize()
         return [start.elapsed_time(end) / 1000 for start, end in self._laps]
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], loss: Loss, precision: Precision) -> float:
+    """The loss of a model as it is, as a mean over batches, in the mode of `evaluate`: no buffer changes."""
+    training = model.training
+    model.eval()
+    total = torch.stack([loss(precision.logits(model, images), labels).double() for images, labels in batches])
+    model.train(training)
+    return float(total.mean())
 
 
 @contextmanager

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .checking import false_claims
     from .comparison import compare
     from .evolution import Evolved, evolve
-    from .exchanges import search_exchange
+    from .exchanges import check_search, search_exchange
     from .fronts import Front, front
     from .hulls import optimum
     from .knapsack import Certified, check_budget, within_budget, within_error
@@ -39,6 +39,7 @@ _MODULE_OF = {
     "Wish": "wishes",
     "as_text": "report",
     "check_budget": "knapsack",
+    "check_search": "exchanges",
     "false_claims": "checking",
     "compare": "comparison",
     "evolve": "evolution",
@@ -71,6 +72,7 @@ __all__ = [
     "Wish",
     "as_text",
     "check_budget",
+    "check_search",
     "compare",
     "evolve",
     "false_claims",

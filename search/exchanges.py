@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from compression import DENSE, Attached, Collectives
@@ -85,6 +86,34 @@ def search_exchange(
     result: SearchResult = _on_first_rank(network, chosen)
     exchange.set_widths(result.bits_by_layer())
     return result
+
+
+def check_search(
+    exchange: Attached,
+    wish: Wish | None = None,
+    *,
+    widths: Sequence[int] = range(2, 9),
+    by: Measure = "root",
+    pins: Sequence[str] = (),
+) -> None:
+    """Raise ValueError for what a search of this exchange cannot be asked for, before any gradient is known.
+
+    Among it are bytes that no assignment keeps within, and pins that match nothing.
+    """
+    layers = [layer for layer in exchange.layers if layer.compressed]
+    at_width = [exchange.encoded_bytes_at(width) for width in widths]
+    tables = Tables(
+        [layer.name for layer in layers],
+        widths,
+        np.zeros((len(layers), len(widths))),
+        np.array([[nbytes[layer.name] for nbytes in at_width] for layer in layers]),
+        sum(exchange.encoded_bytes_at(DENSE).values()),
+        sum(layer.numel for layer in exchange.layers),
+        [layer.numel for layer in layers],
+        by,
+        norm2=1.0,
+    )
+    search(tables, wish, "exact", pins=resolve_pins(pins, tables.layers, tables.widths))
 
 
 def tables_of(
