@@ -75,6 +75,7 @@ def _run(flags: argparse.Namespace) -> int:
     contents = {path: read_json(path) for path in flags.files}
     results = {path: search_from(content, path) for path, content in contents.items()}
     path, content = next(iter(contents.items()))
+    other = _other(flags.against, results[path]) if flags.against else None
     wish = _wish(flags)
     of_one = ("target_bits", "target_error", "alpha", "beta", "method", "output", "plot", "front", "against")
     if len(results) > 1 and (wish or flags.pin or any(getattr(flags, name) is not None for name in of_one)):
@@ -86,19 +87,18 @@ def _run(flags: argparse.Namespace) -> int:
         Path(flags.over_time).write_bytes(plot_bits_over_time(named))
     if wish is None and not flags.pin and flags.method is None:
         result = results[path]
-        if code := _check(contents):
-            return code
-        if len(results) > 1:
-            return 0
+        _write(flags, result, content)
+        false = _check(contents)
+        if false or len(results) > 1:
+            return int(false)
     else:
         result = _solve(results[path], wish, flags)
+        _write(flags, result, content)
     print(as_text(result, Path(path).stem.removeprefix("search_"), WORDS))
     for name, setting in result.settings.items():
         print(f"  {name}: {setting}")
-    _write(flags, result, content)
-    if flags.against:
-        bits = _other(flags.against, result)
-        print(compare(result.tables, result.installed, bits, (Path(path).name, Path(flags.against).name)))
+    if other is not None:
+        print(compare(result.tables, result.installed, other, (Path(path).name, Path(flags.against).name)))
     return 0
 
 
@@ -114,16 +114,12 @@ def _wish(flags: argparse.Namespace) -> Wish | None:
     return Wish.balance() if flags.balance else None
 
 
-def _check(contents: Mapping[str, Mapping[str, Any]]) -> int:
-    code = 0
-    for path, content in contents.items():
-        claims = false_claims(content, path)
-        for claim in claims:
-            print(f"{path}: {claim}")
-        code = max(code, int(bool(claims)))
-        if not claims:
-            print(f"{path}: every claim holds.")
-    return code
+def _check(contents: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Say of each file whether it holds; true where one does not."""
+    claims = {path: false_claims(content, path) for path, content in contents.items()}
+    for path, of_file in claims.items():
+        print("\n".join(f"{path}: {claim}" for claim in of_file or ["every claim holds."]))
+    return any(claims.values())
 
 
 def _solve(old: SearchResult, wish: Wish | None, flags: argparse.Namespace) -> SearchResult:

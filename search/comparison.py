@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .layout import aligned, megabytes, percent
+from .layout import aligned, percent, size
 from .tables import Tables
 
 MOST = 12  # layers that are shown one by one
@@ -12,11 +12,11 @@ MOST = 12  # layers that are shown one by one
 
 def compare(tables: Tables, first: Sequence[int], second: Sequence[int], names: tuple[str, str]) -> str:
     """A page of text: what two assignments cost and lose, and the layers that differ most in bytes."""
-    rows: list[Sequence[str]] = [("", "bits/value", "MB", "total error")]
+    rows: list[Sequence[str]] = [("", "bits/value", "bytes", "total error")]
     for name, bits in zip(names, (first, second), strict=True):
         nbytes = tables.encoded_bytes(bits) + tables.dense_bytes
         error = tables.total_error(bits)
-        rows.append((name, f"{tables.bits_a_value(bits):.3f}", megabytes(nbytes), f"{error:.4g}"))
+        rows.append((name, f"{tables.bits_a_value(bits):.3f}", size(nbytes), f"{error:.4g}"))
     columns_2L = np.stack([tables.columns(first), tables.columns(second)])
     layers = np.arange(len(tables.layers))
     more_nbytes_L, more_error_L = (

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,15 +68,14 @@ class Front:
         table.writerow(("kind", "encoded_bytes", "bits_a_value", "ratio", "error", "layer", "bits"))
         layers = ["", *(tables.layers[layer] for layer in walk.edges.layer_M)]
         bits = ["", *tables.bits(walk.edges.column_M)]
+        values, dense_bytes, float32 = sum(tables.numel), tables.dense_bytes, 4 * tables.values
         corners = zip(walk.nbytes_P.tolist(), walk.error_P.tolist(), layers, bits, strict=True)
-        table.writerows(("front", *self._totals(nbytes, error), *step) for nbytes, error, *step in corners)
-        table.writerows((name, *self._totals(*totals), "", "") for name, totals in self.points().items())
+        points = ((nbytes, error, "", "", name) for name, (nbytes, error) in self.points().items())
+        table.writerows(
+            (kind, nbytes, 8 * nbytes / values, (nbytes + dense_bytes) / float32, error, layer, width)
+            for nbytes, error, layer, width, kind in itertools.chain(((*corner, "front") for corner in corners), points)
+        )
         return text.getvalue()
-
-    def _totals(self, nbytes: int, error: float) -> tuple[int, float, float, float]:
-        tables = self.tables
-        ratio = (nbytes + tables.dense_bytes) / (4 * tables.values)
-        return nbytes, 8 * nbytes / sum(tables.numel), ratio, error
 
 
 def front(tables: Tables, installed: Sequence[int] | None = None, bounds: Mapping[str, Bounds] | None = None) -> Front:

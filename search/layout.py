@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+UNITS = ("B", "kB", "MB", "GB")
+
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:
     """Rows of cells, the headings first, as aligned lines.
@@ -24,6 +26,8 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.4g} %"
 
 
-def megabytes(nbytes: float) -> str:
-    """Bytes in units of 10^6, of four digits or more."""
-    return f"{nbytes / 1e6:,.2f}" if nbytes >= 1e7 else f"{nbytes / 1e6:.4g}"
+def size(nbytes: float) -> str:
+    """Bytes in the unit that leaves up to three digits before the point, or in GB."""
+    power = next((power for power in range(3) if nbytes < 999.95 * 1000**power), 3)
+    count = nbytes / 1000**power
+    return f"{count:,.4g} {UNITS[power]}" if count < 999.95 else f"{count:,.0f} {UNITS[power]}"

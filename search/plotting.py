@@ -5,7 +5,7 @@ All are drawn by Agg: no display, no global state.
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 from .fronts import Front, front
 from .run import NAMES, SearchResult
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
+Axes: TypeAlias = Any  # matplotlib's: it is imported where it draws
+Figure: TypeAlias = Any
 STYLES = {
     "de": ("x", "tab:orange"),
     "optimum": ("o", "tab:green"),
@@ -29,7 +27,12 @@ LONGEST = 34  # characters of a name
 
 
 def plot(result: SearchResult) -> bytes:
-    """A PNG of one search.
+    """A PNG of one search: `draw` says what is in it."""
+    return _png(draw(result))
+
+
+def draw(result: SearchResult) -> Figure:
+    """Widths by layer, and the plane of bytes and error.
 
     Left: each layer's bit width, as each way found it, and as installed, over the layer's number of values; of
     hundreds of layers, the share of each width among neighbors. Right: total error over ratio, with the front of
@@ -51,7 +54,7 @@ def plot(result: SearchResult) -> bytes:
     sizes.set(ylabel="values", yscale="log")
     _name_layers(sizes, tables.layers, "x")
     _draw_front(right.subplots(), front(tables, result.installed, result.bounds), result)
-    return _png(figure)
+    return figure
 
 
 def plot_front(result: SearchResult) -> bytes:
@@ -62,7 +65,12 @@ def plot_front(result: SearchResult) -> bytes:
 
 
 def plot_bits_over_time(results: Mapping[str, SearchResult] | Sequence[SearchResult]) -> bytes:
-    """A PNG of the widths installed by several searches of one model, layer by layer.
+    """A PNG of the widths that several searches installed: `draw_bits_over_time` says what is in it."""
+    return _png(draw_bits_over_time(results))
+
+
+def draw_bits_over_time(results: Mapping[str, SearchResult] | Sequence[SearchResult]) -> Figure:
+    """The widths installed by several searches of one model, layer by layer.
 
     results  when each search was to the search; a sequence is numbered from 0
 
@@ -89,10 +97,10 @@ def plot_bits_over_time(results: Mapping[str, SearchResult] | Sequence[SearchRes
     whens = list(named)
     axes.set_xticks(shown, [whens[column] for column in shown], rotation=90 if max(map(len, whens)) > 3 else 0)
     axes.set_xlabel("search after epoch")
-    return _png(figure)
+    return figure
 
 
-def _draw_layers(axes: "Axes", result: SearchResult) -> None:
+def _draw_layers(axes: Axes, result: SearchResult) -> None:
     """A mark for each layer and finder, and a line through what is installed."""
     tables = result.tables
     layers = np.arange(len(tables.layers))
@@ -106,7 +114,7 @@ def _draw_layers(axes: "Axes", result: SearchResult) -> None:
     axes.set_axisbelow(True)
 
 
-def _draw_shares(axes: "Axes", result: SearchResult) -> NDArray:
+def _draw_shares(axes: Axes, result: SearchResult) -> NDArray:
     """The share of each width among neighbors, where layers are too many to be seen one by one. Their limits."""
     from matplotlib import colormaps
 
@@ -122,7 +130,7 @@ def _draw_shares(axes: "Axes", result: SearchResult) -> NDArray:
     return edges
 
 
-def _draw_front(plane: "Axes", reached: Front, result: SearchResult) -> None:
+def _draw_front(plane: Axes, reached: Front, result: SearchResult) -> None:
     tables, walk = reached.tables, reached.walk
     ratio_P = (walk.nbytes_P + tables.dense_bytes) / (4 * tables.values)
     plane.plot(ratio_P, walk.error_P, color="0.6", label="front of all assignments", zorder=1)
@@ -148,7 +156,7 @@ def _draw_front(plane: "Axes", reached: Front, result: SearchResult) -> None:
     plane.legend()
 
 
-def _mark_ratios(plane: "Axes", least: float, most: float) -> None:
+def _mark_ratios(plane: Axes, least: float, most: float) -> None:
     """Ticks with decimal fractions on a logarithmic axis of less than a decade or two."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -158,7 +166,7 @@ def _mark_ratios(plane: "Axes", least: float, most: float) -> None:
     plane.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:.3g}"))
 
 
-def _name_layers(axes: "Axes", layers: Sequence[str], side: str) -> None:
+def _name_layers(axes: Axes, layers: Sequence[str], side: str) -> None:
     """Names of the layers on an axis: all of them where they fit, some at equal distances where they do not."""
     shown = _spread(len(layers), NAMED)
     names = [name if len(name) <= LONGEST else "..." + name[-LONGEST + 3 :] for name in (layers[row] for row in shown)]
@@ -178,13 +186,13 @@ def _spread(count: int, most: int) -> list[int]:
     return list(range(0, count, -(-count // most)))
 
 
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure  # takes half a second, which only a search should pay
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib import figure  # takes half a second, which only a search should pay
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return figure.Figure(figsize=(width, height), layout="constrained")
 
 
-def _png(figure: "Figure") -> bytes:
+def _png(figure: Figure) -> bytes:
     png = BytesIO()
     figure.savefig(png, format="png", dpi=110)
     return png.getvalue()

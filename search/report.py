@@ -14,7 +14,7 @@ import numpy as np
 
 from .fronts import Front, front
 from .hulls import optimum_of
-from .layout import aligned, megabytes, percent
+from .layout import aligned, percent, size
 from .objective import Objective
 from .pins import bounded
 from .run import NAMES, SearchResult
@@ -91,7 +91,7 @@ def _gains(result: SearchResult) -> Iterator[str]:
     nbytes, error = tables.encoded_bytes(bits), tables.total_error(bits)
     every, float32 = nbytes + tables.dense_bytes, 4 * tables.values
     yield (
-        f"Bytes: {megabytes(every)} MB a gradient, {float32 / every:.4g} times fewer than the {megabytes(float32)} MB "
+        f"Bytes: {size(every)} a gradient, {float32 / every:.4g} times fewer than the {size(float32)} "
         f"of float32; {tables.bits_a_value(bits):.3f} bits a value, scales included. "
         f"Total error: {error:.4g}{_omega(result)}."
     )
@@ -109,7 +109,7 @@ def _gains(result: SearchResult) -> Iterator[str]:
     else:
         uniform = at_equal_error + tables.dense_bytes
         yield (
-            f"At equal error: uniform widths take {megabytes(uniform)} MB; the search's take {megabytes(every)} MB, "
+            f"At equal error: uniform widths take {size(uniform)}; the search's take {size(every)}, "
             f"{_change(every, uniform)} of it."
         )
 
@@ -153,7 +153,7 @@ def _wishes(result: SearchResult, reached: Front, words: Mapping[str, str]) -> I
     """What each uniform width leaves on the table, and the wish that takes it."""
     tables = result.tables
     yield "What the search can do for each uniform width, at the least, and how to ask for it:"
-    rows: list[Sequence[str]] = [("", "MB", "total error", "same bytes, error", "ask", "same error, MB", "ask")]
+    rows: list[Sequence[str]] = [("", "bytes", "total error", "same bytes, error", "ask", "same error, bytes", "ask")]
     for width in tables.widths:
         bits = (width,) * len(tables.layers)
         nbytes, error = tables.encoded_bytes(bits), tables.total_error(bits)
@@ -162,8 +162,8 @@ def _wishes(result: SearchResult, reached: Front, words: Mapping[str, str]) -> I
         less = ("none", "") if least is None else (f"{least:.4g}", _state(Wish.bits(average), words))
         fewer = ("none", "")
         if fewest is not None:
-            fewer = megabytes(fewest + tables.dense_bytes), _state(Wish.error(width), words)
-        rows.append((f"uniform {width} bits", megabytes(nbytes + tables.dense_bytes), f"{error:.4g}", *less, *fewer))
+            fewer = size(fewest + tables.dense_bytes), _state(Wish.error(width), words)
+        rows.append((f"uniform {width} bits", size(nbytes + tables.dense_bytes), f"{error:.4g}", *less, *fewer))
     yield from aligned(rows)
     if tables.measure == "square" and tables.norm2 > 0:
         best = optimum_of(Objective.of(Wish.balance(), bounded(tables, result.bounds))).bits
@@ -179,8 +179,9 @@ def _wishes(result: SearchResult, reached: Front, words: Mapping[str, str]) -> I
 def _comparison(result: SearchResult) -> Iterator[str]:
     tables, best = result.tables, result.optimum
     heading = ("", "total error", "ratio", "bits/value")
-    rows = {f"uniform {width} bits": (width,) * len(tables.layers) for width in tables.widths}
-    rows |= {NAMES[by]: bits for by, bits in result.found().items()}
+    rows = {NAMES[by]: bits for by, bits in result.found().items()}
+    if result.certified is None:  # else the objective is not what was asked for
+        rows = {f"uniform {width} bits": (width,) * len(tables.layers) for width in tables.widths} | rows
     objective_of = Objective.of(result.wish, tables) if result.uniform else None
     table: list[Sequence[str]] = [(*heading, *(("objective",) if objective_of else ()))]
     if objective_of and best:
@@ -227,7 +228,7 @@ def _certificate(result: SearchResult) -> Iterator[str]:
     if found.minimized == "error":
         within = f"Within the budget: total error {found.error:.4g}"
     else:
-        within = f"Within the error: {megabytes(found.nbytes)} MB encoded"
+        within = f"Within the error: {size(found.nbytes)} encoded"
     yield f"{within} at {found.bits_a_value:.3f} bits a value, {proof}."
 
 

@@ -79,5 +79,5 @@ def test_a_balance_needs_a_gradient_that_is_not_zero():
 
 def test_errors_below_zero_have_no_powers():
     tables = replace(fifty_layers(), measure="loss", error=fifty_layers().error - 1)
-    with pytest.raises(ValueError, match="errors that are not negative, got .*; ask for a number of bits or an error"):
+    with pytest.raises(ValueError, match=r"errors that are not negative, got .*; ask for a number of bits or an error"):
         Objective(tables, 0.5, 0.5)

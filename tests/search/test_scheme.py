@@ -77,3 +77,12 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path):
         load_scheme(tmp_path / "binary", COMPRESSED, PARAMETERS)
     with pytest.raises(ValueError, match=r"cannot read the scheme \(Is a directory\)"):
         load_scheme(tmp_path, COMPRESSED, PARAMETERS)
+
+
+def test_without_the_models_names_any_may_stand_under_32(tmp_path):
+    path = tmp_path / "scheme.json"
+    path.write_text(json.dumps({"4": ["fc.weight"], "8": ["conv1.weight"], "32": ["bn7.weight"]}))
+    assert load_scheme(path, COMPRESSED) == {"conv1.weight": 8, "fc.weight": 4}
+    path.write_text(json.dumps({"4": [*COMPRESSED, "bn7.weight"]}))
+    with pytest.raises(ValueError, match=r"no layer bn7\.weight \(width 4\)"):
+        load_scheme(path, COMPRESSED)

@@ -14,8 +14,10 @@ def test_a_wish_is_read_back_from_its_json(wish):
 
 @pytest.mark.parametrize(
     "content",
-    [{}, {"kind": "best"}, {"kind": "bits"}, {"kind": "bits", "target": "4"}, {"kind": "bits", "target": True}]
-    + [{"kind": "balance", "target": 4}, {"kind": "balance", "more": 1}, {"kind": "objective", "alpha": 1}],
+    [
+        *({}, {"kind": "best"}, {"kind": "bits"}, {"kind": "bits", "target": "4"}, {"kind": "bits", "target": True}),
+        *({"kind": "balance", "target": 4}, {"kind": "balance", "more": 1}, {"kind": "objective", "alpha": 1}),
+    ],
 )
 def test_what_is_no_wish_is_refused(content):
     with pytest.raises(ValueError, match="wish"):
