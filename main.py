@@ -1647,8 +1647,9 @@ class Snapshot:
             dropped.append("momentum that --dgc keeps by itself")
         run.optimizer.load_state_dict(optimizer)
 
-        last_search = flags.search and saved.get("searched", False)
-        chosen = not last_search if flags.compression_scheme else "quantization_bits" in flags.given and not flags.search
+        chosen = "quantization_bits" in flags.given and not flags.search
+        if flags.compression_scheme:
+            chosen = not (flags.search and saved.get("searched", False))
         if saved["widths"] and run.exchange.widths and not chosen:
             if not {"name", "bucket_size"} & {*useless}:
                 run.exchange.set_widths(saved["widths"])

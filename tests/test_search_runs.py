@@ -200,6 +200,11 @@ def test_a_run_may_start_from_a_scheme_and_search(pictures: Path, tmp_path: Path
     ]
     assert ratios[0] > 1.5 * ratios[1]
     assert widths_of(rank) == installed(searches(tmp_path)["1"])
+    flags = flags.replace("--epochs 2", "--epochs 3")
+    searched(tmp_path, pictures, flags, 1, "--compression-scheme", scheme, "--resume", "auto")
+    *_, resumed = [line["data"]["comm.ratio"] for line in records(tmp_path / "experiment_raport.json")
+                   if len(line["step"]) == 1]  # fmt: skip
+    assert resumed < ratios[0] / 1.5  # with the widths of the last search, not with those of the scheme
 
 
 # Resume
