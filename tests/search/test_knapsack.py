@@ -159,6 +159,13 @@ def test_layers_that_are_all_alike_have_many_optima_and_one_is_found():
     assert found.gap < 1e-3
 
 
+def test_a_budget_above_the_largest_width_buys_the_least_error():
+    tables = fifty_layers()
+    found = within_budget(tables, 100.0)
+    assert found.error == math.fsum(tables.error.min(axis=1))
+    assert found.bits == (8,) * 54
+
+
 def test_scales_count_so_that_four_bits_take_more_than_a_budget_of_four():
     tables = fifty_layers()
     found = within_budget(replace(tables, widths=[4], error=tables.error[:, 2:3], nbytes=tables.nbytes[:, 2:3]), 4.13)
