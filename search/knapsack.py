@@ -6,7 +6,7 @@ of E^alpha C^beta does; but the hull bounds it, and the bound does the work.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .hulls import Edges, completed, merge_edges, sums_of_the_rest
 from .objective import gap
-from .tables import Ints, MeasuredCodec, Tables
+from .tables import Ints, Tables
 from .wishes import check_target
 
 EPS = float(np.finfo(np.float64).eps)
@@ -205,26 +205,15 @@ class _Rest:
 
 def _budget_nbytes(tables: Tables, bits_a_value: float) -> int:
     """The most bytes that are at most so many bits a value."""
-    _check_bits(bits_a_value, tables.bits_a_value(tables.bits(tables.nbytes.argmin(axis=1))))
-    values = sum(tables.numel)
-    nbytes = math.floor(bits_a_value * values / 8) + 1
-    while 8 * nbytes / values > bits_a_value:
-        nbytes -= 1
-    return nbytes
-
-
-def check_budget(
-    numel: Sequence[int], codec_at: Callable[[int], MeasuredCodec], widths: Sequence[int], bits_a_value: float
-) -> None:
-    """Raise ValueError where layers of so many values cannot keep within a budget, known before any gradient is."""
-    cheapest = sum(min(codec_at(width).wire_bytes(count) for width in widths) for count in numel)
-    _check_bits(bits_a_value, 8 * cheapest / sum(numel))
-
-
-def _check_bits(bits_a_value: float, cheapest: float) -> None:
     check_target(bits_a_value)
+    cheapest = tables.bits_a_value(tables.bits(tables.nbytes.argmin(axis=1)))
     if bits_a_value < cheapest:
         raise ValueError(
             f"a budget must hold the cheapest assignment, {math.ceil(cheapest * 1e4) / 1e4:.4f} bits a value with "
             f"its scales, got {bits_a_value:g}; raise it, or lower the least width"
         )
+    values = sum(tables.numel)
+    nbytes = math.floor(bits_a_value * values / 8) + 1
+    while 8 * nbytes / values > bits_a_value:
+        nbytes -= 1
+    return nbytes
