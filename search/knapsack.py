@@ -141,9 +141,10 @@ def _solve(
         value_S = (value_S[:, None] + value_LK[layer]).ravel()
         weight_S = (weight_S[:, None] + weight_LK[layer]).ravel()
         undecided_L[layer] = False
-        rest = _Rest(edges, undecided_L, value_LK)
+        rest = _Rest(edges, undecided_L)
 
         def assignment(state: int, corner: int, layer: int = layer, rest: _Rest = rest, widths: int = widths) -> Ints:
+            """The columns of a state, and of its undecided layers at a corner of their hull."""
             columns_L = edges.start_L.copy()
             parent, columns_L[layer] = divmod(state, widths)
             for decided, (parent_S, column_S) in zip(order[len(trail) - 1 :: -1], trail[::-1], strict=False):
@@ -157,10 +158,10 @@ def _solve(
         better = np.flatnonzero(complete_S < best)
         better = better[np.argsort(complete_S[better], kind="stable")]
         for tries, state in enumerate(better):
-            columns_L = assignment(int(state), int(corner_S[state]))
             if tries == TRIES:
                 lower_bound = min(lower_bound, complete_S[state])
                 break
+            columns_L = assignment(int(state), int(corner_S[state]))
             if fits(columns_L):
                 best_L, best = columns_L, float(complete_S[state])
                 break
@@ -192,7 +193,7 @@ def _solve(
 class _Rest:
     """The hull of all that the undecided layers can add: P corners, weight_P rising and value_P falling."""
 
-    def __init__(self, edges: Edges, undecided_L: NDArray[np.bool_], value_LK: NDArray) -> None:
+    def __init__(self, edges: Edges, undecided_L: NDArray[np.bool_]) -> None:
         self._edges = edges
         self._steps = np.flatnonzero(undecided_L[edges.layer_M])
         self.weight_P = np.append(0.0, edges.x_M[self._steps].cumsum())
