@@ -1647,8 +1647,8 @@ class Snapshot:
             dropped.append("momentum that --dgc keeps by itself")
         run.optimizer.load_state_dict(optimizer)
 
-        asked_for = flags.compression_scheme or "quantization_bits" in flags.given
-        chosen = asked_for and not (flags.search and saved.get("searched", not flags.compression_scheme))
+        last_search = flags.search and saved.get("searched", False)
+        chosen = not last_search if flags.compression_scheme else "quantization_bits" in flags.given and not flags.search
         if saved["widths"] and run.exchange.widths and not chosen:
             if not {"name", "bucket_size"} & {*useless}:
                 run.exchange.set_widths(saved["widths"])

@@ -166,7 +166,7 @@ class Attached(ABC):
             "step": self.step,
             **self.binding.state_dict(),
             "recorded": self.recorder.state.state_dict() if self.recorder is not None else {},
-            "recorder": self.recorder.state_dict() if self.recorder is not None else {},
+            **({"recorder": self.recorder.state_dict()} if self.recorder is not None else {}),
         }
 
     def load_common_state(self, state: Mapping[str, Any], ranks_alike: bool) -> None:
