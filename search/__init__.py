@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .exchanges import check_search, search_exchange
     from .fronts import Front, front
     from .hulls import optimum
-    from .knapsack import Certified, check_budget, within_budget, within_error
+    from .knapsack import Certified, within_budget, within_error
     from .objective import Assignment, Objective
     from .pins import resolve_pins
     from .plotting import plot, plot_bits_over_time, plot_front
@@ -38,7 +38,6 @@ _MODULE_OF = {
     "Tables": "tables",
     "Wish": "wishes",
     "as_text": "report",
-    "check_budget": "knapsack",
     "check_search": "exchanges",
     "false_claims": "checking",
     "compare": "comparison",
@@ -71,7 +70,6 @@ __all__ = [
     "Tables",
     "Wish",
     "as_text",
-    "check_budget",
     "check_search",
     "compare",
     "evolve",

@@ -4,6 +4,7 @@ It exits with 0 where all holds, 1 where a file claims what is not so, and 2 for
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     try:
         return _run(flags)
+    except BrokenPipeError:  # whoever reads has read enough; Python writes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .layout import aligned, percent, size
+from .run import UNITS
 from .tables import Tables
 
 MOST = 12  # layers that are shown one by one
@@ -12,7 +13,7 @@ MOST = 12  # layers that are shown one by one
 
 def compare(tables: Tables, first: Sequence[int], second: Sequence[int], names: tuple[str, str]) -> str:
     """A page of text: what two assignments cost and lose, and the layers that differ most in bytes."""
-    rows: list[Sequence[str]] = [("", "bits/value", "bytes", "total error")]
+    rows: list[Sequence[str]] = [("", "bits/value", "bytes", UNITS[tables.measure])]
     for name, bits in zip(names, (first, second), strict=True):
         nbytes = tables.encoded_bytes(bits) + tables.dense_bytes
         error = tables.total_error(bits)
@@ -30,7 +31,7 @@ def compare(tables: Tables, first: Sequence[int], second: Sequence[int], names: 
     shown = differ[np.argsort(-np.abs(more_nbytes_L[differ]), kind="stable")][:MOST]
     table: list[Sequence[str]] = [("layer", "values", "bits", "MB more", "error more")]
     for row in shown:
-        loses = f"{more_error_L[row] / (abs(tables.total_error(first)) or 1):+.3%}"
+        loses = f"{more_error_L[row]:+.3g}"
         change = f"{first[row]} -> {second[row]}"
         table.append((tables.layers[row], f"{tables.numel[row]:,}", change, f"{more_nbytes_L[row] / 1e6:+.3f}", loses))
     lines += aligned(table, left=1)

@@ -6,7 +6,7 @@ of E^alpha C^beta does; but the hull bounds it, and the bound does the work.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .hulls import Edges, completed, merge_edges, sums_of_the_rest
 from .objective import gap
-from .tables import Ints, MeasuredCodec, Tables
+from .tables import Ints, Tables
 from .wishes import check_target
 
 EPS = float(np.finfo(np.float64).eps)
@@ -141,9 +141,10 @@ def _solve(
         value_S = (value_S[:, None] + value_LK[layer]).ravel()
         weight_S = (weight_S[:, None] + weight_LK[layer]).ravel()
         undecided_L[layer] = False
-        rest = _Rest(edges, undecided_L, value_LK)
+        rest = _Rest(edges, undecided_L)
 
         def assignment(state: int, corner: int, layer: int = layer, rest: _Rest = rest, widths: int = widths) -> Ints:
+            """The columns of a state, and of its undecided layers at a corner of their hull."""
             columns_L = edges.start_L.copy()
             parent, columns_L[layer] = divmod(state, widths)
             for decided, (parent_S, column_S) in zip(order[len(trail) - 1 :: -1], trail[::-1], strict=False):
@@ -157,10 +158,10 @@ def _solve(
         better = np.flatnonzero(complete_S < best)
         better = better[np.argsort(complete_S[better], kind="stable")]
         for tries, state in enumerate(better):
-            columns_L = assignment(int(state), int(corner_S[state]))
             if tries == TRIES:
                 lower_bound = min(lower_bound, complete_S[state])
                 break
+            columns_L = assignment(int(state), int(corner_S[state]))
             if fits(columns_L):
                 best_L, best = columns_L, float(complete_S[state])
                 break
@@ -192,7 +193,7 @@ def _solve(
 class _Rest:
     """The hull of all that the undecided layers can add: P corners, weight_P rising and value_P falling."""
 
-    def __init__(self, edges: Edges, undecided_L: NDArray[np.bool_], value_LK: NDArray) -> None:
+    def __init__(self, edges: Edges, undecided_L: NDArray[np.bool_]) -> None:
         self._edges = edges
         self._steps = np.flatnonzero(undecided_L[edges.layer_M])
         self.weight_P = np.append(0.0, edges.x_M[self._steps].cumsum())
@@ -205,26 +206,15 @@ class _Rest:
 
 def _budget_nbytes(tables: Tables, bits_a_value: float) -> int:
     """The most bytes that are at most so many bits a value."""
-    _check_bits(bits_a_value, tables.bits_a_value(tables.bits(tables.nbytes.argmin(axis=1))))
-    values = sum(tables.numel)
-    nbytes = math.floor(bits_a_value * values / 8) + 1
-    while 8 * nbytes / values > bits_a_value:
-        nbytes -= 1
-    return nbytes
-
-
-def check_budget(
-    numel: Sequence[int], codec_at: Callable[[int], MeasuredCodec], widths: Sequence[int], bits_a_value: float
-) -> None:
-    """Raise ValueError where layers of so many values cannot keep within a budget, known before any gradient is."""
-    cheapest = sum(min(codec_at(width).wire_bytes(count) for width in widths) for count in numel)
-    _check_bits(bits_a_value, 8 * cheapest / sum(numel))
-
-
-def _check_bits(bits_a_value: float, cheapest: float) -> None:
     check_target(bits_a_value)
+    cheapest = tables.bits_a_value(tables.bits(tables.nbytes.argmin(axis=1)))
     if bits_a_value < cheapest:
         raise ValueError(
             f"a budget must hold the cheapest assignment, {math.ceil(cheapest * 1e4) / 1e4:.4f} bits a value with "
             f"its scales, got {bits_a_value:g}; raise it, or lower the least width"
         )
+    values = sum(tables.numel)
+    nbytes = math.floor(bits_a_value * values / 8) + 1
+    while 8 * nbytes / values > bits_a_value:
+        nbytes -= 1
+    return nbytes

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .fronts import Front, front
-from .run import NAMES, SearchResult
+from .run import NAMES, UNITS, SearchResult
 
 Axes: TypeAlias = Any  # matplotlib's: it is imported where it draws
 Figure: TypeAlias = Any
@@ -146,8 +146,7 @@ def _draw_front(plane: Axes, reached: Front, result: SearchResult) -> None:
         plane.annotate(str(width), point, xytext=(5, 4), textcoords="offset points", color="tab:blue")
     installed = tables.ratio(result.installed), tables.total_error(result.installed)
     plane.scatter(*installed, marker="o", s=160, facecolors="none", edgecolors="black", label="installed", zorder=4)
-    units = {"root": "total error", "square": "total squared error", "loss": "change of the loss"}
-    plane.set(xlabel="bytes sent over float32's", ylabel=units[result.tables.measure], xscale="log")
+    plane.set(xlabel="bytes sent over float32's", ylabel=UNITS[result.tables.measure], xscale="log")
     _mark_ratios(plane, min(ratio_P[0], *(x for x, _ in points)), max(ratio_P[-1], *(x for x, _ in points)))
     if walk.error_P.min() > 0 and min(y for _, y in points) > 0:
         plane.set_yscale("log")

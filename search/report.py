@@ -17,8 +17,9 @@ from .hulls import optimum_of
 from .layout import aligned, percent, size
 from .objective import Objective
 from .pins import bounded
-from .run import NAMES, SearchResult
+from .run import NAMES, UNITS, SearchResult
 from .scheme import scheme_of
+from .tables import Tables
 from .tradeoff import ratios_for_bits
 from .wishes import Wish
 
@@ -93,7 +94,7 @@ def _gains(result: SearchResult) -> Iterator[str]:
     yield (
         f"Bytes: {size(every)} a gradient, {float32 / every:.4g} times fewer than the {size(float32)} "
         f"of float32; {tables.bits_a_value(bits):.3f} bits a value, scales included. "
-        f"Total error: {error:.4g}{_omega(result)}."
+        f"{UNITS[tables.measure].capitalize()}: {error:.4g}{_omega(result)}."
     )
     if len(tables.widths) == 1:
         return
@@ -101,8 +102,8 @@ def _gains(result: SearchResult) -> Iterator[str]:
     if at_equal_bytes is None:
         yield "At equal bytes: no mix of uniform widths takes so many or so few."
     else:
-        more = f", {_change(error, at_equal_bytes)} of it" if at_equal_bytes > 0 else ""
-        before = f"uniform widths have a total error of {at_equal_bytes:.4g}"
+        more = f", {_change(error, at_equal_bytes)} of it" if at_equal_bytes > 0 and error >= 0 else ""
+        before = f"uniform widths have a {UNITS[tables.measure]} of {at_equal_bytes:.4g}"
         yield f"At equal bytes: {before}; the search's is {error:.4g}{more}."
     if at_equal_error is None:
         yield "At equal error: no mix of uniform widths has so much or so little."
@@ -153,7 +154,9 @@ def _wishes(result: SearchResult, reached: Front, words: Mapping[str, str]) -> I
     """What each uniform width leaves on the table, and the wish that takes it."""
     tables = result.tables
     yield "What the search can do for each uniform width, at the least, and how to ask for it:"
-    rows: list[Sequence[str]] = [("", "bytes", "total error", "same bytes, error", "ask", "same error, bytes", "ask")]
+    rows: list[Sequence[str]] = [
+        ("", "bytes", UNITS[tables.measure], "same bytes, error", "ask", "same error, bytes", "ask")
+    ]
     for width in tables.widths:
         bits = (width,) * len(tables.layers)
         nbytes, error = tables.encoded_bytes(bits), tables.total_error(bits)
@@ -178,7 +181,7 @@ def _wishes(result: SearchResult, reached: Front, words: Mapping[str, str]) -> I
 
 def _comparison(result: SearchResult) -> Iterator[str]:
     tables, best = result.tables, result.optimum
-    heading = ("", "total error", "ratio", "bits/value")
+    heading = ("", UNITS[tables.measure], "ratio", "bits/value")
     rows = {NAMES[by]: bits for by, bits in result.found().items()}
     if result.certified is None:  # else the objective is not what was asked for
         rows = {f"uniform {width} bits": (width,) * len(tables.layers) for width in tables.widths} | rows
@@ -226,7 +229,7 @@ def _certificate(result: SearchResult) -> Iterator[str]:
         else f"at most {percent(found.gap)} above the {least} possible"
     )
     if found.minimized == "error":
-        within = f"Within the budget: total error {found.error:.4g}"
+        within = f"Within the budget: {UNITS[result.tables.measure]} {found.error:.4g}"
     else:
         within = f"Within the error: {size(found.nbytes)} encoded"
     yield f"{within} at {found.bits_a_value:.3f} bits a value, {proof}."
@@ -245,8 +248,13 @@ def _widths(result: SearchResult) -> Iterator[Sequence[str]]:
         names = ", ".join(tables.layers[row] for row in rows[:2])
         more = f" and {len(rows) - 2:,} more" if len(rows) > 2 else ""
         values = numel_L[rows].sum() / numel_L.sum()
-        error = error_L[rows].sum() / (error_L.sum() or 1)
-        yield str(width), f"{len(rows):,}", percent(values), percent(error), names + more
+        error = _part(tables, math.fsum(error_L[rows]), math.fsum(error_L))
+        yield str(width), f"{len(rows):,}", percent(values), error, names + more
+
+
+def _part(tables: Tables, error: float, total: float) -> str:
+    """A share of the total error; where errors may be negative and have none, the error itself."""
+    return f"{error:.3g}" if tables.measure == "loss" else percent(error / (total or 1))
 
 
 def _largest(result: SearchResult) -> Iterator[str]:
@@ -256,12 +264,12 @@ def _largest(result: SearchResult) -> Iterator[str]:
     nbytes_L = tables.nbytes[rows_L, tables.columns(result.installed)]
     shown = np.argsort(-nbytes_L, kind="stable")[:SHOWN]
     errors = list(result.error_by_layer().values())
-    total = math.fsum(errors) or 1.0
+    total = math.fsum(errors)
     table: list[Sequence[str]] = [("layer", "values", "bits", "bytes", "error")]
     for row in shown:
         pinned = ", pinned" if tables.layers[row] in result.bounds else ""
         share = percent(nbytes_L[row] / nbytes_L.sum())
-        cells = f"{tables.numel[row]:,}", str(result.installed[row]), share, percent(errors[row] / total)
+        cells = f"{tables.numel[row]:,}", str(result.installed[row]), share, _part(tables, errors[row], total)
         table.append((tables.layers[row] + pinned, *cells))
     yield "Layers of most bytes:"
     yield from aligned(table, left=1)

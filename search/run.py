@@ -27,6 +27,7 @@ NAMES = {
     "budget": "least error in budget",
     "bytes": "fewest bytes within error",
 }
+UNITS = {"root": "total error", "square": "total squared error", "loss": "change of the loss"}  # by the tables' measure
 
 
 @dataclass(frozen=True, eq=False)

@@ -167,6 +167,11 @@ def test_it_runs_as_a_module(file):
     ran = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "every claim holds" in ran.stdout
+    ran = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", '"$@" | head -1', "bash", *command],
+        cwd=root, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stderr) == (0, "")
     ran = subprocess.run([*command, "--target-bits", "1"], cwd=root, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 2
     assert ran.stderr.count("\n") == 1

@@ -59,6 +59,13 @@ def test_whole_errors_are_kept_exactly(tables, data):
     assert found.nbytes == nbytes[error <= limit].min() == found.lower_bound
 
 
+def test_an_error_above_the_limit_by_the_least_that_a_float_can_is_above_it():
+    above = math.nextafter(0.6, 1)
+    tables = Tables(["a", "b"], [2, 4], [[above, 0.6], [0.0, 0.0]], [[5, 10], [1, 1]], 0, 99, numel=[8, 8])
+    assert within_error(tables, 0.6).bits[0] == 4
+    assert within_error(tables, above).bits[0] == 2
+
+
 @pytest.mark.parametrize("solve", ["budget", "error"])
 @settings(deadline=None, max_examples=300)
 @given(tables=EVERY_MEASURE, pick=st.integers(0, 1023), frontier=st.integers(1, 3))
@@ -157,6 +164,13 @@ def test_layers_that_are_all_alike_have_many_optima_and_one_is_found():
     found = within_error(tables, tables.total_error((4,) * 300))
     assert found.error <= tables.total_error((4,) * 300)
     assert found.gap < 1e-3
+
+
+def test_a_budget_above_the_largest_width_buys_the_least_error():
+    tables = fifty_layers()
+    found = within_budget(tables, 100.0)
+    assert found.error == math.fsum(tables.error.min(axis=1))
+    assert found.bits == (8,) * 54
 
 
 def test_scales_count_so_that_four_bits_take_more_than_a_budget_of_four():

@@ -194,10 +194,12 @@ def test_the_layers_of_most_bytes_are_shown_with_their_pins():
 
 @pytest.mark.parametrize("wish", [Wish.bits(3.0), Wish.error(3)], ids=str)
 def test_changes_of_a_loss_are_printed_written_and_drawn(wish):
-    tables = replace(fifty_layers(), measure="loss", error=fifty_layers().error - 0.1)
+    tables = replace(fifty_layers(), measure="loss", error=fifty_layers().error - 1)
     found = search(tables, wish)
     text = as_text(found, 0)
     assert "least possible" in text or "fewest possible" in text
     assert "objective" not in text
+    assert "Change of the loss: " in text
+    assert "-" in text.splitlines()[1]
     assert len(logs(found, 0, [])) == 3
     assert plot(found).startswith(b"\x89PNG\r\n")
