@@ -1364,13 +1364,12 @@ class Run:
         """Choose bit widths from the averaged gradients, and apply them on every rank."""
         flags = self.flags
         by_loss = flags.search_measure == "loss"
-        averaged = classification.training.averaged_batch_norm(self.module, self.ranks.sum)  # as validation has it
         with self.ranks.fail_together():
             if by_loss and not self.examples:
                 loader, _ = build_data(flags, self.seed, self.ranks, alike=True)
                 self.examples = list(itertools.islice(loader.epoch(0), flags.search_loss_batches))
                 loader.close()
-        with averaged if by_loss else contextlib.nullcontext(), self.ranks.fail_together():
+        with self.ranks.fail_together():
             result = search.search_exchange(
                 self.exchange,
                 **search_space(flags),

@@ -374,11 +374,22 @@ class _Stopwatch:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], loss: Loss, precision: Precision) -> float:
-    """The loss of a model as it is, as a mean over batches, in the mode of `evaluate`: no buffer changes."""
+    """The loss of a model as it is, as a mean over batches, without dropout; no buffer changes.
+
+    Batch norms take the statistics of each batch, as in training: running ones are far off where training has just
+    begun, and of weights that have moved.
+    """
     training = model.training
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     model.eval()
-    total = torch.stack([loss(precision.logits(model, images), labels).double() for images, labels in batches])
-    model.train(training)
+    try:
+        for norm in norms:
+            norm.training, norm.track_running_stats = True, False
+        total = torch.stack([loss(precision.logits(model, images), labels).double() for images, labels in batches])
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+        model.train(training)
     return float(total.mean())
 
 
