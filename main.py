@@ -174,13 +174,21 @@ pixels = integer(1, 2**14)
 seed = integer(0, 2**32 - 1)  # what numpy seeds with
 amount = between(0, 1e38)  # what float32 holds
 concentration = between(0, 1000)
-power = between(0.001, 10)  # of an error or a ratio, neither of which then leaves the range of float64
 scale = between(1e-9, 1e9)
 bits_a_value = number(float, "a number above 0 and at most 128", lambda x: 0 < x <= 128)
 fraction = number(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
 below_one = number(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
 patience = number(float, "a number of seconds from 1 to 1000000000", lambda x: 1 <= x <= 1e9)
 probability = between(0, 1)
+
+
+def interval(value: str) -> str:
+    """An argparse type: a number of epochs, or of steps as in 500steps."""
+    digits, most = value.removesuffix("steps"), 10**9
+    if not digits.isdecimal() or not digits.isascii() or not 1 <= int(digits[:20]) <= most:
+        rule = f"a number of epochs, or of optimizer steps as in 500steps, from 1 to {most}"
+        raise argparse.ArgumentTypeError(f"expected {rule}, got {value!r}")
+    return value.replace(digits, str(int(digits)))
 
 
 def text(value: str) -> str:
@@ -204,6 +212,14 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         tell_before_ranks_have_met(message)
         self.exit(2)
+
+
+class Repeated(argparse.Action):
+    """A flag that may be given several times; its value is the list of all."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, option: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(before if isinstance(before, list) else ()), value])
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -350,8 +366,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = widths.add_argument
     add("--search", action="store_true", help="search a bit width for each layer after each epoch")
-    add("--search-alpha", type=power, default=0.5, help="power of the error in the objective")
-    add("--search-beta", type=power, default=0.5, help="power of the compression ratio in the objective")
+    add("--search-alpha", type=scale, default=0.5, help="power of the error in the objective")
+    add("--search-beta", type=scale, default=0.5, help="power of the compression ratio in the objective")
     add("--search-max-bits", type=bit_width, default=8, help="largest width, 1 to 8")
     add("--search-min-bits", type=bit_width, default=2, help="smallest width, 1 to 8")
     add("--popsize", type=few, default=5, help="population of the differential evolution, per layer")
@@ -407,6 +423,27 @@ def build_parser() -> argparse.ArgumentParser:
               help="with --search and --pretrained-weights: steps of the calibration pass before the first search")
     extension(widths, "--search-target-bits", metavar="BITS", type=bits_a_value,
               help="with --search: least error with at most this many bits a value on average")
+    extension(widths, "--search-target-error", metavar="BITS", type=bit_width,
+              help="with --search: fewest bytes with at most the error that all layers have at this width")
+    extension(widths, "--search-balance", action="store_true",
+              help="with --search: least (1 + squared error / squared norm) x bytes, which has no knob")
+    extension(widths, "--search-measure", choices=("root", "square", "loss"), default="root",
+              help="with --search: what the total error is a sum of: the layers' norms of errors, their squares, or "
+              "changes of the loss that are measured")
+    extension(widths, "--search-pin", metavar="PATTERN=BITS", type=text, action=Repeated,
+              help="with --search: width of the layers whose names match, as in 'fc.*=8', or its bounds, as in "
+              "'fc.*=4-8'; may be given several times, and the last that matches counts")
+    extension(widths, "--search-method", choices=("de", "exact", "both"), default="both",
+              help="differential evolution, whose finding is installed then, the exact optimum, or the better of both")
+    extension(widths, "--search-every", metavar="N", type=interval, default="1",
+              help="epochs from one search to the next, or optimizer steps, as in 500steps")
+    extension(widths, "--search-once", action="store_true", help="search the first time only, and keep the widths")
+    extension(widths, "--search-last-steps", metavar="N", type=count,
+              help="with --search: measure errors on the mean of the last N gradients (default: on their running sum "
+              "m = 0.8 m + g)")
+    extension(widths, "--search-loss-batches", metavar="N", type=few, default=2,
+              help="with --search-measure loss: training batches on which the loss is measured, the same for all "
+              "layers and widths")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {compression.__version__}",
                         help="(extension) show the version and exit")
     return parser
@@ -448,8 +485,9 @@ def as_typed(flags: argparse.Namespace) -> str:
     for name, default in defaults.items():
         value, flag = getattr(flags, name), spelled(name)
         if name not in ("data", "local_rank") and value != default:
-            takes_one = not str(value).startswith("-")  # or it would be read as a flag
-            words += [flag] if value is True else [flag, str(value)] if takes_one else [f"{flag}={value}"]
+            for each in value if isinstance(value, list) else [value]:
+                takes_one = not str(each).startswith("-")  # or it would be read as a flag
+                words += [flag] if each is True else [flag, str(each)] if takes_one else [f"{flag}={each}"]
     return shlex.join(["main.py", flags.data, *words]) + ("" if words else ", all flags at their defaults")
 
 
@@ -577,12 +615,29 @@ def check(flags: argparse.Namespace, changed: set[str], launched: bool) -> None:
 
     # search
     goes_with("search_alpha search_beta search_max_bits search_min_bits popsize search_iterations "
-              "search_target_bits search_calibration_steps", flags.search, "--search")
+              "search_target_bits search_calibration_steps search_target_error search_balance search_measure "
+              "search_pin search_method search_every search_once search_last_steps search_loss_batches",
+              flags.search, "--search")
     goes_with("search_calibration_steps", flags.pretrained_weights or flags.evaluate,
               "--pretrained-weights or --evaluate")
+    only_one("search_target_bits search_target_error search_balance")
     useless_beside("search_alpha search_beta", flags.search_target_bits,
                    "--search-target-bits, which asks for the least error within a budget")
-    only_one("search compression_scheme")
+    useless_beside("search_alpha search_beta", flags.search_target_error,
+                   "--search-target-error, which asks for the fewest bytes within an error")
+    useless_beside("search_alpha search_beta", flags.search_balance, "--search-balance, which has no powers")
+    check_measure_of_search(flags)
+    goes_with("search_loss_batches", flags.search_measure == "loss", "--search-measure loss")
+    useless_beside("popsize search_iterations", flags.search_method == "exact",
+                   "--search-method exact, which runs no differential evolution")
+    wish = next((name for name in WISHES if getattr(flags, name)), None)
+    refuse(flags.search_method == "de" and wish,
+           f"--search-method de makes the least of the powers, and {spelled(wish or '')} asks for something else; use "
+           "both or exact")
+    only_one("search_last_steps bb_ratio")
+    refuse(flags.bb_ratio and flags.search_every.endswith("steps"),
+           f"--search-every {flags.search_every} needs steps whose averages are all there at their end, and --bb-ratio "
+           "lets some come late; give a number of epochs")
     only_one("search big_grad")
     only_one("search second_hop_bits")
     only_one("compression_scheme big_grad")
@@ -594,6 +649,29 @@ def check(flags: argparse.Namespace, changed: set[str], launched: bool) -> None:
         refuse(row.has_bits and (getattr(flags, name) or row.min_bits) < row.min_bits,
                f"--compression-type {kind} needs at least {row.min_bits} bits, one of them the sign; "
                f"raise {spelled(name)}")
+
+
+WISHES = ("search_target_bits", "search_target_error", "search_balance")
+"""Flags that ask a search for something else than the least of the powers."""
+
+
+def check_measure_of_search(flags: argparse.Namespace) -> None:
+    """Refuse errors that do not go with what a search is asked for, or that no such run can measure."""
+    least, most, error = flags.search_min_bits, flags.search_max_bits, flags.search_target_error
+    refuse(error and not least <= error <= most,
+           f"--search-target-error {error} is the error at a width that is searched, {least} to {most}; give one of "
+           "them, or search more")
+    if flags.search_measure != "loss":
+        return
+    refuse(flags.search_balance,
+           "--search-balance weighs squared errors, and --search-measure is loss; use square, or --search-target-bits")
+    refuse(not (flags.search_target_bits or error),
+           "--search-measure loss has changes of either sign, and powers need errors above 0; add --search-target-bits "
+           "or --search-target-error")
+    refuse(flags.lr == 0, "--search-measure loss measures steps of --lr, which is 0; raise it, or use square")
+    refuse(flags.fp16 or (flags.amp and flags.opt_level in ("O2", "O3")),
+           "--search-measure loss moves weights by less than half precision can tell; drop --fp16 or --opt-level, or "
+           "use square")
 
 
 def goes_on(flags: argparse.Namespace) -> bool:
@@ -667,14 +745,14 @@ def plan_of(flags: argparse.Namespace, defaults: Mapping[str, Any]) -> Plan:
 
 
 TRAINING = (
-    "epochs run_epochs optimizer_batch_size lr lr_schedule warmup mixup momentum weight_decay bn_weight_decay nesterov "
+    "epochs run_epochs optimizer_batch_size lr_schedule warmup mixup momentum weight_decay bn_weight_decay nesterov "
     "print_freq static_loss_scale dynamic_loss_scale gather_checkpoints no_checkpoints quantization_bits "
-    "error_feedback second_hop_bits efx_bits efx_randk topk_ratio big_grad dgc dgc_clip compressor_warmup_steps "
-    "powersgd_rank dense_dtype compression_scheme bb_ratio bb_num_parallel_steps check_replicas verify_wire"
+    "second_hop_bits efx_bits efx_randk topk_ratio big_grad dgc dgc_clip compressor_warmup_steps powersgd_rank "
+    "compression_scheme bb_ratio bb_num_parallel_steps check_replicas verify_wire search_every search_once"
 )
 """Flags that count in training alone."""
 
-CALIBRATION = "crop_scale hflip label_smoothing compression_type bucket_size"
+CALIBRATION = "crop_scale hflip label_smoothing compression_type bucket_size error_feedback dense_dtype"
 """Flags that count in training, and where a search passes over training images."""
 
 
@@ -704,6 +782,9 @@ def without_effect(flags: argparse.Namespace) -> dict[str, str]:
     idle(TRAINING, flags.evaluate, "with --evaluate")
     idle("checkpoint_filename", flags.evaluate and flags.resume != "auto", "with --evaluate")
     idle(CALIBRATION, flags.evaluate and not flags.search, "with --evaluate")
+    idle("lr", flags.evaluate and flags.search_measure != "loss", "with --evaluate")
+    idle("popsize search_iterations", flags.search_measure == "loss",
+         "with --search-measure loss, whose errors may be negative")
     return why
 
 
@@ -732,10 +813,30 @@ def compressor_of(flags: Plan) -> compression.Compressor:
     return compression.build(name, **{option: value for option, value in options.items() if value is not None})
 
 
-def search_space(flags: Plan) -> tuple[Callable[[int], Any], range]:
-    """The choices of a search: the codec at a bit width, and the widths."""
-    codec = compression.codec(flags.compression_type, bucket_size=flags.bucket_size)
-    return codec.with_bits, range(flags.search_min_bits, flags.search_max_bits + 1)
+WISH_IN_FLAGS = {
+    "objective": "--search-alpha {alpha:g} --search-beta {beta:g}",
+    "bits": "--search-target-bits {target:g}",
+    "error": "--search-target-error {target:g}",
+    "balance": "--search-balance",
+}
+
+
+def search_space(flags: Plan) -> dict[str, Any]:
+    """What a search is asked for, and the choices that it has."""
+    if flags.search_target_bits:
+        wish = search.Wish.bits(flags.search_target_bits)
+    elif flags.search_target_error:
+        wish = search.Wish.error(flags.search_target_error)
+    elif flags.search_balance:
+        wish = search.Wish.balance()
+    else:
+        wish = search.Wish.objective(flags.search_alpha, flags.search_beta)
+    return {
+        "wish": wish,
+        "widths": range(flags.search_min_bits, flags.search_max_bits + 1),
+        "by": "square" if flags.search_balance else flags.search_measure,
+        "pins": flags.search_pin or (),
+    }
 
 
 def build_model(
@@ -753,9 +854,9 @@ def build_model(
 
 
 def build_data(
-    flags: Plan, seed: int, ranks: compression.World
+    flags: Plan, seed: int, ranks: compression.World, alike: bool = False
 ) -> tuple[classification.data.Loader, classification.data.Loader]:
-    """The train and the validation loader of this rank."""
+    """The train and the validation loader of this rank; with `alike`, a train loader of the same images on all."""
     backend, warning = classification.data.resolve_backend(
         flags.data_backend if "data_backend" in flags.given else None
     )
@@ -770,14 +871,14 @@ def build_data(
         hflip=flags.hflip,
         batch_size=flags.batch_size,
         workers=flags.workers,
-        rank=ranks.rank,
-        world_size=ranks.size,
+        rank=0 if alike else ranks.rank,
+        world_size=1 if alike else ranks.size,
         num_classes=flags.num_classes,
         memory_format=classification.precision.MEMORY_FORMATS[flags.memory_format],
         device=ranks.device,
         skip_bad_images=flags.skip_bad_images,
         training=not flags.evaluate or flags.search,
-        validation=not flags.training_only,
+        validation=not flags.training_only and not alike,
     )
     return classification.data.build(options)
 
@@ -868,6 +969,11 @@ class Run:
     said: set[str]  # the unreadable images that were named
     summary: dict[str, float]  # metrics of the last epoch
     sent: compression.Report  # by the steps of this epoch
+    searches: dict[str, search.SearchResult]  # of this process, by the name in their files, on rank 0
+
+    # Search
+    searched: bool  # by this run or the one that it goes on with
+    examples: list[tuple[Tensor, Tensor]]  # on which the loss is measured, once there are any
 
     def __init__(self, flags: Plan, ranks: compression.World) -> None:
         """Build everything. Nothing in the workspace is touched before all ranks have built all of it."""
@@ -880,6 +986,7 @@ class Run:
         self.trained, self.steps, self.interruption = False, 0, None
         self.said = set()
         self.sent = compression.Report()
+        self.searches, self.searched, self.examples = {}, False, []
         self.snapshot = Snapshot(flags, ranks)
         saved = self.snapshot.load()
         self.resumed = saved is not None
@@ -954,9 +1061,8 @@ class Run:
             takes = compression.COMPRESSORS[compressor_name(flags)].takes
             if "bucket_size" in takes and not compressed:
                 self.say(f"nothing is compressed: no layer has a bucket of {flags.bucket_size} values")
-            if flags.search_target_bits:
-                sizes = [layer.numel for layer in compressed]
-                search.check_budget(sizes, *search_space(flags), flags.search_target_bits)
+            if flags.search:
+                search.check_search(self.exchange, **search_space(flags))
             if flags.compression_scheme:
                 needing, names = ([layer.name for layer in some] for some in (compressed, self.exchange.layers))
                 self.exchange.set_widths(search.load_scheme(flags.compression_scheme, needing, names))
@@ -1049,7 +1155,7 @@ class Run:
             if not self.trained and not self._train(epoch):
                 return self._exit_status()
             self.trained = False
-            if flags.search:
+            if self._search_is_due(epoch):
                 if self._stopped(f"before the search of epoch {epoch}"):
                     return self._exit_status()
                 self._search(epoch)
@@ -1077,6 +1183,7 @@ class Run:
         self.sent = compression.Report()
         self.summary = {}  # of this epoch, there are none yet
         self.exchange.report()
+        self._record_anew()
         try:
             result = classification.training.train_epoch(
                 self.model,
@@ -1115,6 +1222,9 @@ class Run:
         assert self.interruption is not None
         self.steps += 1
         self.iteration += self.accumulation
+        if self._search_is_due_at_step():
+            self._search(f"step{self.exchange.step}")
+        self._record_anew()
         if self.flags.check_replicas != -1 and self.steps % self.flags.check_replicas == 0:
             self._check_replicas()
         if self.interruption.due(self.steps):
@@ -1204,8 +1314,12 @@ class Run:
         buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         loss = classification.losses.training_loss(self.flags.label_smoothing)
         self.model.train()
-        batches = self.train_loader.epoch(self.epoch)
-        for images, labels in itertools.islice(batches, self.flags.search_calibration_steps):
+        steps = min(self.flags.search_calibration_steps, len(self.train_loader))
+        last = min(self.flags.search_last_steps or 0, steps)
+        assert self.exchange.recorder is not None
+        for step, (images, labels) in enumerate(itertools.islice(self.train_loader.epoch(self.epoch), steps)):
+            if step == steps - last:
+                self.exchange.recorder.restart()
             with self.exchange.no_sync():
                 loss(self.precision.logits(self.model, images), labels).backward()
             self.exchange.record()
@@ -1213,46 +1327,108 @@ class Run:
         for name, buffer in self.module.named_buffers():
             buffer.copy_(buffers[name])
 
+    def _search_is_due(self, epoch: int) -> bool:
+        """Whether a search follows the training of an epoch."""
+        flags = self.flags
+        if not flags.search or flags.search_every.endswith("steps") or (flags.search_once and self.searched):
+            return False
+        return (epoch + 1) % int(flags.search_every) == 0
+
+    def _search_is_due_at_step(self) -> bool:
+        """Whether a search follows the step that has just ended."""
+        flags = self.flags
+        if not flags.search or (flags.search_once and self.searched) or not flags.search_every.endswith("steps"):
+            return False
+        return self.exchange.step % int(flags.search_every.removesuffix("steps")) == 0
+
+    def _record_anew(self) -> None:
+        """Begin the mean of the last gradients, where the next search is as many steps away. Called between steps."""
+        flags = self.flags
+        if not flags.search_last_steps or (flags.search_once and self.searched):
+            return
+        every, in_steps = int(flags.search_every.removesuffix("steps")), flags.search_every.endswith("steps")
+        if in_steps:
+            steps_between, left = every, every - self.exchange.step % every
+        else:
+            end = classification.training.last_iteration(
+                len(self.train_loader), iterations=self.iterations, accumulation=self.accumulation
+            )
+            steps_between = every * (end // self.accumulation)
+            left = (end - self.iteration) // self.accumulation
+            left += (-(self.epoch + 1) % every) * (end // self.accumulation)
+        if left == min(flags.search_last_steps, steps_between):
+            assert self.exchange.recorder is not None
+            self.exchange.recorder.restart()
+
     def _search(self, when: int | str) -> None:
-        """Choose bit widths on rank 0 from the averaged gradients, and apply them on every rank."""
-        flags, exchange = self.flags, self.exchange
-        assert exchange.recorder is not None
-        result: search.SearchResult | None = None
-        gradients = exchange.recorder.averaged(self.ranks.control)
-        compressed = sum(layer.numel for layer in exchange.layers if layer.compressed)
-        values = sum(layer.numel for layer in exchange.layers)
+        """Choose bit widths from the averaged gradients, and apply them on every rank."""
+        flags = self.flags
+        by_loss = flags.search_measure == "loss"
         with self.ranks.fail_together():
-            if self.ranks.rank == 0:
-                tables = search.measure(gradients, *search_space(flags), 4 * (values - compressed), values)
-                result = search.search(
-                    tables,
-                    flags.search_alpha,
-                    flags.search_beta,
-                    flags.popsize,
-                    flags.search_iterations,
-                    self.seed,
-                    flags.search_target_bits,
-                )
-                self._report(result, when)
-        exchange.set_widths(self.ranks.control.broadcast(result.bits_by_layer() if result else None))
-        self.ranks.check_equal_across_ranks(exchange.widths, "the bit widths")
+            if by_loss and not self.examples:
+                loader, _ = build_data(flags, self.seed, self.ranks, alike=True)
+                self.examples = list(itertools.islice(loader.epoch(0), flags.search_loss_batches))
+                loader.close()
+        with self.ranks.fail_together():
+            result = search.search_exchange(
+                self.exchange,
+                **search_space(flags),
+                loss=self._loss_on_examples if by_loss else None,
+                step_size=flags.lr,
+                method=flags.search_method,
+                popsize=flags.popsize,
+                iterations=flags.search_iterations,
+                seed=self.seed,
+                settings={"epoch": self.epoch, "iteration": self.iteration, "last_steps": flags.search_last_steps},
+                network=self.ranks.control,
+            )
+        self.ranks.check_equal_across_ranks(self.exchange.widths, "the bit widths")
+        self.searched = True
+        if self.ranks.rank == 0:
+            self._report(result, when)
+
+    def _loss_on_examples(self) -> float:
+        """The loss of the model as it is, on the same images on all ranks."""
+        loss = classification.losses.training_loss(self.flags.label_smoothing)
+        return classification.training.mean_loss(self.module, self.examples, loss, self.precision)
 
     def _report(self, result: search.SearchResult, when: int | str) -> None:
-        """Write a search's files, and show it."""
+        """Write a search's files, and show it. Pictures are drawn at the end: they would hold up the training."""
         names = [layer.name for layer in self.exchange.layers if not layer.compressed]
+        self._write_logs(search.logs(result, when, names))
+        self.searches[str(when)] = result
+        self.log.line(search.as_text(result, when, WISH_IN_FLAGS))
+        seconds = (result.settings["measuring_seconds"], result.settings["search_seconds"])
+        self.log.line("The errors were measured in {:.2f} s, and the search took {:.2f} s.".format(*seconds))
+        step = self._step_of(str(when), result)
+        self.log.detail(step, {f"search.bits/{name}": bits for name, bits in result.bits_by_layer().items()})
+        self.log.detail(step, {f"search.error/{name}": error for name, error in result.error_by_layer().items()})
+
+    def _step_of(self, when: str, result: search.SearchResult) -> classification.logs.Step:
+        """What a search is a record of: an epoch, or a step within one."""
+        epoch, iteration = result.settings["epoch"], result.settings["iteration"]
+        return (epoch, iteration) if when.startswith("step") else (epoch,)
+
+    def _write_logs(self, files: Mapping[str, bytes]) -> None:
+        """Write files of the search, which failures to write never stop."""
         folder = self.workspace / "adapt_logs"
-        picture = f"search_{when}.png"
-        files = search.logs(result, when, names) | {picture: search.plot(result)}
         with self.log.surviving(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
                 with classification.atomic.replacing(folder / name) as file:
                     file.write(content)
-        self.written += [folder / name for name in (f"search_{when}.json", f"compress_scheme_{when}.json", picture)]
-        self.log.line(search.as_text(result, when))
-        step = (self.epoch,) if isinstance(when, str) else (when,)
-        self.log.detail(step, {f"search.bits/{name}": bits for name, bits in result.bits_by_layer().items()})
-        self.log.detail(step, {f"search.error/{name}": error for name, error in result.error_by_layer().items()})
+        self.written += [folder / name for name in files]
+
+    def _draw_searches(self) -> None:
+        """The pictures of all searches of this run, and of the widths over time where there were several."""
+        for when, result in self.searches.items():
+            picture = search.plot(result)
+            self._write_logs({f"search_{when}.png": picture})
+            self.log.picture(self._step_of(when, result), "search.picture", picture)
+        if len(self.searches) > 1:
+            over_time = search.plot_bits_over_time(self.searches)
+            self._write_logs({"bits_over_time.png": over_time})
+            self.log.picture((self.epoch,), "search.bits_over_time", over_time)
 
     # Files
 
@@ -1265,6 +1441,7 @@ class Run:
         """The summary: the last epoch's metrics, and where everything was written."""
         if self.summary:
             self.log.log((), {**self.summary, "best.top1": max(self.best, self.summary.get("val.top1", 0.0))})
+        self._draw_searches()
         self.log.close()
         files = [self.workspace / self.flags.raport_file, *self.written]
         self.log.line("wrote " + " ".join(str(path) for path in dict.fromkeys(files) if path.exists()))
@@ -1390,6 +1567,7 @@ class Snapshot:
                     "best_prec1": run.best,
                     "optimizer": run.optimizer.state_dict(),
                     "widths": run.exchange.widths,
+                    "searched": run.searched,
                     "compressor": settings_of(run.compressor),
                     "seed": run.seed,
                     "world_size": ranks.size,
@@ -1412,13 +1590,14 @@ class Snapshot:
         weights = classification.checkpoints.full_precision(saved, saved["state_dict"])
         classification.checkpoints.load_into(run.module, weights, "of the checkpoint")
         run.epoch, run.iteration, run.best = saved["epoch"], saved["iteration"], saved["best_prec1"]
+        run.searched = saved.get("searched", False)
         alike = saved["world_size"] == ranks.size
         own = saved["ranks"][ranks.rank if alike else 0]
         exchange, order = own["exchange"], saved.get("memory_format", flags.memory_format)
         if flags.evaluate:
             run.optimizer.set_masters(weights)
-            recorded = exchange["recorded"] if flags.search else {}
-            exchange = {"step": exchange["step"], "averager": {}, "recorded": recorded}
+            recorded, recorder = (exchange.get(name, {}) if flags.search else {} for name in ("recorded", "recorder"))
+            exchange = {"step": exchange["step"], "averager": {}, "recorded": recorded, "recorder": recorder}
         else:
             exchange = exchange | {"averager": self._restore_what_compressors_shape(run, saved, own, alike)}
         remembers = any(exchange["averager"].values()) or exchange["recorded"] or exchange.get("late")
@@ -1467,7 +1646,9 @@ class Snapshot:
             dropped.append("momentum that --dgc keeps by itself")
         run.optimizer.load_state_dict(optimizer)
 
-        chosen = flags.compression_scheme or ("quantization_bits" in flags.given and not flags.search)
+        chosen = "quantization_bits" in flags.given and not flags.search
+        if flags.compression_scheme:
+            chosen = not (flags.search and saved.get("searched", False))
         if saved["widths"] and run.exchange.widths and not chosen:
             if not {"name", "bucket_size"} & {*useless}:
                 run.exchange.set_widths(saved["widths"])

@@ -83,9 +83,9 @@ hop one's error, which falls with W. The bits a value are the mean of both hops.
 
 ## What a rotation and levels bring
 
-Squared error of one encoding, |decoded - g|^2 / |g|^2, in buckets of 512: max-min as it is; max-min of buckets that are
-rotated at random as EDEN does it; EDEN, whose levels are those for normal values, and whose scale makes it unbiased. The
-rotation brings most where gradients have outliers, the levels most at few bits.
+Squared error of one encoding, |decoded - g|^2 / |g|^2, in buckets of 512: max-min as it is; max-min of buckets that
+are rotated at random as EDEN does it; EDEN, whose levels are those for normal values, and whose scale makes it
+unbiased. The rotation brings most where gradients have outliers, the levels most at few bits.
 
 {ablation}
 

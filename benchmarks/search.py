@@ -29,8 +29,8 @@ from compression.layers import layers_of
 from image_classification.models import build
 from search import Tables, as_text, evolve, measure, optimum, search, within_budget
 
-PUBLISHED = {"popsize": 50, "iterations": 5}
-DEFAULTS = {"popsize": 5, "iterations": 2}
+PUBLISHED: dict[str, Any] = {"popsize": 50, "iterations": 5}
+DEFAULTS: dict[str, Any] = {"popsize": 5, "iterations": 2}
 BUCKET_SIZE = 512
 
 
@@ -109,9 +109,7 @@ def main() -> None:
     best = optimum(tables, 0.5, 0.5).objective
     for name, setting in (("50 and 5", PUBLISHED), ("5 and 2", DEFAULTS)):
         gaps = [evolve(tables, 0.5, 0.5, seed=seed, **setting).objective / best - 1 for seed in range(10)]
-        print(
-            f"  {name:<20}" + "".join(f"{100 * gap:>7.1f} %" for gap in (min(gaps), median(gaps), max(gaps)))
-        )
+        print(f"  {name:<20}" + "".join(f"{100 * gap:>7.1f} %" for gap in (min(gaps), median(gaps), max(gaps))))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ class Gradients:
     def unscaled(self) -> "Gradients":
         """The same in float32 and without loss scale; they share the buffer where it is both."""
         flat, scale = self.flat.to(torch.float32), self.loss_scale
-        return Gradients(flat if is_unit_scale(scale) else flat / scale, self.names, self.offsets)
+        unscaled = flat if is_unit_scale(scale) else flat / scale
+        return Gradients(unscaled, self.names, self.offsets, unused=self.unused)
 
     @staticmethod
     def packed(values: Mapping[str, Tensor], loss_scale: float | Tensor = 1.0) -> "Gradients":

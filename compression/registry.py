@@ -469,6 +469,18 @@ class Compressor:
         return needs
 
     @property
+    def error_feedback(self) -> bool:
+        """Whether what an encoding loses is added to the next gradient."""
+        return COMPRESSORS[self.name].needs_feedback or getattr(self.options, "error_feedback", False)
+
+    def codec_at(self, bits: int) -> Any:
+        """Its codec at a width. Raises ValueError where it has no bit widths, or not this one."""
+        row = COMPRESSORS[self.name]
+        if not row.has_bits:
+            raise ValueError(f"compressor {self.name} has no bit widths; those with: {', '.join(with_bits())}")
+        return row.quantizer_of(self.options).with_bits(bits)
+
+    @property
     def encodes(self) -> bool:
         """Whether it sends less than float32 does."""
         return COMPRESSORS[self.name].encodes or self.options.dense_dtype != "float32"

@@ -8,12 +8,13 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS / "extensions")]
 
-# The library is documented under the name that it installs as, and from this checkout.
-library = importlib.util.spec_from_file_location("gradwire", ROOT / "compression" / "__init__.py")
-assert library is not None
-assert library.loader is not None
-sys.modules["gradwire"] = importlib.util.module_from_spec(library)
-library.loader.exec_module(sys.modules["gradwire"])
+# The library is documented under the names that it installs as, and from this checkout.
+for name, folder in (("gradwire", "compression"), ("gradwire.search", "search")):
+    library = importlib.util.spec_from_file_location(name, ROOT / folder / "__init__.py")
+    assert library is not None
+    assert library.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(library)
+    library.loader.exec_module(sys.modules[name])
 
 project = "gradwire"
 html_title = "gradwire"

@@ -16,6 +16,7 @@ keys only, and knows neither models, optimizers nor ranks.
 | `metrics` | those of training in the epoch that `iteration` is in, by name |
 | `memory_format` | order in memory, nchw or nhwc, of the values that compression and search remember |
 | `widths` | layer name -> bits of its codes, 32 where it is not encoded |
+| `searched` | whether a search chose those bits |
 | `compressor` | its `name`, and its options: what compression remembers is of use to the same one only |
 | `seed` | seed of the run, also where none was asked for |
 | `world_size` | ranks that wrote it |

@@ -6,6 +6,7 @@ a `Logger` without sinks.
 """
 
 import errno
+import io
 import json
 import math
 import os
@@ -85,6 +86,9 @@ class Sink:
     def detail(self, step: Step, data: Mapping[str, float]) -> None:
         """Numbers for a plot alone, such as the bits of each layer."""
 
+    def picture(self, step: Step, name: str, png: bytes) -> None:
+        """A picture, to look at beside the plots."""
+
     def line(self, text: str) -> None:
         """A sentence for who watches the run."""
 
@@ -131,6 +135,9 @@ class Logger(Sink):
 
     def detail(self, step: Step, data: Mapping[str, float]) -> None:
         self._each(lambda sink: sink.detail(step, data))
+
+    def picture(self, step: Step, name: str, png: bytes) -> None:
+        self._each(lambda sink: sink.picture(step, name, png))
 
     def line(self, text: str) -> None:
         self._each(lambda sink: sink.line(text))
@@ -262,6 +269,14 @@ class TensorBoard(Sink):
         with self._writing():
             for name, value in data.items():
                 self.writer.add_scalar(name.replace(".", "/", 1), value, self._at(step))
+
+    def picture(self, step: Step, name: str, png: bytes) -> None:
+        import numpy
+        from PIL import Image
+
+        with self._writing():
+            pixels = numpy.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+            self.writer.add_image(name.replace(".", "/", 1), pixels, self._at(step), dataformats="HWC")
 
     def close(self) -> None:
         with self._writing():

@@ -7,7 +7,7 @@ costs a collective.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -370,6 +370,27 @@ class _Stopwatch:
             return [end - start for start, end in self._laps]
         torch.cuda.synchronize()
         return [start.elapsed_time(end) / 1000 for start, end in self._laps]
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], loss: Loss, precision: Precision) -> float:
+    """The loss of a model as it is, as a mean over batches, without dropout; no buffer changes.
+
+    Batch norms take the statistics of each batch, as in training: running ones are far off where training has just
+    begun, and of weights that have moved.
+    """
+    training = model.training
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    model.eval()
+    try:
+        for norm in norms:
+            norm.training, norm.track_running_stats = True, False
+        total = torch.stack([loss(precision.logits(model, images), labels).double() for images, labels in batches])
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+        model.train(training)
+    return float(total.mean())
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Bit widths for the layers of a model: an error table, differential evolution, and the true optimum beside it.
 
-It knows codecs by their errors and their bytes. It knows no model and no ranks.
+It knows codecs by their errors and their bytes. It knows no model, and ranks only where it is given an exchange.
 
 Names are loaded when they are used: importing this package loads nothing that is heavy.
 """
@@ -9,57 +9,86 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .budget import Budgeted, check_budget, within_budget
+    from .checking import false_claims
+    from .comparison import compare
     from .evolution import Evolved, evolve
+    from .exchanges import check_search, search_exchange
+    from .fronts import Front, front
     from .hulls import optimum
+    from .knapsack import Certified, within_budget, within_error
     from .objective import Assignment, Objective
-    from .plotting import plot
+    from .pins import resolve_pins
+    from .plotting import plot, plot_bits_over_time, plot_front
     from .report import as_text, logs
     from .run import SearchResult, search
+    from .saved import load_search
     from .scheme import load_scheme
     from .tables import Tables, measure
     from .tradeoff import Breakpoint, ratio_for_bits
+    from .wishes import Wish
 
 _MODULE_OF = {
     "Assignment": "objective",
     "Breakpoint": "tradeoff",
-    "Budgeted": "budget",
+    "Certified": "knapsack",
     "Evolved": "evolution",
+    "Front": "fronts",
     "Objective": "objective",
     "SearchResult": "run",
     "Tables": "tables",
+    "Wish": "wishes",
     "as_text": "report",
-    "check_budget": "budget",
+    "check_search": "exchanges",
+    "false_claims": "checking",
+    "compare": "comparison",
     "evolve": "evolution",
+    "front": "fronts",
     "load_scheme": "scheme",
+    "load_search": "saved",
     "logs": "report",
     "measure": "tables",
     "optimum": "hulls",
     "plot": "plotting",
+    "plot_bits_over_time": "plotting",
+    "plot_front": "plotting",
     "ratio_for_bits": "tradeoff",
+    "resolve_pins": "pins",
     "search": "run",
-    "within_budget": "budget",
+    "search_exchange": "exchanges",
+    "within_budget": "knapsack",
+    "within_error": "knapsack",
 }
 
 __all__ = [
     "Assignment",
     "Breakpoint",
-    "Budgeted",
+    "Certified",
     "Evolved",
+    "Front",
     "Objective",
     "SearchResult",
     "Tables",
+    "Wish",
     "as_text",
-    "check_budget",
+    "check_search",
+    "compare",
     "evolve",
+    "false_claims",
+    "front",
     "load_scheme",
+    "load_search",
     "logs",
     "measure",
     "optimum",
     "plot",
+    "plot_bits_over_time",
+    "plot_front",
     "ratio_for_bits",
+    "resolve_pins",
     "search",
+    "search_exchange",
     "within_budget",
+    "within_error",
 ]
 
 

@@ -12,6 +12,8 @@ from scipy.optimize import differential_evolution
 from .objective import Assignment, Objective
 from .tables import Floats, Tables
 
+POPULATION_LIMIT = 1 << 30  # bytes of one population; scipy holds a few of them at a time
+
 
 @dataclass(frozen=True)
 class Evolved(Assignment):
@@ -19,6 +21,20 @@ class Evolved(Assignment):
 
     evaluations: int
     seconds: float
+
+
+def population_nbytes(tables: Tables, popsize: int) -> int:
+    """Bytes of a population of float64: max(5, popsize * L) members of L layers."""
+    return 8 * max(5, popsize * len(tables.layers)) * len(tables.layers)
+
+
+def check_population(popsize: int, iterations: int) -> None:
+    """Raise ValueError where there would be no population, or a negative number of generations."""
+    if popsize < 1 or iterations < 0:
+        raise ValueError(
+            f"differential evolution needs popsize of at least 1 and iterations of at least 0, "
+            f"got {popsize} and {iterations}"
+        )
 
 
 def evolve(
@@ -34,20 +50,28 @@ def evolve(
     seed        the same seed, the same assignment; None draws one
 
     Exactly max(5, popsize * L) * (iterations + 1) assignments are evaluated: scipy would stop early where the
-    members agree, and is told not to. Raises ValueError for powers, popsize or iterations out of range.
+    members agree, and is told not to. Raises ValueError for powers, popsize or iterations out of range, and for a
+    population above 1 GiB.
     """
-    if popsize < 1 or iterations < 0:
+    return evolve_objective(Objective(tables, alpha, beta), popsize, iterations, seed)
+
+
+def evolve_objective(objective: Objective, popsize: int, iterations: int, seed: int | None) -> Evolved:
+    """Minimize any objective as `evolve` does."""
+    check_population(popsize, iterations)
+    tables = objective.tables
+    if population_nbytes(tables, popsize) > POPULATION_LIMIT:
         raise ValueError(
-            f"differential evolution needs popsize of at least 1 and iterations of at least 0, "
-            f"got {popsize} and {iterations}"
+            f"differential evolution may take a population of 1 GiB, and {popsize} members for each of "
+            f"{len(tables.layers):,} layers take {population_nbytes(tables, popsize) / 2**30:.1f} GiB; "
+            "use the exact method, or a smaller popsize"
         )
-    objective = Objective(tables, alpha, beta)
     evaluations = 0
 
     def sort_key(columns_LP: Floats) -> Floats:
         nonlocal evaluations
         evaluations += columns_LP.shape[1]
-        return objective.sort_key(columns_LP.T.astype(np.int64))
+        return objective.sort_key(columns_LP.T)
 
     began = time.perf_counter()
     found = differential_evolution(
@@ -63,5 +87,6 @@ def evolve(
         atol=-1,  # the spread of the population's energies is never below it: no early stop
         rng=seed,
     )
-    bits = tables.bits(found.x.astype(np.int64))
-    return Evolved(objective(bits), bits, evaluations, time.perf_counter() - began)
+    best = objective.assignment(tables.bits(found.x.astype(np.int64)))
+    seconds = time.perf_counter() - began
+    return Evolved(best.objective, best.bits, best.log_objective, evaluations, seconds)

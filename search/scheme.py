@@ -20,24 +20,23 @@ def scheme_of(bits_by_layer: Mapping[str, int], uncompressed: Collection[str]) -
     return {**scheme, UNCOMPRESSED: list(uncompressed)}
 
 
-def load_scheme(path: str | Path, compressed: Collection[str], parameters: Collection[str]) -> dict[str, int]:
+def load_scheme(
+    path: str | Path, compressed: Collection[str], parameters: Collection[str] | None = None
+) -> dict[str, int]:
     """Bit widths of the compressed layers from a scheme, in the order of `compressed`.
 
     compressed  names that need a width
-    parameters  names of all parameters of the model; the scheme need not list those that are not compressed
+    parameters  names of all parameters of the model; the scheme need not list those that are not compressed. Without
+                them, any name may stand under 32
 
     Raises ValueError, in one line, where the file cannot be read, is no scheme, or does not fit the model.
     """
     bits_by_name: dict[str, int] = {}
     for width, names in _entries(Path(path)):
         if width not in (*WIDTHS, UNCOMPRESSED):
-            raise ValueError(
-                f"{path}: a width is 1 to 8 bits, or 32 for what is not compressed, got {width!r}"
-            )
+            raise ValueError(f"{path}: a width is 1 to 8 bits, or 32 for what is not compressed, got {width!r}")
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(
-                f"{path}: width {width} needs a list of layer names, got {json.dumps(names)[:60]}"
-            )
+            raise ValueError(f"{path}: width {width} needs a list of layer names, got {json.dumps(names)[:60]}")
         for name in names:
             _check_name(path, name, width, name in bits_by_name, compressed, parameters)
             bits_by_name[name] = int(width)
@@ -77,22 +76,19 @@ def _check_name(
     width: str,
     seen: bool,
     compressed: Collection[str],
-    parameters: Collection[str],
+    parameters: Collection[str] | None,
 ) -> None:
     if seen:
         raise ValueError(f"{path}: a layer has one width, but {name} is listed twice; remove one")
-    if name not in parameters:
+    others_count = parameters is None and width == UNCOMPRESSED
+    if not others_count and name not in (compressed if parameters is None else parameters):
         raise ValueError(
             f"{path}: the model has no layer {name} (width {width}); remove it, or give the scheme of this model"
         )
     if width == UNCOMPRESSED and name in compressed:
-        raise ValueError(
-            f"{path}: {name} is compressed, and width 32 is for what is not; give it 1 to 8 bits"
-        )
+        raise ValueError(f"{path}: {name} is compressed, and width 32 is for what is not; give it 1 to 8 bits")
     if width != UNCOMPRESSED and name not in compressed:
-        raise ValueError(
-            f"{path}: {name} is not compressed and has no width, got {width}; move it to 32, or remove it"
-        )
+        raise ValueError(f"{path}: {name} is not compressed and has no width, got {width}; move it to 32, or remove it")
 
 
 def _these(names: list[str]) -> str:

@@ -10,7 +10,7 @@ indices into the tables (a `columns_L`); outside this package it is a row of L b
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +20,18 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
+Measure = Literal["root", "square", "loss"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+
+
 class MeasuredCodec(Protocol):
     """The two questions that the search asks a codec of one bit width."""
 
-    def wire_bytes(self, count: int) -> int: ...
+    def wire_bytes(self, count: int) -> int:
+        """Exact length of a message of `count` values."""
 
-    def expected_squared_error(self, values: Tensor) -> float: ...
+    def expected_squared_error(self, values: Tensor, projected: bool = False) -> float:
+        """E |v - Q(v)|^2, of the projection that error feedback encodes where `projected`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +40,14 @@ class Tables:
 
     layers       L names
     widths       K bit widths, ascending
-    error        float64 [L, K], the root of the expected squared L2 error
+    error        float64 [L, K], whose sum over the layers a search makes least; what it is of, `measure` says
     nbytes       int64 [L, K], encoded bytes, scales included
     dense_bytes  bytes of layers that are never compressed
     values       number of values of the whole model, compressed or not
     numel        L numbers of values; not needed to weigh errors against bytes
+    measure      "root": the root of the expected squared L2 error; "square": that squared error; "loss": the measured
+                 change of the loss, which may be negative
+    norm2        sum of |m|^2, the squared norm of what the errors are errors of; 0 where it is not known
 
     Nothing asks that more bits mean less error or more bytes: codecs are free to disappoint.
     Raises ValueError where a shape or a value makes no sense, and names it.
@@ -51,6 +60,8 @@ class Tables:
     dense_bytes: int
     values: int
     numel: Sequence[int] = ()
+    measure: Measure = "root"
+    norm2: float = 0.0
 
     def __post_init__(self) -> None:
         own = {
@@ -61,6 +72,7 @@ class Tables:
             "dense_bytes": int(self.dense_bytes),
             "values": int(self.values),
             "numel": tuple(map(int, self.numel)),
+            "norm2": float(self.norm2),
         }
         for field, value in own.items():
             object.__setattr__(self, field, value)
@@ -77,12 +89,19 @@ class Tables:
             found = getattr(self, field).shape
             if found != shape:
                 raise ValueError(f"{field} must be [layers, widths] = {shape}, got {found}")
-        self._check_entries("error", np.isfinite(self.error) & (self.error >= 0), "finite and not negative")
+        if self.measure not in MEASURES:
+            raise ValueError(f"a measure is one of {', '.join(MEASURES)}, got {self.measure!r}")
+        if self.measure == "loss":
+            self._check_entries("error", np.isfinite(self.error), "finite")
+        else:
+            self._check_entries("error", np.isfinite(self.error) & (self.error >= 0), "finite and not negative")
         self._check_entries("nbytes", self.nbytes > 0, "above 0")
         if self.dense_bytes < 0 or self.values < 1:
             raise ValueError(
                 f"dense_bytes must be at least 0 and values above 0, got {self.dense_bytes} and {self.values}"
             )
+        if not 0 <= self.norm2 < math.inf:
+            raise ValueError(f"norm2 must be finite and not negative, got {self.norm2}")
         if self.numel and (len(self.numel) != len(self.layers) or min(self.numel) < 1):
             raise ValueError(f"numel must be above 0 for each of {shape[0]} layers, got {self.numel}")
 
@@ -137,32 +156,61 @@ def measure(
     widths: Sequence[int],
     dense_bytes: int,
     values: int,
+    by: Measure = "root",
+    *,
+    projected: bool = False,
+    nbytes_of: Callable[[str, int], int] | None = None,
+    loss_of: Callable[[str, int], float] | None = None,
 ) -> Tables:
-    """Encode (or, where there is a closed form, calculate) every layer once per width.
+    """Calculate every layer's error and bytes once per width.
 
-    m            layer name to the gradients' running sum m = 0.8 m + g, any shape
+    m            layer name to what stands for its gradient, such as the running sum m = 0.8 m + g; any shape
     codec_at     bit width to codec
     widths       ascending bit widths
     dense_bytes  bytes of layers that are never compressed
     values       number of values of the whole model
+    by           what an error is (`Tables.measure`)
+    projected    whether error feedback is on, so that a projection is what travels
+    nbytes_of    (layer, width) to the bytes that all ranks encode of it; without it, a message of one rank alone
+    loss_of      with "loss": (layer, width) to the change of the loss
 
-    The error of layer l at b bits is sqrt(E|m - Q_b(m)|^2). Raises ValueError where m is not finite, naming
-    the layer.
+    A layer whose m is zero loses nothing at any width. Raises ValueError where m is not finite, naming the layer, and
+    for "loss" without its changes.
     """
-    for name, values_of_layer in m.items():
-        if not values_of_layer.isfinite().all():
-            raise ValueError(f"the search's gradient must be finite, got NaN or infinity in {name}")
+    check_finite(m)
     codecs = [codec_at(width) for width in widths]
-    flat = [values_of_layer.detach().reshape(-1) for values_of_layer in m.values()]
+    flat = {name: values_of_layer.detach().reshape(-1) for name, values_of_layer in m.items()}
+    if by == "loss":
+        if loss_of is None:
+            raise ValueError("errors by loss need the loss of each layer and width, got none; give loss_of")
+        error = [[loss_of(name, width) for width in widths] for name in flat]
+    else:
+        error = [[codec.expected_squared_error(row, projected) for codec in codecs] for row in flat.values()]
     return Tables(
         layers=tuple(m),
         widths=tuple(widths),
-        error=np.array([[math.sqrt(codec.expected_squared_error(row)) for codec in codecs] for row in flat]),
-        nbytes=np.array([[codec.wire_bytes(row.numel()) for codec in codecs] for row in flat]),
+        error=np.sqrt(error) if by == "root" else np.array(error),
+        nbytes=np.array(
+            [
+                [codec.wire_bytes(row.numel()) for codec in codecs]
+                if nbytes_of is None
+                else [nbytes_of(name, width) for width in widths]
+                for name, row in flat.items()
+            ]
+        ),
         dense_bytes=dense_bytes,
         values=values,
-        numel=tuple(row.numel() for row in flat),
+        numel=tuple(row.numel() for row in flat.values()),
+        measure=by,
+        norm2=math.fsum(float(row.double().square().sum()) for row in flat.values()),
     )
+
+
+def check_finite(m: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where m is not finite, naming the layer."""
+    for name, values_of_layer in m.items():
+        if not values_of_layer.isfinite().all():
+            raise ValueError(f"the search's gradient must be finite, got NaN or infinity in {name}")
 
 
 def _frozen(array: NDArray, dtype: type) -> NDArray:

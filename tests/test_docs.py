@@ -21,6 +21,7 @@ import pytest
 
 import compression
 import main
+import search
 from compression import COMPRESSORS, Solo, build
 from compression.layers import layers_of
 from tests.support.markdown import ROOT, blocks, commands
@@ -68,8 +69,11 @@ def test_pages_that_are_held_elsewhere_are() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder to run in, from which the program and, by the name that it installs as, the library are found."""
-    for name, target in (("main.py", "main.py"), ("benchmarks", "benchmarks"), ("gradwire", "compression")):
-        (tmp_path / name).symlink_to(ROOT / target)
+    for name in ("main.py", "benchmarks", "search", "compression"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "gradwire").mkdir()
+    for path in (*(ROOT / "compression").iterdir(), ROOT / "search"):
+        (tmp_path / "gradwire" / path.name).symlink_to(path)
     return tmp_path
 
 
@@ -171,12 +175,22 @@ def test_flags_in_a_help_text_are_links() -> None:
 def test_the_reference_has_every_public_name_once() -> None:
     names = re.findall(r"^\.\. (?:auto\w+|py:data):: gradwire\.(\w+)$", text_of("api.md"), re.MULTILINE)
     assert sorted(names) == sorted(compression.__all__)
+    names = re.findall(r"^\.\. auto\w+:: gradwire\.search\.(\w+)$", text_of("api.md"), re.MULTILINE)
+    assert sorted(names) == sorted(search.__all__)
 
 
 def test_docstrings_become_the_dialect_of_their_reader() -> None:
     lines = ["`a_b` and |v|:", "", "    x = f(*y)", "", "then `c`"]
     assert list(module("docstrings").rewritten(lines)) == [
         "``a_b`` and \\|v\\|:", "", "::", "", "    x = f(*y)", "", "then ``c``",
+    ]  # fmt: skip
+
+
+def test_names_and_what_they_are_become_a_list() -> None:
+    lines = ["Said:", "", "a_b    one *or*", "       more", "c, d   two", "", "Done.", "", "    code()"]
+    assert list(module("docstrings").rewritten(lines)) == [
+        "Said:", "", "", "* ``a_b``: one \\*or\\*", "  more", "* ``c, d``: two",
+        "", "Done.", "", "::", "", "    code()",
     ]  # fmt: skip
 
 
@@ -244,3 +258,4 @@ def test_the_pages_build_without_a_warning_and_need_no_network(tmp_path: Path) -
     formulas = text_of("compressors.md").count("$$") // 2
     assert len(re.findall(r'<math [^>]*display="block">', html["compressors"])) == formulas
     assert all(f'id="gradwire.{name}"' in html["api"] for name in compression.__all__)
+    assert all(f'id="gradwire.search.{name}"' in html["api"] for name in search.__all__)

@@ -129,6 +129,15 @@ EXTENSIONS = (
     Option("--compression-scheme", None, "FILE"),
     Option("--search-calibration-steps", 20, "STEPS"),
     Option("--search-target-bits", None, "BITS"),
+    Option("--search-target-error", None, "BITS"),
+    Option("--search-balance"),
+    Option("--search-measure", "root", None, ("root", "square", "loss")),
+    Option("--search-pin", None, "PATTERN=BITS"),
+    Option("--search-method", "both", None, ("de", "exact", "both")),
+    Option("--search-every", "1", "N"),
+    Option("--search-once"),
+    Option("--search-last-steps", None, "N"),
+    Option("--search-loss-batches", 2, "N"),
 )
 
 
@@ -263,15 +272,16 @@ def test_given_names_what_the_command_line_spells_out_even_a_default():
 RANGES = {
     "an integer from 1 to 8": (
         "1 8", "0 9 -1 4.0 x", "--quantization-bits --efx-bits --search-min-bits --search-max-bits "
-        "--second-hop-bits",
+        "--second-hop-bits --search-target-error",
     ),
     "an integer from 1 to 1000000000": (
-        "1 1000000000", "0 -1 1.5 x 1000000001", "--epochs --print-freq/-p --search-calibration-steps",
+        "1 1000000000", "0 -1 1.5 x 1000000001", "--epochs --print-freq/-p --search-calibration-steps "
+        "--search-last-steps",
     ),
     "an integer from 1 to 1000000": ("1 1000000", f"0 1000001 {10**30}", "--num-classes -b/--batch-size"),
     "an integer from 1 to 1024": (
         "1 1024", f"0 -1 1025 {10**30}",
-        "--bb-num-parallel-steps --powersgd-rank --popsize --ranks-per-host --threads",
+        "--bb-num-parallel-steps --powersgd-rank --popsize --ranks-per-host --threads --search-loss-batches",
     ),
     "an integer from 1 to 16384": ("1 16384", f"0 16385 {10**12}", "--image-size"),
     "an integer from 1 to 1000000000, or -1": (
@@ -287,8 +297,10 @@ RANGES = {
     "an integer from 0 to 4294967295": ("0 4294967295", "-1 4294967296", "--seed"),
     "a number from 0 to 1e+38": ("0 1e-9 3 1e38", "-1e-9 nan inf 0,1 1e39", "--lr/--learning-rate --weight-decay/--wd"),
     "a number from 0 to 1000": ("0 1e-9 1000", "-1e-9 nan inf 1e300", "--mixup"),
-    "a number from 1e-09 to 1e+09": ("1e-9 3 1e9", "0 -1 nan inf 1e300 1e-10", "--static-loss-scale --dgc-clip"),
-    "a number from 0.001 to 10": ("0.001 10", "0 -1 nan inf 1e300", "--search-alpha --search-beta"),
+    "a number from 1e-09 to 1e+09": (
+        "1e-9 3 1e9", "0 -1 nan inf 1e300 1e-10",
+        "--static-loss-scale --dgc-clip --search-alpha --search-beta",
+    ),
     "a number above 0 and at most 128": ("1e-9 3 128", "0 -1 nan inf 1e300", "--search-target-bits"),
     "a number above 0 and at most 1": (
         "1e-9 0.5 1", "0 -0.1 1.001 nan", "--topk-ratio --bb-ratio --efx-randk --crop-scale",
@@ -346,7 +358,8 @@ def test_any_value_parses_or_is_refused_in_one_line(capsys, option, value):
         ([""], "argument DIR: expected a name, got ''"),
         (["DIR", "--arch", "alexnet"], "argument --arch/-a: invalid choice: 'alexnet' (choose from 'resnet18', "),
         (["DIR", "--compression-type", "zip"], "argument --compression-type: invalid choice: 'zip' (choose from "),
-        (["DIR", "--search-m", "3"], "ambiguous option: --search-m could match --search-max-bits, --search-min-bits"),
+        (["DIR", "--search-mi", "3", "--search-ma"], "argument --search-max-bits: expected one argument"),
+        (["DIR", "--search-t", "3"], "ambiguous option: --search-t could match --search-target-bits, --search-tar"),
         (["DIR", "one\nline"], "unrecognized arguments: one line"),
     ],
 )
@@ -472,7 +485,6 @@ REFUSED = {
     ),
     "--search --big-grad": "--search and --big-grad exclude each other; drop one",
     "--compression-scheme f.json --big-grad": "--compression-scheme and --big-grad exclude each other; drop one",
-    "--search --compression-scheme f.json": "--search and --compression-scheme exclude each other; drop one",
     "--search --search-min-bits 5 --search-max-bits 4": "--search-min-bits 5 is above --search-max-bits 4",
     "--search --search-min-bits 1 --compression-type norm_uniform": (
         "--compression-type norm_uniform needs at least 2 bits, one of them the sign; raise --search-min-bits"
@@ -489,6 +501,52 @@ REFUSED = {
         "drop one"
     ),
     "--search --search-target-bits 4 --search-beta 1": "--search-beta has no effect beside --search-target-bits",
+    "--search --search-target-error 3 --search-target-bits 3": (
+        "--search-target-bits and --search-target-error exclude each other; drop one"
+    ),
+    "--search --search-target-error 3 --search-balance": (
+        "--search-target-error and --search-balance exclude each other; drop one"
+    ),
+    "--search --search-target-error 3 --search-beta 1": (
+        "--search-beta has no effect beside --search-target-error, which asks for the fewest bytes within an error"
+    ),
+    "--search --search-balance --search-alpha 1": (
+        "--search-alpha has no effect beside --search-balance, which has no powers; drop one"
+    ),
+    "--search --search-target-error 2 --search-min-bits 3": (
+        "--search-target-error 2 is the error at a width that is searched, 3 to 8; give one of them, or search more"
+    ),
+    "--search --search-measure loss": (
+        "--search-measure loss has changes of either sign, and powers need errors above 0; add --search-target-bits or "
+    ),
+    "--search --search-measure loss --search-balance": (
+        "--search-balance weighs squared errors, and --search-measure is loss; use square, or --search-target-bits"
+    ),
+    "--search --search-measure loss --search-target-bits 3 --lr 0": (
+        "--search-measure loss measures steps of --lr, which is 0; raise it, or use square"
+    ),
+    "--search --search-measure loss --search-target-bits 3 --fp16": (
+        "--search-measure loss moves weights by less than half precision can tell; drop --fp16 or --opt-level"
+    ),
+    "--search --search-loss-batches 4": f"--search-loss-batches {WITHOUT} --search-measure loss",
+    "--search --search-method exact --popsize 9": (
+        "--popsize has no effect beside --search-method exact, which runs no differential evolution; drop one"
+    ),
+    "--search --search-method de --search-target-bits 3": (
+        "--search-method de makes the least of the powers, and --search-target-bits asks for something else; use both "
+    ),
+    "--search --search-method de --search-balance": "--search-method de makes the least of the powers, and --search-b",
+    "--search --search-last-steps 5 --bb-ratio 0.5": "--search-last-steps and --bb-ratio exclude each other; drop one",
+    "--search --search-every 5steps --bb-ratio 0.5": (
+        "--search-every 5steps needs steps whose averages are all there at their end, and --bb-ratio lets some come "
+    ),
+    "--search-balance": f"--search-balance {WITHOUT} --search",
+    "--search-pin fc.*=8": f"--search-pin {WITHOUT} --search",
+    "--search-every 3": f"--search-every {WITHOUT} --search",
+    "--search-once": f"--search-once {WITHOUT} --search",
+    "--search-method de": f"--search-method {WITHOUT} --search",
+    "--search-measure square": f"--search-measure {WITHOUT} --search",
+    "--search-last-steps 3": f"--search-last-steps {WITHOUT} --search",
     "--search --search-calibration-steps 5": (
         f"--search-calibration-steps {WITHOUT} --pretrained-weights or --evaluate"
     ),
@@ -530,6 +588,11 @@ def test_a_flag_without_effect_is_refused_with_what_it_goes_with(line, capsys):
         "--search --evaluate --search-calibration-steps 3 --resume c.pth --compression-type quantile "
         "--search-min-bits 1",
         "--compression-scheme s.json --compression-type norm_uniform --second-hop-bits 6",
+        "--search --compression-scheme s.json --search-target-bits 4 --search-pin fc.*=8 --search-pin *.conv1.*=2-4",
+        "--search --search-target-error 4 --search-measure loss --search-loss-batches 9 --search-every 500steps",
+        "--search --search-balance --search-measure square --search-once --search-every 3 --search-last-steps 10",
+        "--search --search-balance --search-measure root --search-method exact",
+        "--search --search-method de --search-beta 405 --popsize 50",
         "--image-size 32 --crop-scale 0.6 --hflip 0 --skip-bad-images --device cpu --threads 2 --timeout 60",
     ],
 )
@@ -541,6 +604,22 @@ def test_sensible_recipes_are_accepted(line):
 def test_a_default_spelled_out_is_never_refused(option):
     flag = next(flag for flag in option.spellings.split() if flag.startswith("--"))
     main.parse(["DIR", f"{flag}={option.default}"])
+
+
+@pytest.mark.parametrize("words", ["0", "-1", "1.5", "steps", "5step", "0steps", "1000000001", "x", "²", "5 steps"])
+def test_an_interval_is_a_number_of_epochs_or_of_steps(words, capsys):
+    assert [parse(f"--search --search-every {good}").search_every for good in ("2", "02", "500steps")] == [
+        "2", "2", "500steps",
+    ]  # fmt: skip
+    assert error(capsys, ["DIR", f"--search-every={words}"]) == (
+        "argument --search-every: expected a number of epochs, or of optimizer steps as in 500steps, from 1 to "
+        f"1000000000, got {words!r}"
+    )
+
+
+def test_pins_add_up_in_their_order():
+    assert parse("--search --search-pin a=3 --search-pin b.*=4-8").search_pin == ["a=3", "b.*=4-8"]
+    assert parse("--search").search_pin is None
 
 
 def test_search_and_schemes_quantize_by_maxmin_where_no_type_is_given():
@@ -650,6 +729,7 @@ def test_a_rank_that_the_launcher_ends_with_the_first_is_silent_and_keeps_its_st
 @given(st.lists(st.sampled_from([
     "--lr 0.5", "--wd 0", "-b 8", "-p 3", "--arch resnet18", "--error-feedback --compression-type topk", "--hvd",
     "--search", "--amp --opt-level O2", "--workspace=with/a\\ space", "--local_rank 1", "--epochs 90", "--mom .5",
+    "--search-pin fc.*=8", "--search-pin -x=3", "--search-every 5steps", "--search-balance",
     "--data-backend synthetic", "--run-epochs 2", "--seed 0", "--workspace=-x", "--static-loss-scale 8 --fp16",
 ])))  # fmt: skip
 def test_the_command_line_that_is_shown_gives_the_same_flags(words):

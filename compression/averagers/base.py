@@ -100,6 +100,13 @@ class Averager(ABC):
         """Bits per layer from now on; unnamed layers keep theirs. Raises ValueError where they misfit."""
         raise ValueError("this compressor has no bit widths to set")
 
+    def encoded_bytes_at(self, layers: Sequence[Layer], bits: int, world_size: int) -> list[int]:
+        """Bytes of one encoding of each layer at a width, or at DENSE: its messages to all owners among so many ranks.
+
+        Each hop of the ranks together sends W - 1 of them. Raises ValueError where there are no widths to choose.
+        """
+        raise ValueError("this compressor has no bit widths to measure")
+
     def settle(self, applied: Tensor | bool, layers: Collection[str] | None = None) -> None:
         """Make the pending state of all layers, or of some, current; drop it where `applied` is false.
 

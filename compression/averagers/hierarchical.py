@@ -97,6 +97,15 @@ class Hierarchical(Averager):
             sent.append(owner.sent(held, world_size // places) if held else Sent())
         return sent
 
+    def encoded_bytes_at(self, layers: Sequence[Layer], bits: int, world_size: int) -> list[int]:
+        """What a host encodes of each layer, all its owners together."""
+        places = self.levels.inside.world_size
+        by_place = [
+            self.inner.encoded_bytes_at(self._of_place(layers, places, place), bits, world_size // places)
+            for place in range(places)
+        ]
+        return [sum(of_layer) for of_layer in zip(*by_place, strict=True)]
+
     def average_(self, gradients: Gradients, step: int) -> None:
         run_all(self.post(gradients, step)(gradients))
 

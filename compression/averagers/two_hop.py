@@ -139,6 +139,11 @@ class TwoHop(Averager):
         self.widths.update(widths)
         self._groups.clear()
 
+    def encoded_bytes_at(self, layers: Sequence[Layer], bits: int, world_size: int) -> list[int]:
+        kind = self.dense if bits == DENSE else self.codec.with_bits(bits)
+        shards = self._shards(layers, world_size)
+        return [sum(kind.wire_bytes(stop - start) for start, stop in shards[layer.name]) for layer in layers]
+
     def average_(self, gradients: Gradients, step: int) -> None:
         run_all(self.post(gradients, step)(gradients))
 

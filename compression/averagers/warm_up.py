@@ -36,6 +36,9 @@ class WarmUp(Averager):
     def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
         return self.inner.sent(layers, world_size)
 
+    def encoded_bytes_at(self, layers: Sequence[Layer], bits: int, world_size: int) -> list[int]:
+        return self.inner.encoded_bytes_at(layers, bits, world_size)
+
     def settle(self, applied: Tensor | bool, layers: Collection[str] | None = None) -> None:
         if self._compressed:
             self.inner.settle(applied, layers)

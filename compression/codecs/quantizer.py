@@ -45,6 +45,7 @@ class Quantizer(ABC):
     """
 
     family: ClassVar[str | None] = None
+    projects: ClassVar[bool] = True  # whether error feedback scales its code into a projection
     keyed: ClassVar[bool] = False  # whether decoding takes what encoding drew its random numbers from
 
     bits: int
@@ -208,8 +209,6 @@ class ScalarQuantizer(Quantizer):
     With error feedback the scales are those of a projection, unless it `projects` not.
     """
 
-    projects: ClassVar[bool] = True
-
     @property
     @abstractmethod
     def top(self) -> int:
@@ -309,10 +308,25 @@ class VariableWidth(Quantizer):
     def with_bits(self, bits: int) -> Self:
         return self if bits == self.bits else replace(self, bits=bits)
 
-    def expected_squared_error(self, values: Tensor) -> float:
+    def expected_squared_error(self, values: Tensor, projected: bool = False) -> float:
         """E |v - decode(encode(v))|^2 over what is random, in closed form. `values`: float32, any shape.
 
         Where values are rounded to a neighbor without bias, the sum of (h - v) (v - l), its neighbors being l and h.
+
+        With `projected`, that of the projection which error feedback encodes. It loses |v|^2 - <v, Q>^2 / |Q|^2 of a
+        bucket, where E <v, Q> = n = |v|^2 and E |Q|^2 = n + q, q the unbiased code's error: q n / (q + n) with the
+        means in place of the draws, within 3 % of what is measured in buckets of 512 gradients. Where a few values hold
+        the norm, a bucket loses up to a seventh less.
         """
         flat = values.detach().to(torch.float32).reshape(-1)
-        return self._kernels(flat).expected_squared_error(self, self._messages(1, len(flat)), flat)
+        return self._kernels(flat).expected_squared_error(self, self._messages(1, len(flat)), flat, projected)
+
+    def encoding_error(self, values: Tensor, seed: int, projected: bool = False) -> Tensor:
+        """v - decode(encode(v)) of one draw of the rounding, float32 [N]; with `projected`, of the projection."""
+        flat = values.detach().to(torch.float32).reshape(-1).contiguous()
+        if not projected:
+            return flat - self.decode(self.encode(flat[None], seed), len(flat), seed=seed)[0]
+        plan, lost = self._messages(1, len(flat)), torch.zeros_like(flat)
+        wire = torch.empty(self.wire_bytes(len(flat)), dtype=torch.uint8, device=flat.device)
+        self.encode_plan(plan, flat, stream_keys(seed, 0, plan.layers, 0, 0), wire, torch.zeros_like(flat), lost)
+        return lost

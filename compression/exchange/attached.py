@@ -2,19 +2,19 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..gradients import Gradients
-from ..layers import Layer, layers_of
+from ..layers import DENSE, Layer, layers_of
 from ..network.arrangement import Arrangement
 from ..network.inside import Levels
 from ..registry import Compressor
 from .binding import Binding
-from .hooks import flattened, hook
+from .hooks import flattened, hook, shaped
 from .momentum import MomentumWatch
 from .pipeline import Pipeline
 from .recorder import Recorder
@@ -38,7 +38,7 @@ class Attached(ABC):
         choose: Callable[[bool], bool] | None = None,
     ) -> None:
         """`parameters`: those of the model that are averaged, by name."""
-        self.parameters = dict(parameters)
+        self.parameters, self.compressor = dict(parameters), compressor
         shapes = ((name, p.shape) for name, p in self.parameters.items())
         self.layers: tuple[Layer, ...] = layers_of(shapes, compressor.bucket_size)
         self.device = next(iter(self.parameters.values())).device
@@ -166,6 +166,7 @@ class Attached(ABC):
             "step": self.step,
             **self.binding.state_dict(),
             "recorded": self.recorder.state.state_dict() if self.recorder is not None else {},
+            **({"recorder": self.recorder.state_dict()} if self.recorder is not None else {}),
         }
 
     def load_common_state(self, state: Mapping[str, Any], ranks_alike: bool) -> None:
@@ -173,7 +174,7 @@ class Attached(ABC):
         if ranks_alike:
             self.binding.load_state_dict(state)
             if self.recorder is not None:
-                self.recorder.state.load_state_dict(state["recorded"])
+                self.recorder.load_state_dict(state["recorded"], state.get("recorder", {}))
         loaded = int(state["step"])
         self.meter.skip(loaded - self.step)
         self.step = loaded
@@ -187,6 +188,22 @@ class Attached(ABC):
         """Bits per layer from the next step on; unnamed layers keep theirs. Raises ValueError where they misfit."""
         self.averager.set_widths(widths)
 
+    def encoded_bytes_at(self, bits: int) -> dict[str, int]:
+        """Bytes of one encoding of each compressed layer at a width, what all ranks add to it included.
+
+        A rank sends 2 (W - 1) / W of them in a step, W ranks or hosts. Raises ValueError where the compressor has no
+        bit widths, or not this one.
+        """
+        layers = [layer for layer in self.layers if layer.compressed]
+        nbytes = self.averager.encoded_bytes_at(layers, bits, self.collectives.world_size)
+        return {layer.name: count for layer, count in zip(layers, nbytes, strict=True)}
+
+    @property
+    def dense_bytes(self) -> int:
+        """Likewise of all layers that are never compressed, beside those that have widths."""
+        layers = [layer for layer in self.layers if not layer.compressed]
+        return sum(self.averager.encoded_bytes_at(layers, DENSE, self.collectives.world_size))
+
     @property
     def without_momentum(self) -> frozenset[str]:
         """Parameters whose momentum the compressor applies itself: the optimizer's must be off for them."""
@@ -198,7 +215,25 @@ class Attached(ABC):
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 self.recorder.record(Gradients(flattened(parameter.grad, parameter), (name,), (0,)))
-        self.recorder.state.settle(True)
+        self.recorder.settle(True)
+
+    @contextlib.contextmanager
+    def moved(self, steps: Mapping[str, Tensor], factor: float) -> Iterator[None]:
+        """The model with `factor` x some layers' steps added to its weights, which have their old bits afterwards.
+
+        A layer's step is what `Recorder.averaged` gives of it, or what decodes from a code of that.
+        """
+        kept = {name: self.parameters[name].detach().clone() for name in steps}
+        try:
+            with torch.no_grad():
+                for name, step in steps.items():
+                    parameter = self.parameters[name]
+                    parameter.add_(shaped(step.reshape(-1), parameter), alpha=factor)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weights in kept.items():
+                    self.parameters[name].copy_(weights)
 
     def report(self) -> Report:
         """Bytes sent and seconds spent since the last report."""

@@ -227,7 +227,7 @@ class BrokenBarrier(Attached):
             for average in part.averages:
                 self.averager.settle(~average.nonfinite, [average.name])
                 if self.recorder is not None:
-                    self.recorder.state.settle(~average.nonfinite, [average.name])
+                    self.recorder.settle(~average.nonfinite, [average.name])
 
         return arrive
 

@@ -51,7 +51,7 @@ class Exchange(Attached):
             self.open = False
             self.averager.settle(applied)
             if self.recorder is not None:
-                self.recorder.state.settle(applied)
+                self.recorder.settle(applied)
             self.step += 1
 
     def flush(self, loss_scale: float | Tensor = 1.0) -> Tensor | None:

@@ -21,6 +21,10 @@ class Definition(Protocol):
     def family(self) -> str | None:
         """Its name among the fast kernels; None where this definition is all that there is."""
 
+    @property
+    def projects(self) -> bool:
+        """Whether error feedback scales its code into a projection."""
+
     def with_bits(self, bits: int) -> Self:
         """The same quantizer at another width."""
 
@@ -91,8 +95,14 @@ class Kernels(Protocol):
         quantizers that are keyed. The others as in `encode`.
         """
 
-    def expected_squared_error(self, quantizer: Definition, plan: Plan, values: Tensor) -> float:
-        """E |v - decoded|^2 over the rounding, summed over all buckets. `values`: float32 [plan.values]."""
+    def expected_squared_error(
+        self, quantizer: Definition, plan: Plan, values: Tensor, projected: bool = False
+    ) -> float:
+        """E |v - decoded|^2 over the rounding, summed over all buckets. `values`: float32 [plan.values].
+
+        With `projected`, that of the projection that error feedback encodes, up to a few percent: a bucket of norm
+        n = |v|^2 whose unbiased code has the error q counts q n / (q + n).
+        """
 
 
 class SparseKernels(Protocol):

@@ -1,6 +1,7 @@
 """Docstrings for autodoc, which reads another dialect than the one here: plain sentences with code in backticks.
 
-An indented block is code. Sphinx would take single backticks, asterisks and bars for signs of its own.
+An indented block is code, and lines of a name, two spaces and what it is are a list. Sphinx would take single
+backticks, asterisks and bars for signs of its own.
 """
 
 import re
@@ -16,15 +17,26 @@ def literal(line: str) -> str:
 
 def rewritten(lines: list[str]) -> Iterator[str]:
     """The lines of a docstring in reStructuredText."""
-    within = False
+    within = ""  # what the line before belongs to: a list, code, or neither
     for line in lines:
-        if line.startswith("    "):
-            if not within:
+        item = re.match(r"(\w[\w, ]*?)  +(\S.*)$", line)
+        indented = line.startswith("    ")
+        if item:
+            if within != "list":
+                yield ""
+            within = "list"
+            yield f"* ``{item[1]}``: {literal(item[2])}"
+        elif indented and within == "list":
+            yield f"  {literal(line.strip())}"
+        elif indented:
+            if within != "code":
                 yield from ("::", "")
-            within = True
+            within = "code"
             yield line
         else:
-            within = within and not line
+            if within == "list" and line:
+                yield ""
+            within = "code" if within == "code" and not line else ""
             yield literal(line)
 
 

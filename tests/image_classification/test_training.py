@@ -22,6 +22,7 @@ from image_classification.training import (
     NonFiniteGradientError,
     averaged_batch_norm,
     evaluate,
+    mean_loss,
     train_epoch,
 )
 
@@ -547,6 +548,25 @@ def test_every_image_of_every_rank_counts_once_however_unevenly_they_are_spread(
         assert score["val.loss"] == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-5)
         shared = VAL_METRICS - LATENCIES
         assert {name: score[name] for name in shared} == {name: scores[0][name] for name in shared}
+
+
+def test_the_loss_of_a_model_as_it_is_takes_statistics_of_batches_and_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3))
+    precision = Precision.choose(CPU)
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(8, 4, generator=generator), torch.arange(8) % 3) for _ in range(2)]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    found = mean_loss(model, batches, nn.functional.cross_entropy, precision)
+    assert found == mean_loss(model, batches, nn.functional.cross_entropy, precision)  # nothing is dropped out
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert model[1].track_running_stats
+    model[1].running_mean.fill_(1e3)
+    assert mean_loss(model, batches, nn.functional.cross_entropy, precision) == found
+    model.eval()
+    mean_loss(model, batches, nn.functional.cross_entropy, precision)
+    assert not any(module.training for module in model.modules())
 
 
 def test_validation_has_the_metrics_of_the_report_and_its_latencies_are_in_order() -> None:

@@ -6,11 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search import Objective, Tables, evolve, optimum
-from tests.support.table_examples import fifty_layers, small_tables
+from search import objective as objective_module
+from tests.support.table_examples import fifty_layers, many_layers, small_tables
 
-ALIKE = Tables(
-    ["a", "b", "c"], [2, 4], np.ones((3, 2)), np.ones((3, 2)), dense_bytes=0, values=8, numel=[2, 2, 2]
-)
+ALIKE = Tables(["a", "b", "c"], [2, 4], np.ones((3, 2)), np.ones((3, 2)), dense_bytes=0, values=8, numel=[2, 2, 2])
 
 
 def numbers(count, widths):
@@ -20,9 +19,7 @@ def numbers(count, widths):
 
 
 @pytest.mark.parametrize(("popsize", "iterations"), [(5, 2), (2, 0), (3, 7)])
-@pytest.mark.parametrize(
-    "tables", [numbers(4, 3), numbers(20, 8), ALIKE, replace(ALIKE, error=np.zeros((3, 2)))]
-)
+@pytest.mark.parametrize("tables", [numbers(4, 3), numbers(20, 8), ALIKE, replace(ALIKE, error=np.zeros((3, 2)))])
 def test_exactly_popsize_by_layers_by_generations_are_evaluated(monkeypatch, tables, popsize, iterations):
     seen = []
     rank = Objective.sort_key
@@ -69,6 +66,20 @@ def test_more_generations_find_something_better():
     tables = fifty_layers()
     short, long = (evolve(tables, 0.5, 0.5, 5, iterations, seed=0) for iterations in (0, 20))
     assert long.objective < short.objective
+
+
+def test_evolution_looks_populations_up_in_blocks(monkeypatch):
+    whole = evolve(fifty_layers(), 0.5, 0.5, seed=0)
+    monkeypatch.setattr(objective_module, "BLOCK", 100)
+    assert evolve(fifty_layers(), 0.5, 0.5, seed=0).bits == whole.bits
+
+
+def test_a_population_above_a_gibibyte_is_refused_with_a_way_out():
+    tables = many_layers(20_000)
+    with pytest.raises(
+        ValueError, match=r"5 members for each of 20,000 layers take 14\.9 GiB; use the exact method, or"
+    ):
+        evolve(tables, 0.5, 0.5)
 
 
 def test_of_widths_without_error_the_cheapest_is_found():

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search import Objective, Tables, optimum
-from search.hulls import hull_walk, lower_hull
-from tests.support.table_examples import every_assignment, fifty_layers, small_tables
+from search.hulls import Walk, lower_hull
+from tests.support.table_examples import every_assignment, fifty_layers, many_layers, small_tables
 
 POWERS = st.sampled_from([0.1, 0.5, 1.0, 2.0, 5.0])
 
@@ -44,7 +44,7 @@ def test_no_change_of_one_or_two_layers_improves_a_large_optimum(beta):
                 neighbor[[first, second]] = change
                 neighbors.append(neighbor)
     objective = Objective(tables, 0.5, beta)
-    assert objective.sort_key(np.array(neighbors)).min() >= objective.sort_key(choice) - 1e-12
+    assert objective.sort_key(np.array(neighbors)).min() >= objective.sort_key(choice[None])[0] - 1e-12
 
 
 def test_equal_powers_put_nearly_all_layers_at_the_maximum():
@@ -63,11 +63,41 @@ def test_of_equal_errors_the_cheaper_and_of_equal_bytes_the_better_width_is_take
 
 def test_the_walk_goes_from_the_fewest_bytes_to_the_least_error():
     tables = fifty_layers()
-    error, nbytes = tables.totals(hull_walk(tables))
-    assert nbytes[0] == tables.nbytes.min(axis=1).sum()
-    assert error[-1] == pytest.approx(tables.error.min(axis=1).sum(), rel=1e-12)
-    assert (np.diff(nbytes) > 0).all()
-    assert (np.diff(error) < 0).all()
+    walk = Walk.of(tables)
+    assert walk.nbytes_P[0] == tables.nbytes.min(axis=1).sum()
+    assert walk.error_P[-1] == pytest.approx(tables.error.min(axis=1).sum(), rel=1e-12)
+    assert (np.diff(walk.nbytes_P) > 0).all()
+    assert (np.diff(walk.error_P) < 0).all()
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from(["root", "loss"]).flatmap(lambda measure: small_tables(measure=measure)))
+def test_every_corner_has_the_totals_that_the_walk_says(tables):
+    walk = Walk.of(tables)
+    columns = np.stack([walk.columns(corner) for corner in range(len(walk.nbytes_P))])
+    error, nbytes = tables.totals(columns)
+    assert walk.nbytes_P.tolist() == nbytes.tolist()
+    assert walk.error_P == pytest.approx(error, rel=1e-12, abs=1e-12 * np.abs(tables.error).max())
+    assert walk.error_P[-1] == math.fsum(tables.error.min(axis=1))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from(["root", "loss"]).flatmap(lambda measure: small_tables(measure=measure)))
+def test_no_assignment_lies_below_the_walk(tables):
+    error, nbytes, _ = every_assignment(tables)
+    walk = Walk.of(tables)
+    room = 1e-9 * np.abs(tables.error).sum()
+    assert (error >= np.interp(nbytes, walk.nbytes_P, walk.error_P) - room).all()
+
+
+def test_twenty_thousand_layers_have_an_optimum():
+    tables = many_layers(20_000)
+    found = optimum(tables, 0.5, 0.5)
+    objective = Objective(tables, 0.5, 0.5)
+    choice = tables.columns(found.bits)
+    neighbors = np.tile(choice, (140, 1))
+    neighbors[np.arange(140), np.arange(140) // 7] = np.arange(140) % 7
+    assert objective.sort_key(neighbors).min() >= objective.sort_key(choice[None])[0] - 1e-12
 
 
 @settings(deadline=None, max_examples=200)

@@ -14,9 +14,7 @@ def load(tmp_path, content):
     return load_scheme(path, COMPRESSED, PARAMETERS)
 
 
-@pytest.mark.parametrize(
-    "uncompressed", [{}, {"32": []}, {"32": ["bn1.bias"]}, {"32": ["bn1.weight", "bn1.bias"]}]
-)
+@pytest.mark.parametrize("uncompressed", [{}, {"32": []}, {"32": ["bn1.bias"]}, {"32": ["bn1.weight", "bn1.bias"]}])
 def test_a_scheme_need_not_list_what_is_not_compressed(tmp_path, uncompressed):
     widths = load(tmp_path, {"8": ["fc.weight"], "1": ["conv1.weight"], **uncompressed})
     assert widths == {"conv1.weight": 1, "fc.weight": 8}
@@ -72,12 +70,19 @@ def test_a_scheme_that_does_not_fit_is_refused_in_one_line(tmp_path, content, wo
 
 
 def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"none\.json: cannot read the scheme \(No such file or directory\); give a"
-    ):
+    with pytest.raises(ValueError, match=r"none\.json: cannot read the scheme \(No such file or directory\); give a"):
         load_scheme(tmp_path / "none.json", COMPRESSED, PARAMETERS)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"binary: cannot read the scheme \(not UTF-8 text\)"):
         load_scheme(tmp_path / "binary", COMPRESSED, PARAMETERS)
     with pytest.raises(ValueError, match=r"cannot read the scheme \(Is a directory\)"):
         load_scheme(tmp_path, COMPRESSED, PARAMETERS)
+
+
+def test_without_the_models_names_any_may_stand_under_32(tmp_path):
+    path = tmp_path / "scheme.json"
+    path.write_text(json.dumps({"4": ["fc.weight"], "8": ["conv1.weight"], "32": ["bn7.weight"]}))
+    assert load_scheme(path, COMPRESSED) == {"conv1.weight": 8, "fc.weight": 4}
+    path.write_text(json.dumps({"4": [*COMPRESSED, "bn7.weight"]}))
+    with pytest.raises(ValueError, match=r"no layer bn7\.weight \(width 4\)"):
+        load_scheme(path, COMPRESSED)

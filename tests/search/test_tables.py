@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import search
-from compression import codec
+from compression import codec, with_bits
 from search import Objective, Tables, measure
 from tests.support.table_examples import fifty_layers
 
@@ -21,9 +21,9 @@ class Halving:
     def wire_bytes(self, count):
         return 4 + (count * self.bits + 7) // 8
 
-    def expected_squared_error(self, values):
+    def expected_squared_error(self, values, projected=False):
         assert values.ndim == 1
-        return float(values.square().sum()) / 4**self.bits
+        return float(values.square().sum()) / (4**self.bits + projected)
 
 
 def two_layers(**changes):
@@ -52,6 +52,54 @@ def test_a_measured_error_is_the_root_of_the_expected_squared_error():
     assert tables.nbytes.tolist() == [[5, 5, 5], [5, 6, 7]]
     assert (tables.layers, tables.widths, tables.numel) == (("a", "b"), (1, 2, 3), (2, 6))
     assert (tables.dense_bytes, tables.values) == (12, 11)
+
+
+def test_measures_are_of_one_error_and_know_the_norm_of_all_layers():
+    m = {"a": torch.tensor([[3.0, 4.0]]), "b": torch.arange(6.0).view(2, 3)}
+    root, square = (measure(m, Halving, range(1, 4), 12, 11, by) for by in ("root", "square"))
+    assert (root.measure, square.measure) == ("root", "square")
+    assert np.allclose(root.error**2, square.error, rtol=1e-12)
+    assert root.norm2 == square.norm2 == 25 + 55
+
+
+def test_with_error_feedback_errors_are_those_of_the_projection():
+    m = {"a": torch.tensor([3.0, 4.0])}
+    tables = measure(m, Halving, [1, 2], 0, 2, "square", projected=True)
+    assert np.allclose(tables.error, [[25 / 5, 25 / 17]], rtol=1e-12)
+
+
+def test_bytes_are_what_the_caller_says_that_is_sent():
+    m = {"a": torch.ones(2), "b": torch.ones(3)}
+    tables = measure(m, Halving, [1, 2], 0, 5, nbytes_of=lambda name, width: 100 * ord(name) + width)
+    assert tables.nbytes.tolist() == [[9701, 9702], [9801, 9802]]
+
+
+def test_errors_by_loss_are_given_and_may_be_negative():
+    m = {"a": torch.ones(2), "b": torch.ones(3)}
+    tables = measure(m, Halving, [1, 2], 0, 5, "loss", loss_of=lambda name, width: (0.5 - width) * len(m[name]))
+    assert tables.error.tolist() == [[-1.0, -3.0], [-1.5, -4.5]]
+    with pytest.raises(ValueError, match="need the loss of each layer and width"):
+        measure(m, Halving, [1, 2], 0, 5, "loss")
+    with pytest.raises(ValueError, match="error must be finite, got nan for a at 1 bits"):
+        measure(m, Halving, [1, 2], 0, 5, "loss", loss_of=lambda name, width: math.nan)
+
+
+@pytest.mark.parametrize("name", with_bits())
+@pytest.mark.parametrize("projected", [False, True])
+def test_a_layer_whose_gradient_is_zero_loses_nothing(name, projected):
+    tables = measure({"a": torch.zeros(600)}, lambda bits: codec(name, bits=bits), [2, 8], 0, 600, projected=projected)
+    assert not tables.error.any()
+    assert tables.norm2 == 0
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e19, 1e30])
+def test_errors_of_any_size_are_known(size):
+    values = torch.linspace(-1, 3, 600)
+    ordinary, extreme = (
+        measure({"a": values * factor}, lambda bits: codec("maxmin", bits=bits), [2, 8], 0, 600) for factor in (1, size)
+    )
+    assert np.allclose(extreme.error, ordinary.error * size, rtol=1e-3)
+    assert extreme.norm2 == pytest.approx(ordinary.norm2 * size**2, rel=1e-3)
 
 
 def test_max_min_tables_hold_the_codecs_bytes_and_lose_less_with_every_bit():
@@ -108,6 +156,9 @@ def test_tables_keep_their_own_copy_that_nobody_can_write_to():
         ),
         ({"error": [[1, -1], [1, 1]]}, r"error must be finite and not negative, got -1\.0 for a at 4 bits"),
         ({"nbytes": [[1, 1], [0, 1]]}, "nbytes must be above 0, got 0 for b at 2 bits"),
+        ({"measure": "cube"}, "a measure is one of root, square, loss, got 'cube'"),
+        ({"measure": "loss", "error": [[1, math.inf], [1, 1]]}, "error must be finite, got inf for a at 4 bits"),
+        ({"norm2": -1.0}, r"norm2 must be finite and not negative, got -1\.0"),
         ({"dense_bytes": -1}, "got -1 and 100"),
         ({"values": 0}, "got 8 and 0"),
         ({"numel": [5]}, "numel must be above 0 for each of 2 layers"),
@@ -138,9 +189,11 @@ def test_powers_must_be_above_zero(name, power):
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(900.0, 1.0), (1.0, 900.0)])
-def test_an_objective_outside_of_float64_says_to_scale_both_powers(alpha, beta):
-    with pytest.raises(ValueError, match="only beta/alpha matters, so divide both"):
-        Objective(two_layers(), alpha, beta)((2, 4))
+def test_an_objective_outside_of_float64_is_ranked_all_the_same(alpha, beta):
+    objective = Objective(two_layers(), alpha, beta)
+    assert objective((2, 4)) in (0.0, math.inf)
+    better, worse = ((4, 4), (2, 2)) if alpha > beta else ((2, 2), (4, 4))
+    assert objective.log(better) < objective.log((2, 4)) < objective.log(worse)
 
 
 def test_assignments_rank_as_their_objectives_do():

@@ -32,9 +32,7 @@ def test_the_optimum_meets_the_average_above_the_named_power_and_misses_it_below
 def test_on_fifty_layers_the_optimum_jumps_over_the_average_at_the_named_power(average):
     tables = fifty_layers()
     point = ratio_for_bits(tables, average)
-    above, below = (
-        optimum(tables, 0.5, 0.5 * point.power * factor).bits for factor in (1 + 1e-9, 1 - 1e-9)
-    )
+    above, below = (optimum(tables, 0.5, 0.5 * point.power * factor).bits for factor in (1 + 1e-9, 1 - 1e-9))
     assert tables.bits_a_value(above) == point.bits_a_value <= average < tables.bits_a_value(below)
 
 
@@ -49,7 +47,5 @@ def test_where_an_assignment_is_without_error_no_power_moves_the_optimum():
 
 
 def test_less_than_the_cheapest_average_is_refused():
-    with pytest.raises(
-        ValueError, match=r"no beta/alpha takes fewer than the cheapest 2\.\d+ bits a value, got 1"
-    ):
+    with pytest.raises(ValueError, match=r"no beta/alpha takes fewer than the cheapest 2\.\d+ bits a value, got 1"):
         ratio_for_bits(fifty_layers(), 1.0)

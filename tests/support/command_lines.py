@@ -17,11 +17,13 @@ NAMES = {
     "pretrained_weights": ("w.pth", "checkpoint.pth.tar"),
     "raport_file": ("r.json", "checkpoint.pth.tar", "gradient_stats.jsonl"),
     "resume": ("auto", "c.pth", "experiment_raport.json"),
+    "search_every": ("1", "2", "1steps", "2steps", "0steps", "x"),
+    "search_pin": ("*=4", "3.*=2-8", "nothing=4", "x"),
     "save_weights": ("w.safetensors", "w.pth"),
     "tensorboard_dir": ("events",),
     "workspace": ("./", "elsewhere"),
 }
-"""Values of the flags that name files."""
+"""Values of the flags that take something else than numbers: most name files."""
 
 
 def flags() -> dict[str, argparse.Action]:

@@ -132,6 +132,7 @@ def decode(
     _run(buckets.decode, quantizer, plan, plan.position, plan.count, plan.bits, plan.wire_at, *tensors)
 
 
-def expected_squared_error(quantizer: Definition, plan: Plan, values: Tensor) -> float:
+def expected_squared_error(quantizer: Definition, plan: Plan, values: Tensor, projected: bool = False) -> float:
     """As `reference.expected_squared_error`; sums of 512 in float32, the rest in float64."""
-    return sum(_run(buckets.squared_error, quantizer, plan, plan.position, plan.count, plan.bits, values.numpy()))
+    columns, projects = (plan.position, plan.count, plan.bits), projected and quantizer.projects
+    return sum(_run(buckets.squared_error, quantizer, plan, *columns, values.numpy(), projects))

@@ -363,12 +363,19 @@ def squared_error(
     count: np.ndarray,
     bits: np.ndarray,
     values: np.ndarray,
+    projects: bool,
     scratch: Arrays,
 ) -> float:
+    """As `reference.expected_squared_error`, for buckets from `start` to below `stop`.
+
+    Squares are of values in units of the largest magnitude: those of values themselves may leave float32.
+    """
     codes, _, places, scales, bins, terms, sums, around, _ = scratch
+    half = len(sums) // 2
     error = 0.0
     for m in range(start, stop):
         n, b, at = count[m], bits[m], position[m]
+        lost, square = 0.0, 0.0  # of this bucket
         finite = fit(family, values, at, n, b, scales, terms, sums, bins)
         top, unit = top_code(family, b), _ONE / max_magnitude(family, b, scales)
         for tile in range(0, n, TREE):
@@ -388,5 +395,13 @@ def squared_error(
                 store(around, TREE + i, gap * load(places, i))
                 store(around, i, gap * (_ONE - load(places, i)))
             add_products(around, _TREE, _ONE, around, _ONE, length, terms, sums, START)
-            error += float(sums[0]) / float(unit) ** 2
+            lost += np.float64(sums[0])
+            if projects:
+                for i in range(length):
+                    store(around, i, load(values, at + tile + i))
+                add_products(around, START, unit, around, unit, length, terms, sums, START)
+                square += np.float64(sums[half])
+        if projects and lost > 0:
+            lost *= square / (lost + square)
+        error += lost / np.float64(unit) ** 2
     return error

@@ -96,12 +96,16 @@ def recode(
     decode(quantizer, plan, wire, values, keys=keys)
 
 
-def expected_squared_error(quantizer: Definition, plan: Plan, values: Tensor) -> float:
+def expected_squared_error(quantizer: Definition, plan: Plan, values: Tensor, projected: bool = False) -> float:
     """As `Kernels.expected_squared_error`."""
     total = 0.0
     for group in _groups(plan):
         vectors = values[_spans(plan.position[group], int(plan.count[group[0]]), values.device)]
-        total += float(quantizer.with_bits(int(plan.bits[group[0]])).expected_squared_errors(vectors).sum())
+        error_M = quantizer.with_bits(int(plan.bits[group[0]])).expected_squared_errors(vectors)
+        if projected and quantizer.projects:
+            square_M = vectors.double().square().sum(1)
+            error_M = torch.where(error_M > 0, error_M * square_M / (error_M + square_M), 0.0)
+        total += float(error_M.sum())
     return total
 
 

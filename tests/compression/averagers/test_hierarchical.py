@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from compression import COMPRESSORS, DENSE, Collectives, Layer, Metered, Solo, build
+from compression import COMPRESSORS, DENSE, Collectives, Layer, Metered, Solo, build, with_bits
 from compression.averagers import Averager, Hierarchical, TwoHop
 from compression.averagers.base import Sent
 from compression.exchange.flat_gradient import FlatGradient
@@ -314,3 +314,24 @@ def test_owners_send_what_is_promised(name: str, options: dict[str, Any], grid: 
     assert sum(nbytes) / len(counted) == pytest.approx(all_ranks.total)
     assert sum(messages) / len(counted) == pytest.approx(all_ranks.messages)
     assert max(rounds) == all_ranks.rounds
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (3, 2)], ids=str)
+@pytest.mark.parametrize("name", with_bits())
+def test_bytes_at_a_width_are_those_that_cross_the_links(name: str, grid: tuple[int, int]) -> None:
+    """A host sends 2 (H - 1) / H of what its owners encode."""
+    hosts, ranks = grid[0], grid[0] * grid[1]
+
+    def work(levels: ThreadLevels) -> tuple[float, int]:
+        between = Metered(levels.between)
+        averager = bound(levels, name, {"bucket_size": 64}, between)
+        averager.set_widths({"conv": 8, "wide": 2, "fc": 2})
+        averager.average_(laid_out(gradient(levels.everyone.rank, 0)), 0)
+        conv, norm, wide, bias, fc = LAYERS
+        of_width = {8: [conv], 2: [wide, fc], DENSE: [norm, bias]}
+        promised = [averager.encoded_bytes_at(layers, bits, ranks) for bits, layers in of_width.items()]
+        return between.traffic.bytes_sent, sum(map(sum, promised))
+
+    counted, promised = zip(*run_hosts(hosts_of(grid), work), strict=True)
+    assert sum(counted) == 2 * (hosts - 1) * promised[0]
+    assert len(set(promised)) == 1

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from compression import DENSE, Collectives, Metered, Solo, averagers, build, codec
+from compression import DENSE, Collectives, Metered, Solo, averagers, build, codec, with_bits
 from compression.averagers import Averager, TwoHop
 from compression.codecs.base import BFloat16
 from compression.exchange.engine import Engine
@@ -428,3 +428,31 @@ def test_the_width_of_averages_is_one_that_the_codec_has() -> None:
         build("exponential", second_hop_bits=1)
     with pytest.raises(ValueError, match="compressor 1bit takes no option 'second_hop_bits'"):
         build("1bit", second_hop_bits=4)
+
+
+@pytest.mark.parametrize("dense_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("name", with_bits())
+def test_bytes_at_a_width_are_those_that_are_encoded(name: str, world_size: int, dense_dtype: str) -> None:
+    """Of all layers and shards: where levels are a table, each shard has its own. Warm-up changes nothing of that."""
+    compressor = build(name, bucket_size=64, dense_dtype=dense_dtype, warmup_steps=1)
+    compressed, dense = LAYERS
+
+    def work(ranks: ThreadCollectives) -> tuple[int, float, float]:
+        network = Metered(ranks)
+        bound = compressor.averager(LAYERS, network, 0)
+        bound.set_widths({"weight": 3})
+        average(bound, GRADIENTS[ranks.rank], 1)
+        at_three = bound.encoded_bytes_at([compressed], 3, world_size) + bound.encoded_bytes_at([dense], 32, world_size)
+        return sum(at_three), network.traffic.bytes_sent, bound.encoded_bytes
+
+    promised, sent, encoded = zip(*run_ranks(world_size, work), strict=True)
+    assert sum(sent) == 2 * (world_size - 1) * promised[0]
+    assert world_size > 1 or encoded[0] == promised[0]
+
+
+def test_bytes_at_a_width_need_widths() -> None:
+    with pytest.raises(ValueError, match="no bit widths to measure"):
+        build("topk").averager(LAYERS, Solo(), 0).encoded_bytes_at(LAYERS, 4, 1)
+    with pytest.raises(ValueError, match="1 to 8 bits wide, got bits=9"):
+        build("maxmin", bucket_size=64).averager(LAYERS, Solo(), 0).encoded_bytes_at(LAYERS, 9, 1)

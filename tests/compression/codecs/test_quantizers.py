@@ -15,6 +15,7 @@ from compression.averagers import TwoHop
 from compression.codecs.base import decoded
 from compression.codecs.quantizer import Quantizer
 from compression.gradients import Gradients
+from compression.kernels import reference
 from compression.layers import layers_of
 from compression.network.threads import ThreadCollectives, run_ranks
 from tests.support.quantizers import takes
@@ -153,6 +154,41 @@ def test_the_expected_error_is_what_happens(name: str, options: dict[str, Any]) 
     losses = (samples(quantizer, NORMAL[:1]) - NORMAL[:1]).double().square().sum(dim=(1, 2))
     spread = float(losses.std()) / DRAWS**0.5
     assert abs(float(losses.mean()) - quantizer.expected_squared_error(NORMAL[0])) < 5 * spread + 1e-9  # 5 sigma
+
+
+@pytest.mark.parametrize("values", [NORMAL, NORMAL * NORMAL.abs()], ids=["normal", "longer tails"])
+@pytest.mark.parametrize(("name", "options"), [case for case in WITH_BITS if case[1]["bits"] <= 4], ids=str)
+def test_the_expected_error_of_a_projection_is_nearly_what_happens(
+    name: str, options: dict[str, Any], values: Tensor
+) -> None:
+    """What error feedback leaves over after many encodings of one layer, in the mean."""
+    quantizer = codec(name, **options, bucket_size=512)
+    lost = torch.stack([quantizer.encoding_error(values, seed, projected=True) for seed in range(64)])
+    expected = quantizer.expected_squared_error(values, projected=True)
+    assert float(lost.double().square().sum(1).mean()) == pytest.approx(expected, rel=0.05)
+    assert expected < float(values.double().square().sum())  # a projection is a contraction
+
+
+@quantizers_with_bits
+def test_the_error_of_an_encoding_is_what_decoding_misses(name: str, options: dict[str, Any]) -> None:
+    quantizer = buckets(name, options)
+    decoded = quantizer.decode(quantizer.encode(NORMAL.view(1, -1), 7), NORMAL.numel())
+    assert torch.equal(quantizer.encoding_error(NORMAL, 7), NORMAL.view(-1) - decoded[0])
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-20, 1e19, 1e37])
+@quantizers_with_bits
+def test_the_expected_error_scales_with_the_square_of_the_values(
+    name: str, options: dict[str, Any], size: float, projected: bool
+) -> None:
+    """Also where a square is no float32: the power of two next to a size only moves exponents."""
+    quantizer, factor = buckets(name, options), 2.0 ** round(math.log2(size))
+    values = torch.linspace(-1, 2, 200) ** 3
+    expected = quantizer.expected_squared_error(values, projected) * factor**2
+    assert quantizer.expected_squared_error(values * factor, projected) == pytest.approx(expected, rel=1e-3)
+    reference_error = reference.expected_squared_error(quantizer, quantizer._messages(1, 200), values, projected)
+    assert reference_error * factor**2 == pytest.approx(expected, rel=1e-4)
 
 
 def maxmin_bound(values: Tensor, bits: int) -> Tensor:

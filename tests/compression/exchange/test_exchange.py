@@ -367,6 +367,78 @@ def test_the_recorder_keeps_the_decaying_sum_of_own_gradients() -> None:
         assert "0.bias" not in recorded
 
 
+def test_after_a_restart_the_recorder_keeps_the_mean_and_residuals_stay() -> None:
+    plain = model()
+    with solo("maxmin", record=True, bits=1, error_feedback=True) as (network, exchange):
+        assert exchange.recorder is not None
+        gradients = []
+        for step in range(4):
+            if step == 1:
+                before = exchange.state_dict()["averager"]
+                exchange.recorder.restart()
+                after = exchange.state_dict()["averager"]
+                assert all(torch.equal(before["residual"][name], kept) for name, kept in after["residual"].items())
+            for net in (plain, network):
+                net.zero_grad()
+                backward(net, step)
+            exchange.finish()
+            exchange.settle(torch.tensor(step != 2))
+            gradients.append(plain[0].weight.grad.clone())
+        recorded = exchange.recorder.averaged(compression.Solo())["0.weight"]
+        assert torch.allclose(recorded, (gradients[1] + gradients[3]) / 2, atol=1e-6)
+        state = exchange.state_dict()
+    with solo("maxmin", record=True, bits=1, error_feedback=True) as (_, exchange):
+        assert exchange.recorder is not None
+        exchange.load_state_dict(state)
+        assert exchange.recorder.mean
+        assert torch.equal(exchange.recorder.averaged(compression.Solo())["0.weight"], recorded)
+
+
+def test_the_state_of_earlier_code_holds_decaying_sums_of_all_layers() -> None:
+    with solo("maxmin", record=True) as (network, exchange):
+        backward(network)
+        exchange.settle(exchange.finish())
+        state = exchange.state_dict()
+        del state["recorder"]
+        assert exchange.recorder is not None
+        recorded = exchange.recorder.averaged(compression.Solo())["0.weight"]
+        exchange.load_state_dict(state)
+        assert not exchange.recorder.mean
+        assert torch.equal(exchange.recorder.averaged(compression.Solo())["0.weight"], recorded)
+
+
+def test_a_layer_without_any_gradient_is_named_and_one_with_zeros_is_not() -> None:
+    with solo("maxmin", record=True) as (network, exchange):
+        assert exchange.recorder is not None
+        with pytest.raises(ValueError, match="needs at least one training step"):
+            exchange.recorder.averaged(compression.Solo())
+        with exchange.no_sync():
+            (0 * network[0](batch(0, 0)[0]).sum()).backward()
+        exchange.record()
+        with pytest.raises(ValueError, match=r"no gradient of 2\.weight was recorded yet, on no rank"):
+            exchange.recorder.averaged(compression.Solo())
+        with exchange.no_sync():
+            (0 * network(batch(0, 0)[0]).sum()).backward()
+        exchange.record()
+        assert not any(values.any() for values in exchange.recorder.averaged(compression.Solo()).values())
+
+
+def test_moved_weights_come_back_with_their_bits() -> None:
+    network = nn.Conv2d(3, 32, 3).to(memory_format=torch.channels_last)
+    exchange = compression.attach(network, compression.build("maxmin"), record=True)
+    before = network.weight.detach().clone()
+    with exchange.no_sync():
+        network(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    exchange.record()
+    assert exchange.recorder is not None
+    recorded = exchange.recorder.averaged(compression.Solo())
+    with exchange.moved(recorded, -0.5):
+        moved = network.weight.detach().clone()
+    assert torch.allclose(moved, before - 0.5 * network.weight.grad)
+    assert torch.equal(network.weight, before)
+    exchange.close()
+
+
 def test_gradients_are_recorded_in_one_order_whether_they_travel_or_not() -> None:
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     network = nn.Conv2d(3, 32, 3).to(memory_format=torch.channels_last)
