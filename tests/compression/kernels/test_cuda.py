@@ -317,6 +317,7 @@ def assembly(kernel: str, family: str, language: str, rows: int = 1, values: int
     from triton.compiler import ASTSource
 
     from compression.kernels import cuda
+    from compression.kernels.cuda import launching
 
     function = attrgetter(kernel)(cuda)
     shape = {"ALIGNED": rows == 1, "M": rows, "Q": values // 4}
@@ -324,7 +325,7 @@ def assembly(kernel: str, family: str, language: str, rows: int = 1, values: int
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     types = {**BUFFERS, **NUMBERS, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(function, {name: types[name] for name in function.arg_names}, constants)
-    compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps, **cuda.NO_FMA})
+    compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps, **launching.NO_FMA})
     return str(compiled.asm[language])
 
 
