@@ -26,7 +26,7 @@ from .launching import launch, mixed_keys
 from .pieces import BITS, COUNT, FIRST, POSITION, STATE_AT, WIRE_AT, of_floats, to_rotate
 from .records import load_words, pack, store_floats, store_scale, unpack
 from .rotations import back, drawn, forward
-from .sums import tree_sum
+from .sums import spread, tree_sum
 
 __all__ = ["decode", "encode", "expected_squared_error", "recode"]
 
@@ -76,7 +76,7 @@ def encode_rows(
     square = tree_sum(fractions * fractions)
     rotation = drawn(table, pieces, row, keys, quad)
     rotated = forward(fractions, rotation)
-    norm = tl.sqrt_rn(4.0 * Q * square)
+    norm = tl.sqrt_rn(spread(4.0 * Q * square))
     unit = tl.where(norm > 0, tl.div_rn(1.0, norm), 0.0)
     codes = _nearest(rotated * unit, bits, thresholds, below)
     length = tl.where(count > 0, 4 * Q, 0)
@@ -92,7 +92,7 @@ def encode_rows(
     scale = tl.where(finite, tl.minimum(scale * power, _LIMIT), nan)
     store_scale(record, scale, count > 0)
     if FEEDBACK:
-        decoded = _within_limit(scale * back(q * (1.0 / (4 * Q)), rotation))
+        decoded = _within_limit(spread(scale) * back(q * (1.0 / (4 * Q)), rotation))
         tl.store(pending + state, vectors - decoded, mask=mask)
 
 
