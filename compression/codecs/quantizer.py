@@ -193,7 +193,7 @@ class Quantizer(ABC):
     def backend(self, device: torch.device) -> str:
         """The name of the kernels that serve on a device: reference, cpu or cuda."""
         name: str = getattr(kernels.for_device(device, self.family), "__name__", "")
-        return name.rpartition(".")[2]
+        return name.removeprefix(f"{kernels.__name__}.").partition(".")[0]
 
     def _kernels(self, wire: Tensor) -> kernels.Kernels:
         return kernels.for_device(wire.device, self.family)

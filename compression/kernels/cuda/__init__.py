@@ -7,6 +7,8 @@ table there.
 Quantiles need all values of a shard before any of its codes, and take four launches (`quantiles.py`). `reference`
 encodes, in torch operations that are slower, buckets of more than 16,384 values, and quantiles with error feedback or
 in more than 256 buckets. Decoding knows no such limits.
+
+EDEN has kernels of its own, with these signatures (`eden.py`): one launch for all rows of one length.
 """
 
 import numpy as np

@@ -104,7 +104,8 @@ def _to_decode(plan: Plan, device: torch.device) -> Pieces:
 
 
 def _to_rotate(plan: Plan, device: torch.device) -> tuple[Pieces, ...]:
-    lengths = np.array([rotations.padded_length(int(count)) for count in plan.count], np.int64)
+    counts, which = np.unique(plan.count, return_inverse=True)
+    lengths = np.array([rotations.padded_length(int(count)) for count in counts], np.int64)[which]
     lengths[plan.dense | _exact(plan)] = 0
     return tuple(_in_pieces(plan, int(length), lengths == length, device) for length in np.unique(lengths[lengths > 0]))
 
