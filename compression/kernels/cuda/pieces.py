@@ -74,8 +74,7 @@ def to_rotate(plan: Plan, device: torch.device) -> tuple[Pieces, ...]:
 
 
 def of_floats(plan: Plan, device: torch.device) -> Pieces:
-    """Rows of a plan of rotated ones that are not: in pieces, the exact ones dense. The others have no state, which
-    lies below zero."""
+    """The other rows of such a plan, in pieces, all of them as if dense. Only those with a state have one from 0 up."""
     return _kept(plan, device, _of_floats)
 
 

@@ -61,6 +61,7 @@ KINDS = {
     "infinite": lambda noise: noise.where(noise < noise.max(), -torch.inf),
 }
 
+
 def quantizer(family: str) -> Quantizer:
     return Ternary() if family == "ternary" else codec(family)
 
