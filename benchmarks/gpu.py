@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from compression import plans
+from compression.codecs.eden import Eden
 from compression.codecs.quantizer import Quantizer
 from compression.codecs.quantizers import Exponential, MaxMin, NormUniform, OneBit, Quantile, TernGrad
 from compression.layers import Layer
@@ -34,7 +35,7 @@ AHEAD = 1_000_000  # cycles of the GPU, half a millisecond: more than the host t
 
 def quantizers() -> list[Quantizer]:
     """Every family at every width it has."""
-    variable = (MaxMin, NormUniform, Exponential, Quantile)
+    variable = (MaxMin, NormUniform, Exponential, Quantile, Eden)
     return [*(family(bits) for family in variable for bits in range(family.min_bits, 9)), OneBit(), TernGrad()]
 
 
@@ -43,7 +44,7 @@ def one_message(quantizer: Quantizer, count: int) -> Plan:
     layer = Layer(0, "layer", (count,), True)
     shards, widths = {layer.name: [(0, count)]}, {layer.name: quantizer.bits}
     rules = (quantizer.shard_bucket_size, quantizer.record_bytes)
-    return plans.plan([Segment(layer, 0, 0)], [0], shards, widths, *rules)
+    return quantizer.in_pieces(plans.plan([Segment(layer, 0, 0)], [0], shards, widths, *rules))
 
 
 def works(quantizer: Quantizer, values: Tensor) -> dict[str, Work]:

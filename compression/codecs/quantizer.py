@@ -124,9 +124,7 @@ class Quantizer(ABC):
         self.encode_plan(plan, values_RN.view(-1), stream_keys(seed, 0, plan.layers, 0, 0), wire.view(-1))
         return wire
 
-    def decode(
-        self, wire_RB: Tensor, count: int, out: Tensor | None = None, seed: int | None = None
-    ) -> Tensor:
+    def decode(self, wire_RB: Tensor, count: int, out: Tensor | None = None, seed: int | None = None) -> Tensor:
         """uint8 [R, B] -> float32 [R, count]. Into `out` where it is given, contiguous and of that shape.
 
         `seed` is what encoding took; only quantizers that are `keyed` need it. Raises ValueError for a message of
@@ -135,9 +133,7 @@ class Quantizer(ABC):
         rows = wire_RB.shape[0]
         wire = wire_RB.reshape(-1)
         if len(wire) != rows * self.wire_bytes(count):
-            raise ValueError(
-                f"{count} values make a message of {self.wire_bytes(count)} bytes, got {wire_RB.shape[1]}"
-            )
+            raise ValueError(f"{count} values make a message of {self.wire_bytes(count)} bytes, got {wire_RB.shape[1]}")
         values = prepared(out, (rows, count), torch.float32, wire_RB.device)
         plan = self._messages(rows, count)
         keys = None if seed is None else stream_keys(seed, 0, plan.layers, 0, 0)
@@ -194,7 +190,7 @@ class Quantizer(ABC):
     def backend(self, device: torch.device) -> str:
         """The name of the kernels that serve on a device: reference, cpu or cuda."""
         name: str = getattr(kernels.for_device(device, self.family), "__name__", "")
-        return name.rpartition(".")[2]
+        return name.removeprefix(f"{kernels.__name__}.").partition(".")[0]
 
     def _kernels(self, wire: Tensor) -> kernels.Kernels:
         return kernels.for_device(wire.device, self.family)

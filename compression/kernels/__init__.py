@@ -35,6 +35,10 @@ def for_device(device: torch.device, family: str | None) -> Kernels:
 
         if family in cuda.FAMILIES:
             return cuda
+        if family == "eden":
+            from .cuda import eden as eden_cuda
+
+            return eden_cuda
     return reference
 
 

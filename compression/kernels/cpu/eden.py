@@ -20,7 +20,7 @@ from ...plans import Plan
 from ..protocols import Definition
 from ..reference.arithmetic import INFINITY, TREE
 from ..reference.buckets import expected_squared_error
-from ..reference.normal import lloyd_max
+from ..reference.normal import CELLS, CELLS_A_UNIT, LEVELS, tables
 from ..reference.rotations import ANGLES_AT, SHORTEST, WORD
 from .compiling import compiled_once, inlined, jit
 from .floats import get_floats, put_floats, write_past_caches
@@ -44,10 +44,7 @@ __all__ = ["decode", "encode", "expected_squared_error", "recode"]
 
 _TILE = 2048  # codes that are packed together
 _LONGEST = 8192
-_WIDEST = 8
-_LEVELS = 1 << _WIDEST
-_CELLS, _CELLS_A_UNIT = 512, np.float32(64.0)  # of magnitudes, for looking up the thresholds around them
-_FARTHEST = np.float32(_CELLS / _CELLS_A_UNIT)
+_CELLS_A_UNIT, _FARTHEST = np.float32(CELLS_A_UNIT), np.float32(CELLS / CELLS_A_UNIT)
 _SHORTEST, _BLOCK, _ROUND = np.int64(SHORTEST), np.int64(BLOCK), np.uint32(1)
 _LIMIT, _TINY, _NAN = np.float32(LIMIT), np.float32(TINY), np.float32(np.nan)
 _ZERO, _ONE, _TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
@@ -123,7 +120,7 @@ def _nearest(
     below: np.ndarray, words: np.ndarray, q: np.ndarray,
 ) -> None:  # fmt: skip
     """The codes of values times `unit`, a word each, and their levels."""
-    row, half = bits * _LEVELS, np.int32(1 << (bits - 1))
+    row, half = bits * LEVELS, np.int32(1 << (bits - 1))
     if bits == 1:
         y0 = levels[row]
         for i in range(count):
@@ -178,8 +175,8 @@ def _nearest(
         for i in range(count):
             x = load(rotated, at + i) * unit
             a = abs(x)
-            cell = np.int32(a * _CELLS_A_UNIT) if a < _FARTHEST else np.int32(_CELLS - 1)
-            code = load(below, bits * _CELLS + cell)
+            cell = np.int32(a * _CELLS_A_UNIT) if a < _FARTHEST else np.int32(CELLS - 1)
+            code = load(below, bits * CELLS + cell)
             code += np.int32(1) if a >= load(thresholds, row + code) else np.int32(0)
             y = load(levels, row + code)
             store(words, i, np.uint32(code + half if x < 0 else code))
@@ -230,7 +227,7 @@ def _fill_table(bits: int, length: int, levels: np.ndarray, table: np.ndarray) -
     """The levels of all codes of a width over a length."""
     half, inverse = 1 << (bits - 1), _ONE / np.float32(length)
     for k in range(half):
-        level = levels[bits * _LEVELS + k] * inverse
+        level = levels[bits * LEVELS + k] * inverse
         table[k], table[half + k] = level, -level
 
 
@@ -296,7 +293,7 @@ def _encode_row(
         else:
             for i in range(size):
                 store(words, i, np.uint32(0))
-                store(q, tile + i, levels[bits * _LEVELS])
+                store(q, tile + i, levels[bits * LEVELS])
         for i in range(0, size, NARROWED):
             narrow(words, i, codes, i)
         pack(codes, size, bits, words, wire, record + 4 + tile * bits // 8)
@@ -507,19 +504,9 @@ def _run(kernel: Callable[..., Any], plan: Plan, *arguments: Any) -> None:
 
 
 @functools.cache
-def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of all widths levels above zero, thresholds, infinity behind them, and the number of thresholds below each cell.
-
-    Each width has a row, of `_LEVELS` or of `_CELLS`. No two thresholds of up to 8 bits lie in one cell.
-    """
-    levels = np.zeros((_WIDEST + 1, _LEVELS), np.float32)
-    thresholds = np.full((_WIDEST + 1, _LEVELS), np.inf, np.float32)
-    below = np.zeros((_WIDEST + 1, _CELLS), np.int32)
-    for bits in range(1, _WIDEST + 1):
-        found = lloyd_max(bits)
-        levels[bits, : len(found[0])], thresholds[bits, : len(found[1])] = found
-        below[bits] = np.searchsorted(thresholds[bits], np.arange(_CELLS) / _CELLS_A_UNIT, side="right")
-    return levels.reshape(-1), thresholds.reshape(-1), below.reshape(-1)
+def _tables() -> tuple[np.ndarray, ...]:
+    """Those of `normal.tables`, flat."""
+    return tuple(table.reshape(-1) for table in tables())
 
 
 _kept = threading.local()
@@ -532,7 +519,7 @@ def _scratch(plan: Plan) -> Arrays:
     if made is None or len(made[4]) < longest:
         lengths = (
             (_TILE + 8, torch.uint8), (_TILE, torch.int32), (2 * TREE, torch.float32), (2 * TREE, torch.float32),
-            (longest, torch.float32), (longest, torch.float32), (longest, torch.float32), (_LEVELS, torch.float32),
+            (longest, torch.float32), (longest, torch.float32), (longest, torch.float32), (LEVELS, torch.float32),
         )  # fmt: skip
         codes, words, *others = (torch.empty(length, dtype=kind).numpy() for length, kind in lengths)
         made = (codes, words.view(np.uint32), *others)

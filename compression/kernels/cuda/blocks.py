@@ -82,13 +82,13 @@ def streams(table: tl.tensor, pieces: tl.tensor, row: tl.tensor, keys: tl.tensor
 
 @triton.jit
 def round_at_random(scaled_positions: tl.tensor, hashed: tl.tensor, mixed: tl.tensor) -> tl.tensor:
-    """Round as the reference does, positions in units of 2^-FRACTION_BITS; the others as in `_random_bits`."""
+    """Round as the reference does, positions in units of 2^-FRACTION_BITS; the others as in `random_bits`."""
     fixed = scaled_positions.to(tl.int32).to(tl.uint32)
-    return ((fixed + (_random_bits(hashed, mixed) >> _UNUSED)) >> _FRACTION).to(tl.int32)
+    return ((fixed + (random_bits(hashed, mixed) >> _UNUSED)) >> _FRACTION).to(tl.int32)
 
 
 @triton.jit
-def _random_bits(hashed: tl.tensor, mixed: tl.tensor) -> tl.tensor:
+def random_bits(hashed: tl.tensor, mixed: tl.tensor) -> tl.tensor:
     """The bits of `randomness.random_bits`, of element + low and of high ^ (high >> 15), which is `mixed`; all uint32.
 
     Made here, the compiler would take it apart again, for one more operation a value.

@@ -31,7 +31,7 @@ def encode(
     M: tl.constexpr,
     Q: tl.constexpr,
 ) -> None:
-    """Records of whole buckets, and the bytes of dense pieces. `keys` are as `blocks._random_bits` wants them."""
+    """Records of whole buckets, and the bytes of dense pieces. `keys` are as `blocks.random_bits` wants them."""
     row, quad, four = rows(M), quads(Q), tl.arange(0, 4)[None, None, :]
     position = column(table, pieces, row, POSITION, ALIGNED) + quad + four
     state = column(table, pieces, row, STATE_AT, ALIGNED) + quad + four

@@ -24,6 +24,21 @@ def tree_sum(terms_QM4: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def spread(numbers_1M1: tl.tensor) -> tl.tensor:
+    """The same numbers, by way of scalars, for use with the values of their buckets.
+
+    Where they come of sums, the compiler would take the layout of those for the values, too, and have every thread hold
+    whole buckets (Triton 3.7).
+    """
+    index = tl.arange(0, numbers_1M1.shape[1])[None, :, None]
+    bits = numbers_1M1.to(tl.int32, bitcast=True)
+    found = tl.zeros(numbers_1M1.shape, tl.int32)
+    for each in tl.static_range(numbers_1M1.shape[1]):
+        found = tl.where(index == each, tl.sum(tl.where(index == each, bits, 0)), found)
+    return found.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _fold(terms: tl.tensor) -> tl.tensor:
     """Sums over the second axis by halves, the second half onto the first: [B, N, W] -> [B, 1, W], N at most 512."""
     for _ in tl.static_range(9):

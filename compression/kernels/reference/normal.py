@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+WIDEST = 8  # bits of a code
+LEVELS = 1 << WIDEST
+CELLS, CELLS_A_UNIT = 512, 64.0  # of magnitudes, for looking up the thresholds around them
+
 _CONVERGED = 1e-11  # change of a level in the last step; rounding leaves 1e-12 at 8 bits
 _STEPS = 100  # Newton's method takes 5 to 9
 _POINTS = 1 << 16  # of an integral
@@ -43,6 +47,23 @@ def lloyd_max(bits: int) -> tuple[Floats, Floats]:
         if np.abs(step).max() < _CONVERGED:
             return levels, (levels[1:] + levels[:-1]) / 2
     raise RuntimeError(f"the levels of {bits} bits did not converge in {_STEPS} steps")
+
+
+@functools.cache
+def tables() -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int32]]:
+    """Of all widths levels by code, thresholds, infinity behind them, and the number of thresholds below each cell.
+
+    Each width has a row, [WIDEST + 1, LEVELS] or [WIDEST + 1, CELLS]. No two thresholds of one width lie in one cell.
+    """
+    levels = np.zeros((WIDEST + 1, LEVELS), np.float32)
+    thresholds = np.full((WIDEST + 1, LEVELS), np.inf, np.float32)
+    below = np.zeros((WIDEST + 1, CELLS), np.int32)
+    for bits in range(1, WIDEST + 1):
+        found = lloyd_max(bits)
+        levels[bits, : 1 << bits] = np.concatenate([found[0], -found[0]])
+        thresholds[bits, : len(found[1])] = found[1]
+        below[bits] = np.searchsorted(thresholds[bits], np.arange(CELLS) / CELLS_A_UNIT, side="right")
+    return levels, thresholds, below
 
 
 @functools.cache

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from compression import codec
+from compression.codecs.eden import Eden
 from compression.codecs.quantizers import MaxMin
 from tests.support.quantizers import MidRise, train_mid_rise
 
@@ -36,6 +37,7 @@ def test_a_subclass_that_may_change_the_arithmetic_is_not_taken_for_its_base() -
     values = torch.linspace(-1, 1, 600)[None]
     assert MaxMin(8).backend(CPU) == "cpu"
     assert Doubled(8).backend(CPU) == "reference"
+    assert Eden(8).backend(CPU) == "cpu"
     plain, doubled = MaxMin(8), Doubled(8)
     assert torch.equal(doubled.decode(doubled.encode(values, 3), 600), 2 * plain.decode(plain.encode(values, 3), 600))
 

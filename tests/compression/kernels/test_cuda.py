@@ -14,6 +14,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from itertools import accumulate
 from operator import attrgetter
 from pathlib import Path
+from types import ModuleType
 from unittest.mock import patch
 
 import numpy as np
@@ -44,8 +45,9 @@ WIDTHS = {
     "terngrad": [2],
     "ternary": [2],
     "quantile": range(1, 9),
+    "eden": range(1, 9),
 }
-ENCODED = [family for family in WIDTHS if family != "quantile"]
+ENCODED = [family for family in WIDTHS if family not in ("quantile", "eden")]
 TINY, LARGEST = 1e-41, torch.finfo(torch.float32).max
 KINDS = {
     "normal": lambda noise: noise,
@@ -59,8 +61,18 @@ KINDS = {
     "infinite": lambda noise: noise.where(noise < noise.max(), -torch.inf),
 }
 
+
 def quantizer(family: str) -> Quantizer:
     return Ternary() if family == "ternary" else codec(family)
+
+
+def bucket_sizes(family: str) -> list[int]:
+    return [64, 128, 512, 2048] if family == "eden" else [1, 3, 8, 100, 128, 512, -1]
+
+
+def kernels_of(family: str) -> ModuleType:
+    """The GPU's kernels of a family; Triton is imported with them."""
+    return importlib.import_module("compression.kernels.cuda" + (".eden" if family == "eden" else ""))
 
 
 Layers = list[tuple[int, int, str]]  # of each the values, the bits, and which of KINDS
@@ -105,15 +117,14 @@ def planned(family: str, layers: Layers, bucket_size: int, world_size: int) -> P
     shards = {layer.name: shard(layer.numel, bucket_size, world_size, layer.index) for layer in compressed}
     bits = {layer.name: width for layer, (_, width, _) in zip(compressed, layers, strict=True)}
     rule = None if family == "quantile" else bucket_size
-    return plans.plan(segments, range(world_size), shards, bits, rule, quantizer(family).record_bytes)
+    plan = plans.plan(segments, range(world_size), shards, bits, rule, quantizer(family).record_bytes)
+    return quantizer(family).in_pieces(plan)
 
 
 def differences(
     family: str, layers: Layers, bucket_size: int, world_size: int, feedback: bool, adding: bool
 ) -> list[str]:
     """Names of what differs after the reference and the GPU's kernels have each done the same work."""
-    from compression.kernels import cuda
-
     plan = planned(family, layers, bucket_size, world_size)
     generator = torch.Generator().manual_seed(bucket_size + len(layers))
     values = torch.cat([KINDS[kind](torch.randn(size, generator=generator)) for size, _, kind in layers])
@@ -121,14 +132,14 @@ def differences(
     keys = stream_keys(1, 2, plan.layers, 0, 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = []
-    for module, target in ((reference, torch.device("cpu")), (cuda, device)):
+    for module, target in ((reference, torch.device("cpu")), (kernels_of(family), device)):
         wire = torch.zeros(plan.wire_bytes + 2, dtype=torch.uint8, device=target)
         pending = torch.zeros(plan.values, device=target)
         states = (residual.to(target), pending) if feedback else ()
         record = wire[1:-1]  # at an odd address, with a byte on either side that is not ours
         module.encode(quantizer(family), plan, values.to(target), keys, record, *states)
         decoded = torch.ones(plan.values, device=target)
-        module.decode(quantizer(family), plan, record, decoded, 0.3, accumulate=adding)
+        module.decode(quantizer(family), plan, record, decoded, 0.3, accumulate=adding, keys=keys)
         found.append((wire.cpu(), pending.cpu(), decoded.cpu()))
     names = ("wire", "pending", "decoded")
     return [name for name, slow, fast in zip(names, *found, strict=True) if not same(slow, fast)]
@@ -138,26 +149,26 @@ def differences_of_sums(
     family: str, layers: Layers, bucket_size: int, messages: int, rank: int | None, feedback: bool
 ) -> list[str]:
     """The same after messages of some ranks, and what this rank has, were added up and encoded."""
-    from compression.kernels import cuda
-
     plan = planned(family, layers, bucket_size, 1)
     generator = torch.Generator().manual_seed(bucket_size + messages)
     values = torch.cat([KINDS[kind](torch.randn(size, generator=generator)) for size, _, kind in layers])
     residual = torch.randn(plan.values, generator=generator)
     received = torch.zeros(messages, plan.wire_bytes, dtype=torch.uint8)
+    senders = np.stack([stream_keys(1, 2, plan.layers, 1, other) for other in range(messages)])
     for other, message in enumerate(received):
-        reference.encode(quantizer(family), plan, values.roll(other), stream_keys(1, 2, plan.layers, 1, other), message)
+        reference.encode(quantizer(family), plan, values.roll(other), senders[other], message)
     keys = stream_keys(1, 2, plan.layers, 2, 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = []
-    for module, target in ((reference, torch.device("cpu")), (cuda, device)):
+    for module, target in ((reference, torch.device("cpu")), (kernels_of(family), device)):
         wire, pending = (
             torch.zeros(count, dtype=dtype, device=target)
             for count, dtype in ((plan.wire_bytes, torch.uint8), (plan.values, torch.float32))
         )
         states = (residual.to(target), pending) if feedback else ()
         own = values.clone().to(target)
-        module.recode(quantizer(family), plan, received.to(target), own, rank, 1 / (messages + 1), keys, wire, *states)
+        sums = (received.to(target), own, rank, 1 / (messages + 1), keys, wire)
+        module.recode(quantizer(family), plan, *sums, *states, senders=senders)
         found.append((wire.cpu(), pending.cpu(), own.cpu()))
     names = ("wire", "pending", "decoded")
     return [name for name, slow, fast in zip(names, *found, strict=True) if not same(slow, fast)]
@@ -171,8 +182,9 @@ def test_sums_over_ranks_are_encoded_with_the_same_bits(
     wide = max(WIDTHS[family])
     layers = [(700, wide, "normal"), (130, DENSE, "normal"), (64, min(WIDTHS[family]), "negative"), (9, wide, "zero")]
     layers.append((90, BFLOAT16, "NaN"))
+    bucket_size = 128 if family == "eden" else 100
     for feedback in (False, True):
-        assert gpu.submit(differences_of_sums, family, layers, 100, messages, rank, feedback).result() == []
+        assert gpu.submit(differences_of_sums, family, layers, bucket_size, messages, rank, feedback).result() == []
 
 
 def same(slow: Tensor, fast: Tensor) -> bool:
@@ -190,7 +202,7 @@ def same(slow: Tensor, fast: Tensor) -> bool:
 def test_triton_and_torch_give_the_same_bits(gpu: Executor, family: str, feedback: bool, data: st.DataObject) -> None:
     unit = data.draw(st.sampled_from([1, 4]))  # states moves four values at once where all positions allow it
     layers = [(-(-size // unit) * unit, *rest) for size, *rest in data.draw(layers_for(family))]
-    bucket_size = data.draw(st.sampled_from([1, 3, 8, 100, 128, 512, -1]))
+    bucket_size = data.draw(st.sampled_from(bucket_sizes(family)))
     world_size, adding = data.draw(st.integers(1, 3)), data.draw(st.booleans())
     assert gpu.submit(differences, family, layers, bucket_size, world_size, feedback, adding).result() == []
 
@@ -206,7 +218,7 @@ def test_every_width_and_kind_of_values_in_one_launch(gpu: Executor, family: str
 @pytest.mark.parametrize("family", WIDTHS)
 def test_buckets_of_several_trees_and_tiles(gpu: Executor, family: str) -> None:
     layers = [(2700, WIDTHS[family][-1], "of many scales"), (2560, WIDTHS[family][0], "negative"), (1500, DENSE, "NaN")]
-    assert gpu.submit(differences, family, layers, -1, 1, True, False).result() == []
+    assert gpu.submit(differences, family, layers, bucket_sizes(family)[-1], 1, True, False).result() == []
 
 
 def test_dense_layers_alone_keep_their_bits(gpu: Executor) -> None:
@@ -235,15 +247,14 @@ def test_the_host_waits_for_nothing_but_the_plan(gpu: Executor, family: str) -> 
 
 def work_without_waiting(family: str) -> None:
     """RuntimeError where it waits."""
-    from compression.kernels import cuda
-
+    cuda = kernels_of(family)
     plan, keys = planned(family, [(1000, WIDTHS[family][0], "normal")], 512, 1), np.zeros((1, 2), np.uint32)
     values, wire = torch.ones(1000, device="cuda"), torch.empty(plan.wire_bytes, dtype=torch.uint8, device="cuda")
     try:
         for mode in ("default", "error"):
             torch.cuda.set_sync_debug_mode(mode)
             cuda.encode(quantizer(family), plan, values, keys, wire)
-            cuda.decode(quantizer(family), plan, wire, values)
+            cuda.decode(quantizer(family), plan, wire, values, keys=keys)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -265,27 +276,29 @@ def tables_of_a_plan() -> tuple[bool, int, int]:
 
 
 @pytest.mark.parametrize(
-    ("environment", "installed", "expected"),
+    ("environment", "installed", "family", "expected"),
     [
-        ({"CC": "cc", "PATH": ""}, True, "compression.kernels.cuda"),
-        ({"PATH": ""}, True, "compression.kernels.reference"),  # no compiler
-        ({"CC": "cc", "PATH": ""}, False, "compression.kernels.reference"),
+        ({"CC": "cc", "PATH": ""}, True, "maxmin", "compression.kernels.cuda"),
+        ({"CC": "cc", "PATH": ""}, True, "eden", "compression.kernels.cuda.eden"),
+        ({"PATH": ""}, True, "maxmin", "compression.kernels.reference"),  # no compiler
+        ({"PATH": ""}, True, "eden", "compression.kernels.reference"),
+        ({"CC": "cc", "PATH": ""}, False, "maxmin", "compression.kernels.reference"),
     ],
 )
 def test_a_gpu_gets_triton_where_it_runs_and_torch_elsewhere(
-    gpu: Executor, environment: dict[str, str], installed: bool, expected: str
+    gpu: Executor, environment: dict[str, str], installed: bool, family: str, expected: str
 ) -> None:
-    assert gpu.submit(kernels_of_a_gpu, environment, installed).result() == expected
+    assert gpu.submit(kernels_of_a_gpu, environment, installed, family).result() == expected
 
 
-def kernels_of_a_gpu(environment: dict[str, str], installed: bool) -> str:
-    importlib.import_module("compression.kernels.cuda")  # as every other test does it, whatever the environment is here
+def kernels_of_a_gpu(environment: dict[str, str], installed: bool, family: str) -> str:
+    kernels_of(family)  # as every other test does it, whatever the environment is here
     kernels._triton_runs.cache_clear()
     with (
         patch.dict(os.environ, environment, clear=True),
         patch.object(kernels, "find_spec", lambda _: installed or None),
     ):
-        return kernels.for_device(torch.device("cuda"), "maxmin").__name__
+        return kernels.for_device(torch.device("cuda"), family).__name__
 
 
 @pytest.fixture(scope="module")
@@ -301,30 +314,42 @@ def _compile_into(folder: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = folder
 
 
-KERNELS = [("buckets.encode", family) for family in ENCODED] + [("buckets.decode", family) for family in WIDTHS]
-KERNELS.append(("quantiles.codes", "quantile"))
+KERNELS = [(kernel, family) for kernel in ("buckets.encode", "buckets.decode") for family in ENCODED]
+KERNELS += [("buckets.decode", "quantile"), ("quantiles.codes", "quantile")]
+ROTATING = [(f"eden.{name}", "eden") for name in ("encode_rows", "decode_rows")]
 OTHERS = [(f"quantiles.{name}", "quantile") for name in ("extremes", "histogram", "level_tables")]
-BUFFERS = dict.fromkeys(("values", "residual", "pending", "out", "tables"), "*fp32") | {"wire": "*u8"}
+OTHERS.append(("eden.encode_floats", "eden"))
+FLOATS = ("values", "residual", "pending", "out", "tables", "levels", "thresholds")
+BUFFERS = dict.fromkeys(FLOATS, "*fp32") | {"wire": "*u8"}
 NUMBERS = {"table": "*i64", "factor": "fp32", "stride": "i64"}
-NUMBERS |= dict.fromkeys(("keys", "ends", "shifts", "counts"), "*i32")
-NUMBERS |= dict.fromkeys(("pieces", "ranks", "own"), "i32")
+NUMBERS |= dict.fromkeys(("keys", "ends", "shifts", "counts", "below"), "*i32")
+NUMBERS |= dict.fromkeys(("pieces", "ranks", "own", "slots"), "i32")
 
 
-def assembly(kernel: str, family: str, language: str, rows: int = 1, values: int = 1024, warps: int = 32) -> str:
-    """A kernel compiled for an H100, for which no GPU is needed: few values a thread, so that it is quick."""
+def assembly(
+    kernel: str, family: str, language: str, rows: int = 1, values: int = 1024, warps: int = 32, aligned: bool = False
+) -> str:
+    """A kernel compiled for an H100, for which no GPU is needed: few values a thread, so that it is quick.
+
+    `aligned`: buffers of floats begin where memory moves several at once.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from compression.kernels import cuda
+    from compression.kernels.cuda import launching
 
+    kernels_of(family)
     function = attrgetter(kernel)(cuda)
-    shape = {"ALIGNED": rows == 1, "M": rows, "Q": values // 4}
+    shape = {"ALIGNED": rows == 1 or aligned, "M": rows, "Q": values // 4}
     constants = {"FAMILY": family, "FEEDBACK": True, "ACCUMULATE": True, **shape}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     types = {**BUFFERS, **NUMBERS, **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(function, {name: types[name] for name in function.arg_names}, constants)
-    compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps, **cuda.NO_FMA})
+    floats = [index for index, name in enumerate(function.arg_names) if aligned and types[name] == "*fp32"]
+    known = {(index,): [["tt.divisibility", 16]] for index in floats}
+    source = ASTSource(function, {name: types[name] for name in function.arg_names}, constants, known)
+    compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps, **launching.NO_FMA})
     return str(compiled.asm[language])
 
 
@@ -365,7 +390,7 @@ def test_the_first_kernel_that_compiles_is_told_of_and_none_that_is_kept(compile
     assert later == []
 
 
-@pytest.mark.parametrize(("kernel", "family"), KERNELS)
+@pytest.mark.parametrize(("kernel", "family"), KERNELS + ROTATING)
 def test_compiled_kernels_round_every_operation(compiler: Executor, kernel: str, family: str) -> None:
     code = compiler.submit(assembly, kernel, family, "ptx").result()
     assert re.findall(r"\S*approx\S*|div\.full\S*|\b(?:add|sub|mul|div|sqrt|fma)\S*ftz\S*", code) == []
@@ -376,6 +401,16 @@ def test_compiled_kernels_round_every_operation(compiler: Executor, kernel: str,
 @pytest.mark.parametrize(("kernel", "family"), KERNELS + OTHERS)
 def test_kernels_compile_for_the_shortest_rows(compiler: Executor, kernel: str, family: str) -> None:
     assert compiler.submit(assembly, kernel, family, "ptx", rows=64, values=8, warps=1).result()
+
+
+@pytest.mark.parametrize(("kernel", "family"), ROTATING)
+@pytest.mark.parametrize(("rows", "values"), [(1, 512), (8, 64)])
+def test_rows_that_a_warp_rotates_stay_in_its_registers(
+    compiler: Executor, kernel: str, family: str, rows: int, values: int
+) -> None:
+    code = compiler.submit(assembly, kernel, family, "ptx", rows, values, 1, aligned=True).result()
+    assert len(re.findall(r"shfl\.sync", code)) >= 2 * 16 * (5 if rows == 1 else 2)  # of 16 values, in two rounds
+    assert not re.search(r"\b(?:bar\.sync|[ls][dt]\.(?:shared|local)\S*)", code)
 
 
 def test_sums_of_floats_add_two_at_a_time(compiler: Executor) -> None:
