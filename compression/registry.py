@@ -389,11 +389,6 @@ COMPRESSORS: dict[str, Row] = {
         QuantizerOptions,
         quantizer="quantizers.Exponential", min_bits=2,
     ),
-    "eden": Row(
-        "a random rotation, and the best levels for normal values (EDEN)",
-        QuantizerOptions,
-        quantizer="eden.Eden", min_bits=1,
-    ),
     "1bit": Row(
         "signs, and the means of negatives and others, always with error feedback",
         FixedWidthOptions,
@@ -429,6 +424,11 @@ COMPRESSORS: dict[str, Row] = {
     ),
     "quantile": Row(
         "levels at the quantiles of each layer", QuantizerOptions, quantizer="quantizers.Quantile", min_bits=1
+    ),
+    "eden": Row(
+        "a random rotation, and the best levels for normal values (EDEN)",
+        QuantizerOptions,
+        quantizer="eden.Eden", min_bits=1,
     ),
     "powersgd": Row(
         "two thin factors of each layer, warm-started, always with error feedback",

