@@ -241,6 +241,10 @@ METHODS: dict[str, Method] = {
     "maxmin-4": ours("maxmin", bits=4),
     "maxmin-4-feedback": ours("maxmin", bits=4, error_feedback=True),
     "maxmin-2": ours("maxmin", bits=2),
+    "eden-4": ours("eden", bits=4),
+    "eden-2": ours("eden", bits=2),
+    "eden-1": ours("eden", bits=1),
+    "eden-1-feedback": ours("eden", bits=1, error_feedback=True),
     "norm_uniform-4": ours("norm_uniform", bits=4),
     "exponential-4": ours("exponential", bits=4),
     "1bit": ours("1bit"),
@@ -255,6 +259,7 @@ OF_LEVELS = "levels-"
 METHODS_IN_LEVELS: dict[str, Method] = {
     f"{OF_LEVELS}bfloat16": ours("none", hierarchical=True, dense_dtype="bfloat16"),
     f"{OF_LEVELS}maxmin-4": ours("maxmin", hierarchical=True, bits=4),
+    f"{OF_LEVELS}eden-2": ours("eden", hierarchical=True, bits=2),
     f"{OF_LEVELS}topk-0.01": ours("topk", hierarchical=True, ratio=0.01),
     f"{OF_LEVELS}powersgd-4": ours("powersgd", hierarchical=True, rank=4),
 }

@@ -172,8 +172,8 @@ def test_the_expected_error_of_a_projection_is_nearly_what_happens(
 @quantizers_with_bits
 def test_the_error_of_an_encoding_is_what_decoding_misses(name: str, options: dict[str, Any]) -> None:
     quantizer = buckets(name, options)
-    decoded = quantizer.decode(quantizer.encode(NORMAL.view(1, -1), 7), NORMAL.numel())
-    assert torch.equal(quantizer.encoding_error(NORMAL, 7), NORMAL.view(-1) - decoded[0])
+    found = decoded(quantizer, quantizer.encode(NORMAL.view(1, -1), 7), NORMAL.numel(), 7)
+    assert torch.equal(quantizer.encoding_error(NORMAL, 7), NORMAL.view(-1) - found[0])
 
 
 @pytest.mark.parametrize("projected", [False, True])
