@@ -1,11 +1,13 @@
 """The cost of encoding and decoding: every quantizer at several widths, in units of copying the tensor once.
 
     python benchmarks/codecs.py [--bits 1 2 3 4 8] [--types maxmin terngrad ...] [--bucket-size 512] [--repeats 9]
-        [--arch resnet50] [--torch]
+        [--arch resnet50] [--torch] [--beside maxmin]
 
 The tensor has the layers of a gradient, of ResNet-50's 25.6 million values, and is encoded as one message, as a rank
 does in the first hop; `add` decodes onto what is there, as the owner of a shard does. A ratio is the median, over the
 repeats, of a time over that of a copy_ into a touched tensor made just before it, so that a busy machine slows both.
+
+With `--beside TYPE` the unit is what that type takes for the same at the same width, by turns.
 
 With `--torch` the quantizers' definitions in torch run in place of their kernels, as those of a quantizer without any.
 """
@@ -37,6 +39,7 @@ from image_classification.allocator import keep_freed_memory
 from image_classification.models import build
 
 QUANTIZERS = {name: row for name, row in COMPRESSORS.items() if row.quantizer is not None}
+WITH_BITS = [name for name, row in QUANTIZERS.items() if row.has_bits]
 
 
 def one_message(layers: tuple[Layer, ...], quantizer: Quantizer) -> Plan:
@@ -82,6 +85,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9, help="times that each is measured")
     parser.add_argument("--arch", default="resnet50", help="whose gradient it is (default: %(default)s)")
     parser.add_argument("--torch", action="store_true", help="the definitions in torch, in place of the kernels")
+    parser.add_argument("--beside", choices=WITH_BITS, metavar="TYPE", help="the type whose times are the unit")
     asked = parser.parse_args()
     keep_freed_memory()  # as the trainer does: torch's definitions allocate much
     network = build(asked.arch, "classic", 1000)
@@ -99,13 +103,17 @@ def main() -> None:
         for bits in [bits for bits in asked.bits if bits >= row.min_bits] if row.has_bits else [None]:
             quantizer = codec(name, bucket_size=asked.bucket_size, **({} if bits is None else {"bits": bits}))
             quantizer = without_kernels(quantizer) if asked.torch else quantizer
+            units: dict[str, Callable[[], object]] = {}
+            if asked.beside:
+                units |= works(codec(asked.beside, bits=bits or 4, bucket_size=asked.bucket_size), layers, values)
             found = {
-                what: relative(work, lambda: target.copy_(values), asked.repeats)
+                what: relative(work, units.get(what, lambda: target.copy_(values)), asked.repeats)
                 for what, work in works(quantizer, layers, values).items()
             }
             if not columns:
                 columns = list(found)
-                print("| type | bits |", " | ".join(f"{what}, ms | x copy_" for what in columns), "|", flush=True)
+                unit = asked.beside or "copy_"
+                print("| type | bits |", " | ".join(f"{what}, ms | x {unit}" for what in columns), "|", flush=True)
                 print("| --- | --- |" + " ---: | ---: |" * len(columns))
             cells = " | ".join(f"{milliseconds:.1f} | {ratio:.2f}" for milliseconds, ratio in found.values())
             print(f"| {name} | {bits or ''} | {cells} |", flush=True)
