@@ -69,10 +69,11 @@ demo: $(INSTALLED)  ## what the program does, on two ranks of this machine
 
 bench: speed training  ## every table and picture of BENCHMARKS.md: hours
 
-# Minutes on 2 idle cores: search 1, codecs 2, topk 1, loop 5, clocks 1, fidelity 1, error_against_bits 2, exchange 15
-# and broken_barrier 15 (most of them at 100 Mbit/s), scale 3, loaders 2.
+# Minutes on 2 idle cores: search 1, search_baselines 1, codecs 2, topk 1, loop 5, clocks 1, fidelity 1,
+# error_against_bits 2, exchange 15 and broken_barrier 15 (most of them at 100 Mbit/s), scale 3, loaders 2.
 speed: $(INSTALLED)  ## those that are no trainings: three quarters of an hour; as root also over slow links
 	$(BIN)/python benchmarks/search.py
+	$(BIN)/python benchmarks/search_baselines.py
 	$(BIN)/python benchmarks/codecs.py
 	$(BIN)/python benchmarks/topk.py
 	$(BIN)/python benchmarks/loop.py

@@ -8,10 +8,12 @@ The training flags are those of RECIPES, and all runs have two ranks under torch
 epoch as mean and standard deviation over the seeds, how much it and the loss differ from the first row's, paired by
 seed, with the standard error of that, bytes sent as a fraction of float32's, and seconds. With
 `--runs FILE` every finished run is kept there, one JSON object a line, and is not run again: a table that was cut off
-goes on, and later ones add to it. Runs on other data are others, whatever their folder is called.
+goes on, and later ones add to it. Runs on other data are others, whatever their folder is called, and so are runs of
+other code, its comments and docstrings aside.
 """
 
 import argparse
+import ast
 import contextlib
 import functools
 import hashlib
@@ -24,13 +26,14 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
+PACKAGES = ("compression", "image_classification", "search")  # of which the trainer is made
 RANKS = 2
 
 RECIPES = {
@@ -39,6 +42,7 @@ RECIPES = {
     "cifar10": "-a resnet18 --num-classes 10 --image-size 32 --crop-scale 0.4 -b 64 --lr 0.05 "
     "--lr-schedule cosine --warmup 1",
 }
+KEY = ("data", "code", "flags", "seed", "ranks")  # of a run
 ALWAYS = "--data-backend pytorch -j 0 --no-checkpoints --print-freq 1000"
 
 
@@ -66,27 +70,44 @@ def digest_of(folder: str) -> str:
     return listed.hexdigest()[:16]
 
 
-class Runs:
-    """Finished runs by (data, training flags, seed, ranks), kept in a file where one is named.
+@functools.cache
+def digest_of_code(root: Path = MAIN.parent) -> str:
+    """What tells versions of the trainer apart: a digest of its code, of which comments and docstrings are no part."""
+    code = hashlib.sha256()
+    for path in sorted((root / MAIN.name, *(path for name in PACKAGES for path in (root / name).rglob("*.py")))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(body := getattr(node, "body", None), list):
+                node.body = [line for line in body if not _is_text(line)]  # type: ignore[attr-defined]
+        code.update(f"{path.relative_to(root)}\0{ast.unparse(tree)}\0".encode())
+    return code.hexdigest()[:16]
 
-    Those of a file that does not say on which data they ran are not used.
+
+def _is_text(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)
+
+
+class Runs:
+    """Finished runs by (data, code, training flags, seed, ranks), kept in a file where one is named.
+
+    Those of a file that does not say on which data and of which code they were are not used.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         lines = path.read_text().splitlines() if path is not None and path.exists() else []
-        runs = [run for run in map(json.loads, lines) if "data" in run]
-        self.known = {(run["data"], run["flags"], run["seed"], run["ranks"]): run["metrics"] for run in runs}
+        runs = [run for run in map(json.loads, lines) if run.keys() >= {"data", "code"}]
+        self.known = {tuple(run[part] for part in KEY): run["metrics"] for run in runs}
         if len(runs) < len(lines):
-            print(f"{path}: {len(lines) - len(runs)} runs on unknown data are not used", file=sys.stderr)
+            print(f"{path}: {len(lines) - len(runs)} runs on unknown data or code are not used", file=sys.stderr)
 
     def get(self, folder: str, flags: list[str], seed: int, ranks: int = RANKS) -> dict[str, Any]:
         """The result of `train`, trained now where it was not before."""
-        key = (digest_of(folder), " ".join(flags), seed, ranks)
+        key = (digest_of(folder), digest_of_code(), " ".join(flags), seed, ranks)
         if key not in self.known:
             self.known[key] = train(folder, flags, seed, ranks)
             if self.path is not None:
-                run = {"data": key[0], "flags": key[1], "seed": seed, "ranks": ranks, "metrics": self.known[key]}
+                run = {**dict(zip(KEY, key, strict=True)), "metrics": self.known[key]}
                 with self.path.open("a") as file:
                     file.write(json.dumps(run) + "\n")
         return self.known[key]
@@ -166,13 +187,20 @@ def main() -> None:
         print(f"| `{setting}` | {' | '.join(cells)} |")
 
 
-def paired(runs: list[dict[str, Any]], others: list[dict[str, Any]], metric: str, digits: int) -> str:
-    """The mean difference of two settings' metric, seed by seed, with its standard error where there are more seeds."""
+def paired_difference(
+    runs: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], metric: str
+) -> tuple[float, float | None]:
+    """The mean difference of two settings' metric, seed by seed, and its standard error where there are more seeds."""
     apart = [run[metric] - other[metric] for run, other in zip(runs, others, strict=True)]
+    return statistics.mean(apart), statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else None
+
+
+def paired(runs: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], metric: str, digits: int) -> str:
+    """That difference as a cell of a table; nothing for a setting beside itself."""
     if runs is others:
         return ""
-    error = f" ± {statistics.stdev(apart) / len(apart) ** 0.5:.{digits}f}" if len(apart) > 1 else ""
-    return f"{statistics.mean(apart):+.{digits}f}{error}"
+    mean, error = paired_difference(runs, others, metric)
+    return f"{mean:+.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import compression
 from compression.layers import layers_of
 from image_classification.models import build
 from search import Tables, as_text, evolve, measure, optimum, search, within_budget
+from search.tables import Measure
 
 PUBLISHED: dict[str, Any] = {"popsize": 50, "iterations": 5}
 DEFAULTS: dict[str, Any] = {"popsize": 5, "iterations": 2}
@@ -46,7 +47,7 @@ def accumulated_gradients(model: nn.Module, passes: int) -> dict[str, Tensor]:
     return m
 
 
-def measure_model(m: Mapping[str, Tensor]) -> Tables:
+def measure_model(m: Mapping[str, Tensor], by: Measure = "root") -> Tables:
     """The error table of the layers that training would compress with max-min, at 2 to 8 bits."""
     layers = layers_of([(name, tuple(tensor.shape)) for name, tensor in m.items()], BUCKET_SIZE)
     return measure(
@@ -55,6 +56,7 @@ def measure_model(m: Mapping[str, Tensor]) -> Tables:
         range(2, 9),
         dense_bytes=sum(4 * layer.numel for layer in layers if not layer.compressed),
         values=sum(layer.numel for layer in layers),
+        by=by,
     )
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # training.sh PYTHON CIFAR10 RUNS: all tables that take trainings on CIFAR-10 images: what compression does to accuracy,
-# what late averages do, and when compression pays. A finished run is kept in RUNS and serves every table that has it.
+# what late averages do, and when compression and the search of bit widths pay. A finished run is kept in RUNS and serves
+# every table that has it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -24,6 +25,9 @@ late="--bb-num-parallel-steps 1"
 accuracy --seeds 1 -- "none" "none --bb-ratio 0.9 $late" "none --bb-ratio 0.5 $late" "none --bb-ratio 0.1 $late" \
   "maxmin --error-feedback" "maxmin --error-feedback --bb-ratio 0.9 $late" \
   "maxmin --error-feedback --bb-ratio 0.5 $late" "maxmin --error-feedback --bb-ratio 0.1 $late"
+
+echo "== does the search pay, five seeds"
+"$python" benchmarks/search_pays.py "$images" --runs "$runs" -o docs/search_pays.png
 
 echo "== time to accuracy"
 if [ "$(id -u)" = 0 ]; then

@@ -1,4 +1,4 @@
-"""Runs that the benchmark of accuracy keeps: by the data that they were of, among others."""
+"""Runs that the benchmark of accuracy keeps: by the data and the code that they were of, among others."""
 
 import json
 import shutil
@@ -47,13 +47,43 @@ def test_other_data_is_another_run(trained: list[tuple[Any, ...]], pictures: Pat
     assert found == [1, 2, 3, 4]
 
 
-def test_a_run_on_unknown_data_is_not_used(
-    trained: list[tuple[Any, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_other_code_is_another_run(
+    trained: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = tmp_path / "runs.jsonl"
-    kept.write_text(json.dumps({"flags": "", "seed": 0, "ranks": 2, "metrics": {"val.top1": 99.0}}) + "\n")
+    first = accuracy.Runs(kept).get("digits", [], 0)
+    with monkeypatch.context() as changed:
+        changed.setattr(accuracy, "digest_of_code", lambda: "another")
+        assert accuracy.Runs(kept).get("digits", [], 0) != first
+    assert accuracy.Runs(kept).get("digits", [], 0) == first
+    assert len(trained) == 2
+
+
+def test_code_is_what_runs_and_not_what_is_said_of_it(tmp_path: Path) -> None:
+    def digest(module: str) -> str:
+        (tmp_path / "search").mkdir(exist_ok=True)
+        (tmp_path / "search/tables.py").write_text(module)
+        (tmp_path / "main.py").write_text("import search")
+        accuracy.digest_of_code.cache_clear()
+        return accuracy.digest_of_code(tmp_path)
+
+    first = digest('"""One."""\n\ndef bits():\n    """Two."""\n    return "2"\n')
+    assert digest('def bits():  # three\n    return "2"\n') == first
+    assert digest('def bits():\n    return "3"\n') != first
+    (tmp_path / "search/tables.py").rename(tmp_path / "search/widths.py")
+    assert digest('def bits():\n    return "2"\n') != first
+
+
+@pytest.mark.parametrize("unknown", ["data", "code"])
+def test_a_run_on_unknown_data_or_code_is_not_used(
+    unknown: str, trained: list[tuple[Any, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "runs.jsonl"
+    run = {"data": "digits", "code": accuracy.digest_of_code(), "flags": "", "seed": 0, "ranks": 2}
+    del run[unknown]
+    kept.write_text(json.dumps(run | {"metrics": {"val.top1": 99.0}}) + "\n")
     runs = accuracy.Runs(kept)
-    assert capsys.readouterr().err == f"{kept}: 1 runs on unknown data are not used\n"
+    assert capsys.readouterr().err == f"{kept}: 1 runs on unknown data or code are not used\n"
     assert runs.get("digits", [], 0) == {"val.top1": 1.0}
 
 
@@ -63,3 +93,4 @@ def test_differences_are_paired_by_seed() -> None:
     assert accuracy.paired(runs, first, "val.top1", 1) == "+2.0 ± 0.6"
     assert accuracy.paired(first[:1], runs[:1], "val.top1", 2) == "-1.00"
     assert accuracy.paired(first, first, "val.top1", 1) == ""
+    assert accuracy.paired_difference(runs, first, "val.top1") == (2.0, pytest.approx(3**-0.5))
