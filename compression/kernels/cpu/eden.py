@@ -257,10 +257,9 @@ def _scale_of(
 ) -> np.float32:
     """The scale of a record whose values are finite."""
     size = np.float32(length)
+    scale = (size * square) / dot if dot > 0 else _ZERO
     if projects:
         scale = dot / (size * of_levels)
-    else:
-        scale = (size * square) / dot if dot > 0 else _ZERO
     scale *= power
     return _LIMIT if scale > _LIMIT else scale
 
