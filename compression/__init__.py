@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .network.world import Failure, World, join_ranks, one_line
     from .registry import COMPRESSORS, Compressor, build, codec, with_bits, with_stale_updates
     from .replicas import first_difference
+    from .routes import Mixed, mixed
 
 _MODULE_OF = {
     "COMPRESSORS": "registry",
@@ -54,6 +55,7 @@ _MODULE_OF = {
     "Launcher": "network.launchers",
     "Layer": "layers",
     "Metered": "network.collectives",
+    "Mixed": "routes",
     "Recorder": "exchange.recorder",
     "Report": "exchange.report",
     "Solo": "network.collectives",
@@ -66,6 +68,7 @@ _MODULE_OF = {
     "codec": "registry",
     "first_difference": "replicas",
     "join_ranks": "network.world",
+    "mixed": "routes",
     "observe": "averagers.observed",
     "one_line": "network.world",
     "with_bits": "registry",
@@ -87,6 +90,7 @@ __all__ = [
     "Launcher",
     "Layer",
     "Metered",
+    "Mixed",
     "Recorder",
     "Report",
     "Solo",
@@ -99,6 +103,7 @@ __all__ = [
     "codec",
     "first_difference",
     "join_ranks",
+    "mixed",
     "observe",
     "one_line",
     "with_bits",

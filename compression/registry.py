@@ -485,11 +485,31 @@ class Compressor:
         """Whether it sends less than float32 does."""
         return COMPRESSORS[self.name].encodes or self.options.dense_dtype != "float32"
 
+    @property
+    def needs_matrix(self) -> bool:
+        """Whether a layer means something as a whole only."""
+        return COMPRESSORS[self.name].needs_matrix
+
+    @property
+    def sends_messages(self) -> bool:
+        """Whether all that it sends, once it encodes, is messages of bytes: nothing that the network adds up."""
+        return COMPRESSORS[self.name].sends_messages
+
+    @property
+    def supports_stale_updates(self) -> bool:
+        """Whether the average of a layer may last longer than its step."""
+        return COMPRESSORS[self.name].supports_stale_updates and not self.needs_full_gradient
+
+    @property
+    def option_values(self) -> dict[str, Any]:
+        """The options that it takes, by name."""
+        return {name: getattr(self.options, name) for name in COMPRESSORS[self.name].takes}
+
     def hierarchical(self, layers: Sequence["Layer"], levels: "Levels", seed: int) -> "Averager":
         """Bind to layers, and to the ranks of this host and of this place."""
         from .averagers import Hierarchical
 
-        whole = "layers" if COMPRESSORS[self.name].needs_matrix else "slices"
+        whole = "layers" if self.needs_matrix else "slices"
         ownership = "one" if self.needs_full_gradient else whole
         return Hierarchical(self.averager, layers, levels, seed, self.bucket_size, ownership)
 

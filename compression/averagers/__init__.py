@@ -16,7 +16,8 @@ One file per way of agreeing:
 | (index, value) pairs | no, and the mean is denser | TopKAverager: one gather | (W-1) x encoded |
 | P and Q of PowerSGD | yes | PowerSGD: two all-reduces | 2 (W-1)/W x 4 R (rows + cols) |
 
-`Hierarchical` puts any of them between hosts, to which a host's ranks are one.
+`Routed` lets layers travel by several of them. `Hierarchical` puts any of them between hosts, to which a host's ranks
+are one.
 
 W ranks, N values, rank R.
 """
@@ -29,6 +30,7 @@ from .observed import StatisticsAverager
 from .one_hop import OneHop
 from .powersgd import PowerSGD
 from .random_k import RandomKAverager
+from .routed import Routed
 from .top_k import Residual, RmsScore, TopKAverager
 from .two_hop import TwoHop
 from .warm_up import WarmUp
@@ -45,6 +47,7 @@ __all__ = [
     "Residual",
     "RmsScore",
     "RoundedDense",
+    "Routed",
     "Sanity",
     "StatisticsAverager",
     "TopKAverager",

@@ -56,7 +56,7 @@ class Averager(ABC):
     """Whether it leaves the gradients' type and unit alone, and so takes them with the loss scale in."""
 
     widths: Mapping[str, int] = MappingProxyType({})
-    """Bits of every layer, DENSE where it is not encoded. Empty where there are none to choose."""
+    """Bits of every layer, DENSE where it is not encoded. Layers without a choice are not among them."""
 
     without_momentum: frozenset[str] = frozenset()
     """Layers whose momentum it applies itself: the optimizer's must be off for them."""

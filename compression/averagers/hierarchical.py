@@ -91,8 +91,8 @@ class Hierarchical(Averager):
         for place in range(places):
             own = self._of_place(layers, places, place)
             owner = self._bind(own, Solo(), 0)
-            if self.widths:
-                owner.set_widths({layer.name: self.widths[layer.name] for layer in layers})
+            if widths := {layer.name: self.widths[layer.name] for layer in layers if layer.name in self.widths}:
+                owner.set_widths(widths)
             held = [layer for layer in own if layer.numel]
             sent.append(owner.sent(held, world_size // places) if held else Sent())
         return sent

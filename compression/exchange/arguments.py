@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..network.arrangement import Arrangement, arrange
 from ..network.collectives import Collectives, Solo
 from ..network.torch_distributed import TorchDistributed
-from ..registry import COMPRESSORS, Compressor, build, with_messages
+from ..registry import Compressor, build, with_messages
 
 Group = Collectives | dist.ProcessGroup
 
@@ -62,7 +62,7 @@ def arranged(
         **others,
         tensors=[(name, tuple(tensor.shape)) for name, tensor in tensors.items()],
     )
-    if verify_wire and not COMPRESSORS[compressor.name].sends_messages:
+    if verify_wire and not compressor.sends_messages:
         raise ValueError(
             f"`verify_wire` puts checksums on messages, and what {compressor.name} sends the network itself adds up; "
             f"leave it out, or use {', '.join(with_messages())}"
@@ -82,8 +82,7 @@ def arranged(
 
 def _check_equal(collectives: Collectives, compressor: Compressor, **others: Any) -> None:
     """Raise ValueError, on all ranks alike, where the compressor or another choice differs from rank 0's."""
-    options = {name: getattr(compressor.options, name) for name in COMPRESSORS[compressor.name].takes}
-    choices = {"compressor": compressor.name, **options, **others}
+    choices = {"compressor": compressor.name, **compressor.option_values, **others}
     first, *rest = collectives.collect(choices)
     for rank, theirs in enumerate(rest, start=1):
         for name in {**first, **theirs}:

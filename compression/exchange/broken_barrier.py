@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from ..gradients import Gradients, is_unit_scale, not_finite
 from ..network.arrangement import Arrangement
-from ..registry import COMPRESSORS, Compressor, with_stale_updates
+from ..registry import Compressor, with_stale_updates
 from ..streams import device_future, record_stream
 from .attached import Attached
 from .hooks import shaped
@@ -106,7 +106,7 @@ class BrokenBarrier(Attached):
                 f"a broken barrier waits for a fraction above 0 and at most 1, and is late by 1 step or more, got "
                 f"{fraction} and {late_steps}"
             )
-        if not COMPRESSORS[compressor.name].supports_stale_updates or compressor.needs_full_gradient:
+        if not compressor.supports_stale_updates:
             raise ValueError(
                 f"compressor {compressor.name} averages whole steps, and a broken barrier lets layers be late; "
                 f"use {', '.join(with_stale_updates())}, without big_grad"
