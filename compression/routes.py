@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from .registry import COMPRESSORS, Compressor, Options, build
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .averagers import Averager
     from .layers import Layer
     from .network.collectives import Collectives
@@ -20,13 +22,15 @@ Route = tuple[str, Mapping[str, Any]]
 class Routes(Options):
     """The options of a mixed compressor: the compressors of some layers by name, and that of all others.
 
-    `bucket_size` is that of every compressor which takes one. Raises ValueError where they differ in it, and for one
+    `bucket_size` is that of every compressor which takes one. With `whole_layers` every layer has one owner on a host,
+    whether or not some family needs that. Raises ValueError where they differ in it, and for one
     that takes all gradients at once.
     """
 
     by_layer: Mapping[str, Compressor] = field(default_factory=dict)
     default: Compressor = field(default_factory=lambda: build("none"))
     bucket_size: int = Options.bucket_size
+    whole_layers: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,7 +76,7 @@ class Mixed(Compressor):
 
     @property
     def needs_matrix(self) -> bool:
-        return any(each.needs_matrix for each in self.options.compressors)
+        return self.options.whole_layers or any(each.needs_matrix for each in self.options.compressors)
 
     @property
     def sends_messages(self) -> bool:
@@ -84,7 +88,12 @@ class Mixed(Compressor):
 
     @property
     def option_values(self) -> dict[str, Any]:
-        return {"routes": dict(sorted(self.options.by_layer.items())), "default": self.options.default}
+        routes = self.options
+        return {
+            "routes": dict(sorted(routes.by_layer.items())),
+            "default": routes.default,
+            "whole_layers": routes.whole_layers,
+        }
 
     def codec_at(self, bits: int) -> Any:
         """Raises ValueError: it has many codecs."""
@@ -116,11 +125,14 @@ class Mixed(Compressor):
         return routed
 
 
-def mixed(routes: Mapping[str, Route], default: Route = ("none", {})) -> Mixed:
+def mixed(routes: Mapping[str, Route], default: Route = ("none", {}), *, whole_layers: bool = False) -> Mixed:
     """A compressor that takes each layer by a compressor of its own: the `default`, where there is no route.
 
     `routes` maps layers' names to names and options of compressors: {"fc.weight": ("topk", {"ratio": 0.01})}. Options
     are those that `build` takes. What is not compressed in any way, such as biases, is the default's too.
+
+    With `whole_layers` a layer has one owner on a host even where no family needs matrices: routes may then change to
+    some that do (`Attached.reroute`), and all that is owed stays where it is.
 
     Raises ValueError for what `build` refuses, for compressors that differ in `bucket_size`, and for one that takes all
     gradients at once.
@@ -128,7 +140,32 @@ def mixed(routes: Mapping[str, Route], default: Route = ("none", {})) -> Mixed:
     by_layer = {name: build(family, **options) for name, (family, options) in routes.items()}
     last = build(default[0], **default[1])
     sizes = [each.bucket_size for each in (last, *by_layer.values()) if "bucket_size" in each.option_values]
-    return Mixed("mixed", Routes(by_layer, last, (sizes or [Options.bucket_size])[0]))
+    return Mixed("mixed", Routes(by_layer, last, (sizes or [Options.bucket_size])[0], whole_layers))
+
+
+def squared_error(compressor: Compressor, layer: "Layer", values: "Tensor") -> float:
+    """What one encoding loses of a layer's values: the expectation, where it has a closed form, else a real encoding's.
+
+    Error feedback included: a quantizer's loss is then that of the projection. A compressor that goes on from its last
+    encoding, as PowerSGD does, is measured in its second one of the same values, before which nothing is owed.
+    """
+    from .averagers import Averager
+    from .gradients import Gradients
+    from .network.collectives import Solo
+
+    if COMPRESSORS[compressor.name].has_bits:
+        codec = compressor.codec_at(compressor.options.bits)
+        expected: float = codec.expected_squared_error(values, compressor.error_feedback)
+        return expected
+    flat, first = values.detach().float().reshape(-1), compressor.options.warmup_steps
+    averager: Averager = compressor.averager([layer], Solo(), 0)
+    average = flat
+    for step in (first, first + 1):
+        average = flat.clone()
+        averager.average_(Gradients(average, (layer.name,), (0,)), step)
+        for kind, state in averager.states.items():
+            state.settle(kind != "residual")
+    return float((flat - average).double().square().sum())
 
 
 def label(compressor: Compressor) -> str:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .checking import false_claims
     from .comparison import compare
     from .evolution import Evolved, evolve
-    from .exchanges import check_search, search_exchange
+    from .exchanges import check_search, search_exchange, search_families
+    from .families import FamilyResult, Option, OptionTables, families_as_text, option_of, options_of, search_options
     from .fronts import Front, front
     from .hulls import optimum
     from .knapsack import Certified, within_budget, within_error
@@ -32,22 +33,28 @@ _MODULE_OF = {
     "Breakpoint": "tradeoff",
     "Certified": "knapsack",
     "Evolved": "evolution",
+    "FamilyResult": "families",
     "Front": "fronts",
     "Objective": "objective",
+    "Option": "families",
+    "OptionTables": "families",
     "SearchResult": "run",
     "Tables": "tables",
     "Wish": "wishes",
     "as_text": "report",
     "check_search": "exchanges",
-    "false_claims": "checking",
     "compare": "comparison",
     "evolve": "evolution",
+    "false_claims": "checking",
+    "families_as_text": "families",
     "front": "fronts",
     "load_scheme": "scheme",
     "load_search": "saved",
     "logs": "report",
     "measure": "tables",
     "optimum": "hulls",
+    "option_of": "families",
+    "options_of": "families",
     "plot": "plotting",
     "plot_bits_over_time": "plotting",
     "plot_front": "plotting",
@@ -55,6 +62,8 @@ _MODULE_OF = {
     "resolve_pins": "pins",
     "search": "run",
     "search_exchange": "exchanges",
+    "search_families": "exchanges",
+    "search_options": "families",
     "within_budget": "knapsack",
     "within_error": "knapsack",
 }
@@ -64,8 +73,11 @@ __all__ = [
     "Breakpoint",
     "Certified",
     "Evolved",
+    "FamilyResult",
     "Front",
     "Objective",
+    "Option",
+    "OptionTables",
     "SearchResult",
     "Tables",
     "Wish",
@@ -74,12 +86,15 @@ __all__ = [
     "compare",
     "evolve",
     "false_claims",
+    "families_as_text",
     "front",
     "load_scheme",
     "load_search",
     "logs",
     "measure",
     "optimum",
+    "option_of",
+    "options_of",
     "plot",
     "plot_bits_over_time",
     "plot_front",
@@ -87,6 +102,8 @@ __all__ = [
     "resolve_pins",
     "search",
     "search_exchange",
+    "search_families",
+    "search_options",
     "within_budget",
     "within_error",
 ]

@@ -5,6 +5,7 @@ result, or the same error.
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from torch import Tensor
 
+from .families import FamilyResult, Option, OptionTables, search_options
 from .pins import resolve_pins
 from .run import Method, SearchResult, search
 from .tables import Measure, Tables, check_finite, measure
@@ -71,6 +73,16 @@ class Searchable(Protocol):
     def encoded_bytes_at(self, bits: int) -> dict[str, int]: ...
 
     def set_widths(self, widths: Mapping[str, int]) -> None: ...
+
+    def encoded_bytes_by(self, name: str, options: Mapping[str, Any]) -> dict[str, int]: ...
+
+    def squared_errors_by(
+        self, name: str, options: Mapping[str, Any], values: Mapping[str, Tensor]
+    ) -> dict[str, float]: ...
+
+    def reroute(
+        self, routes: Mapping[str, tuple[str, Mapping[str, Any]]], default: tuple[str, Mapping[str, Any]]
+    ) -> None: ...
 
     def moved(self, steps: Mapping[str, Tensor], factor: float) -> AbstractContextManager[None]: ...
 
@@ -139,6 +151,67 @@ def search_exchange(
     result: SearchResult = _on_first_rank(network, chosen)
     exchange.set_widths(result.bits_by_layer())
     return result
+
+
+def search_families(
+    exchange: Searchable,
+    options: Sequence[Option],
+    wish: Wish,
+    *,
+    by: Measure = "root",
+    settings: Mapping[str, Any] | None = None,
+    network: Network | None = None,
+) -> FamilyResult:
+    """Choose among options of several families for each layer of an exchange that averages by a mix, and route so.
+
+    The first option is that of layers which are never compressed. Errors are squared ones or roots of them: closed
+    forms for quantizers, one real encoding for the others. Bytes are what the averagers promise.
+
+    Every rank calls it, between steps. Raises ValueError, on all ranks alike, for what `search_exchange` refuses of a
+    gradient, and for what `search_options` does.
+    """
+    network = network or exchange.collectives
+    if exchange.recorder is None:
+        raise ValueError("a search needs recorded gradients, and this exchange records none; attach with record=True")
+    began = time.perf_counter()
+    gradients = exchange.recorder.averaged(network)
+
+    def chosen() -> FamilyResult:
+        check_finite(gradients)
+        tables = option_tables(exchange, gradients, options, by)
+        measured = time.perf_counter()
+        result = search_options(tables, wish)
+        seconds = {"measuring_seconds": measured - began, "search_seconds": time.perf_counter() - measured}
+        return replace(result, settings=_settings(exchange, network) | seconds | dict(settings or {}))
+
+    result: FamilyResult = _on_first_rank(network, chosen)
+    exchange.reroute({name: option.route for name, option in result.option_by_layer().items()}, options[0].route)
+    return result
+
+
+def option_tables(
+    exchange: Searchable, gradients: Mapping[str, Tensor] | None, options: Sequence[Option], by: Measure = "root"
+) -> OptionTables:
+    """The tables of an exchange's layers and options: bytes as promised, and errors of gradients, 0 without any."""
+    layers = [layer for layer in exchange.layers if layer.compressed]
+    nbytes = [exchange.encoded_bytes_by(*option.route) for option in options]
+    lost = [
+        exchange.squared_errors_by(*option.route, gradients) if gradients else dict.fromkeys(nbytes[0], 0.0)
+        for option in options
+    ]
+    error = np.array([[of_option[layer.name] for of_option in lost] for layer in layers])
+    return OptionTables(
+        layers=[layer.name for layer in layers],
+        widths=range(len(options)),
+        error=np.sqrt(error) if by == "root" else error,
+        nbytes=np.array([[of_option[layer.name] for of_option in nbytes] for layer in layers]),
+        dense_bytes=sum(nbytes[0][layer.name] for layer in exchange.layers if not layer.compressed),
+        values=sum(layer.numel for layer in exchange.layers),
+        numel=[layer.numel for layer in layers],
+        measure=by,
+        norm2=math.fsum(float(m.double().square().sum()) for m in gradients.values()) if gradients else 1.0,
+        options=options,
+    )
 
 
 def check_search(

@@ -83,8 +83,7 @@ class Tables:
             )
         if len(set(self.layers)) < len(self.layers):
             raise ValueError("layers must have distinct names, got one of them twice")
-        if list(self.widths) != sorted(set(self.widths)) or not 1 <= self.widths[0] <= self.widths[-1] <= 8:
-            raise ValueError(f"widths must ascend within 1 to 8 bits, got {list(self.widths)}")
+        self._check_widths()
         for field in ("error", "nbytes"):
             found = getattr(self, field).shape
             if found != shape:
@@ -104,6 +103,10 @@ class Tables:
             raise ValueError(f"norm2 must be finite and not negative, got {self.norm2}")
         if self.numel and (len(self.numel) != len(self.layers) or min(self.numel) < 1):
             raise ValueError(f"numel must be above 0 for each of {shape[0]} layers, got {self.numel}")
+
+    def _check_widths(self) -> None:
+        if list(self.widths) != sorted(set(self.widths)) or not 1 <= self.widths[0] <= self.widths[-1] <= 8:
+            raise ValueError(f"widths must ascend within 1 to 8 bits, got {list(self.widths)}")
 
     def _check_entries(self, field: str, good_LK: NDArray[np.bool_], rule: str) -> None:
         if not good_LK.all():

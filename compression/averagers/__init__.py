@@ -30,7 +30,7 @@ from .observed import StatisticsAverager
 from .one_hop import OneHop
 from .powersgd import PowerSGD
 from .random_k import RandomKAverager
-from .routed import Routed
+from .routed import Routed, carried_over
 from .top_k import Residual, RmsScore, TopKAverager
 from .two_hop import TwoHop
 from .warm_up import WarmUp
@@ -53,4 +53,5 @@ __all__ = [
     "TopKAverager",
     "TwoHop",
     "WarmUp",
+    "carried_over",
 ]

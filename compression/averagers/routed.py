@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..gradients import Gradients
+from ..layer_state import LayerState
 from ..layers import Layer
 from ..network.collectives import Around, Collectives, PostedExchange, PostedGather, Staged
 from ..plans import PlanCache
@@ -172,6 +173,29 @@ class Routed(Averager):
             ends = itertools.accumulate(self._sizes[name] for name in names)
             parts[family] = _Part(tuple(names), tuple(itertools.chain([0], ends))[:-1], tuple(pieces))
         return parts
+
+
+def carried_over(state: Mapping[str, Any], states: Mapping[str, LayerState]) -> dict[str, Any]:
+    """The state of a `Routed`, whose `states` these are, that goes on from the `state_dict` of one with other routes.
+
+    All that a layer's family keeps of it, where the layer stays with the family. Else what is owed of it, where as many
+    values are: each rank's own, and between two quantizers each owner's. The rest begins anew, with zeros.
+    """
+    owed: dict[str, dict[str, Tensor]] = {"residual": {}, "share_residual": {}}
+    for kinds in state.values():
+        for kind, values in owed.items():
+            values.update(kinds.get(kind, {}))
+    carried: dict[str, Any] = {}
+    for key, kept in states.items():
+        family, _, kind = key.rpartition("/")
+        before = owed.get(kind, {}) | state.get(family, {}).get(kind, {})
+        layers = {
+            name: before[name] if name in before and before[name].numel() == count else torch.zeros(count)
+            for name, count in kept.spans.items()
+        }
+        if any(values.any() for values in layers.values()):
+            carried.setdefault(family, {})[kind] = layers
+    return carried
 
 
 @dataclass

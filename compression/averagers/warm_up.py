@@ -17,6 +17,7 @@ class WarmUp(Averager):
     def __init__(self, inner: Averager, dense: Averager, steps: int) -> None:
         self.inner, self.dense, self.steps = inner, dense, steps
         self.widths, self.without_momentum = inner.widths, inner.without_momentum
+        self.states = inner.states
         self._compressed = False
 
     @property

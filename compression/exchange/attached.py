@@ -8,11 +8,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ..averagers import carried_over
 from ..gradients import Gradients
 from ..layers import DENSE, Layer, layers_of
 from ..network.arrangement import Arrangement
 from ..network.inside import Levels
-from ..registry import Compressor
+from ..registry import Compressor, build
+from ..routes import Mixed, Route, mixed, squared_error
 from .binding import Binding
 from .hooks import flattened, hook, shaped
 from .momentum import MomentumWatch
@@ -43,6 +45,7 @@ class Attached(ABC):
         self.layers: tuple[Layer, ...] = layers_of(shapes, compressor.bucket_size)
         self.device = next(iter(self.parameters.values())).device
         self.hosts, self.arrangement = arrangement.hosts, arrangement
+        self._seed = seed
         self.binding = Binding(compressor, self.layers, arrangement, seed)
         self.averager, self.collectives = self.binding.averager, self.binding.collectives
         self.recorder = Recorder(self.layers) if record else None
@@ -203,6 +206,40 @@ class Attached(ABC):
         """Likewise of all layers that are never compressed, beside those that have widths."""
         layers = [layer for layer in self.layers if not layer.compressed]
         return sum(self.averager.encoded_bytes_at(layers, DENSE, self.collectives.world_size))
+
+    def encoded_bytes_by(self, name: str, options: Mapping[str, Any]) -> dict[str, int]:
+        """Bytes of every layer by a compressor of this name, as `encoded_bytes_at` counts them."""
+        return self.binding.encoded_bytes_by(build(name, **options))
+
+    def squared_errors_by(
+        self, name: str, options: Mapping[str, Any], values: Mapping[str, Tensor]
+    ) -> dict[str, float]:
+        """What one encoding by a compressor of this name loses of some layers' values; see `routes.squared_error`."""
+        compressor, layers = build(name, **options), {layer.name: layer for layer in self.layers}
+        return {layer: squared_error(compressor, layers[layer], of_layer) for layer, of_layer in values.items()}
+
+    def reroute(self, routes: Mapping[str, Route], default: Route) -> None:
+        """Average by other routes than before, from the next step on; only a mix of compressors has routes.
+
+        What is owed goes along with each layer as far as `averagers.carried_over` has it. Every rank calls it, between
+        steps. Raises ValueError for what `mixed` refuses.
+        """
+        if not isinstance(self.compressor, Mixed):
+            raise ValueError(f"routes are those of a mix, and this exchange averages by {self.compressor.name}")
+        compressor = mixed(routes, default, whole_layers=self.compressor.options.whole_layers)
+        if compressor.bucket_size != self.compressor.bucket_size:
+            raise ValueError(
+                f"a model's layers are compressed or not by one bucket_size, {self.compressor.bucket_size} here, got "
+                f"{compressor.bucket_size}; attach anew for another"
+            )
+        self.pipeline.wait()
+        before, traffic = self.averager, self.collectives.traffic
+        self.binding = Binding(compressor, self.layers, self.arrangement, self._seed, traffic)
+        self.compressor = compressor
+        self.averager, self.collectives = self.binding.averager, self.binding.collectives
+        self.averager.load_state_dict(carried_over(before.state_dict(), self.averager.states))
+        self.pipeline.averager = self.averager
+        self.meter.encoding_anew(before.encoded_bytes)
 
     @property
     def without_momentum(self) -> frozenset[str]:

@@ -6,7 +6,7 @@ from typing import Any
 from ..averagers import Averager, Hierarchical
 from ..layers import Layer
 from ..network.arrangement import Arrangement
-from ..network.collectives import Metered
+from ..network.collectives import Metered, Solo, Traffic
 from ..network.inside import Levels
 from ..network.verified import Verified
 from ..registry import Compressor
@@ -18,9 +18,18 @@ class Binding:
     `collectives` are those of all ranks; they count the bytes of both levels.
     """
 
-    def __init__(self, compressor: Compressor, layers: Sequence[Layer], arrangement: Arrangement, seed: int) -> None:
+    def __init__(
+        self,
+        compressor: Compressor,
+        layers: Sequence[Layer],
+        arrangement: Arrangement,
+        seed: int,
+        traffic: Traffic | None = None,
+    ) -> None:
+        """`traffic`: what has been counted so far, to be counted on."""
         self.layers, self.arrangement, self.hosts = layers, arrangement, arrangement.hosts
-        self.collectives = Metered(arrangement.collectives, hosts=self.hosts.of)
+        self._bucket_size = compressor.bucket_size
+        self.collectives = Metered(arrangement.collectives, traffic or Traffic(), self.hosts.of)
         self.averager: Averager
         if arrangement.levels is None:
             network = Verified(self.collectives) if arrangement.verify_wire else self.collectives
@@ -31,6 +40,24 @@ class Binding:
             owners = self.hosts.between[inside.rank]
             levels = Levels(inside, Verified(metered, owners) if arrangement.verify_wire else metered)
             self.averager = compressor.hierarchical(layers, levels, seed)
+
+    def encoded_bytes_by(self, compressor: Compressor) -> dict[str, int]:
+        """Bytes of every layer by another compressor, as promised, in the unit of what a quantizer encodes.
+
+        Of such bytes each of W ranks or hosts sends 2 (W - 1) / W, one rank alone counts as two. Messages that all
+        gather weigh W / 2 times their own; half a byte is rounded up.
+        """
+        ranks = max(self.collectives.world_size, 2)
+        averager: Averager
+        if isinstance(self.averager, Hierarchical):
+            levels, ownership = self.averager.levels, self.averager.ownership
+            averager = Hierarchical(compressor.averager, self.layers, levels, 0, self._bucket_size, ownership)
+            peers = ranks // levels.inside.world_size
+        else:
+            averager, peers = compressor.averager(self.layers, Solo(), 0), ranks
+        scale = ranks / (2 * (peers - 1))
+        halves = {layer.name: round(2 * scale * averager.bytes_sent([layer], ranks)) for layer in self.layers}
+        return {name: -(-count // 2) for name, count in halves.items()}
 
     @property
     def position(self) -> dict[str, Any]:

@@ -100,6 +100,11 @@ class Meter:
         reported, *sums = self._reported
         self._reported = (reported + steps, *sums)
 
+    def encoding_anew(self, encoded_bytes: int) -> None:
+        """Another averager is there now, which counts from 0; the one before it had counted so many bytes."""
+        *others, encoded, comm, job, exposed = self._reported
+        self._reported = (*others, encoded - encoded_bytes, comm, job, exposed)
+
     def report(self, steps: int) -> Report:
         """Bytes and seconds since the last report, at a total of `steps`."""
         traffic, pipeline = self._network.traffic, self._pipeline

@@ -10,7 +10,7 @@ import compression
 from compression import Mixed, Solo, build, mixed
 from compression.layers import layers_of
 from compression.network.threads import ThreadCollectives, run_ranks
-from compression.routes import label
+from compression.routes import label, squared_error
 
 LAYERS = layers_of([("0.weight", (16, 20)), ("0.bias", (16,)), ("1.weight", (8, 16)), ("1.bias", (8,))], 64)
 SMALL = {"bucket_size": 64}
@@ -64,6 +64,96 @@ def test_one_family_on_all_layers_is_that_compressor() -> None:
 
     for routed, alone in run_ranks(2, both):
         assert torch.equal(routed, alone)
+
+
+def test_routes_change_between_steps_and_what_is_owed_goes_along() -> None:
+    """Of every layer: the sum of what was applied and of what is owed is the sum of the gradients."""
+    feedback = {"error_feedback": True, **SMALL}
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("maxmin", {"bits": 2, **feedback}),
+        ("eden", {"bits": 2, **feedback}),
+        ("maxmin", {"bits": 3, **feedback}),
+        ("topk", {"ratio": 0.1, **feedback}),
+        ("powersgd", {"rank": 1, **SMALL}),
+        ("topk", {"ratio": 0.2, **feedback}),
+    ]
+
+    def work(ranks: ThreadCollectives) -> tuple[torch.Tensor, torch.Tensor]:
+        module, applied, true = model(), torch.zeros(320), torch.zeros(320)
+        shares: dict[str, torch.Tensor] = {}
+        owned: dict[str, tuple[int, int]] = {}
+        with compression.attach(module, mixed({}, ways[0], whole_layers=True), ranks) as exchange:
+            for number, way in enumerate(ways):
+                exchange.reroute({"0.weight": way}, ("none", {}))
+                if number == 3:  # from a quantizer: an owner owes of its averages, which nothing else knows
+                    lost = torch.zeros(320)
+                    for name, (start, stop) in owned.items():
+                        lost[start:stop] += shares[name]
+                    ranks.sum_(lost)
+                    true -= lost
+                for each in range(2):
+                    torch.manual_seed(10 * number + each + 100 * ranks.rank)
+                    module.zero_grad()
+                    exchange.begin_step()
+                    (module[0].weight * (gradient := torch.randn(16, 20))).sum().backward()
+                    exchange.settle(exchange.finish())
+                    applied += module[0].weight.grad.reshape(-1)
+                    ranks.sum_(total := gradient.reshape(-1).clone())
+                    true += total / ranks.world_size
+                (state,) = (each for each in exchange.averager.state_dict().values() if each)
+                shares = state.get("share_residual", {})
+                family = next(iter(exchange.averager.families.values()))
+                owned = {name: family.shards[name][ranks.rank] for name in shares}
+            owed = state["residual"]["0.weight"] / ranks.world_size
+            ranks.sum_(owed)
+        return applied + owed, true
+
+    for accounted, true in run_ranks(2, work):
+        assert torch.allclose(accounted, true, atol=1e-4)
+
+
+def test_a_report_counts_on_where_routes_change() -> None:
+    with compression.attach(model(), mixed({}, ("maxmin", SMALL)), Solo()) as exchange:
+        compressor, before = exchange.compressor, exchange.averager
+        assert isinstance(compressor, Mixed)
+        for way in (("maxmin", {"bits": 2, **SMALL}), ("maxmin", {"bits": 8, **SMALL})):
+            exchange.reroute({"0.weight": way}, ("none", {}))
+            exchange.begin_step()
+            exchange.finish()
+        assert exchange.averager is not before
+        assert exchange.report().bytes_sent == 0
+    with (
+        compression.attach(model(), "maxmin", Solo(), **SMALL) as exchange,  # type: ignore[arg-type]
+        pytest.raises(ValueError, match="routes are those of a mix, and this exchange averages by maxmin"),
+    ):
+        exchange.reroute({}, ("none", {}))
+
+
+def test_routes_keep_the_bucket_size() -> None:
+    with (
+        compression.attach(model(), mixed({}, ("maxmin", SMALL)), Solo()) as exchange,
+        pytest.raises(ValueError, match="by one bucket_size, 64 here, got 512; attach anew"),
+    ):
+        exchange.reroute({"0.weight": ("maxmin", {})}, ("none", {}))
+
+
+def test_an_encoding_loses_what_it_leaves_out() -> None:
+    torch.manual_seed(0)
+    layer, values = LAYERS[0], torch.randn(16, 20)
+    low_rank = torch.randn(16, 1) @ torch.randn(1, 20)
+    squares = values.square().reshape(-1).sort().values
+    kept = build("topk", ratio=0.25, error_feedback=True, **SMALL)  # type: ignore[arg-type]
+    assert squared_error(kept, layer, values) == pytest.approx(float(squares[:240].sum()), rel=1e-5)
+    assert squared_error(build("none"), layer, values) == 0
+    ranks = [squared_error(build("powersgd", rank=rank, bucket_size=64), layer, values) for rank in (1, 2, 4, 8)]
+    assert ranks == sorted(ranks, reverse=True)
+    assert squared_error(build("powersgd", rank=1, bucket_size=64), layer, low_rank) < 1e-8 * float(
+        low_rank.square().sum()
+    )
+    for feedback in (False, True):
+        quantized = build("eden", bits=3, error_feedback=feedback, **SMALL)  # type: ignore[arg-type]
+        expected = quantized.codec_at(3).expected_squared_error(values, feedback)
+        assert squared_error(quantized, layer, values) == expected
 
 
 def test_averages_may_be_late_where_every_family_can_be() -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import compression
 from compression import Solo, with_bits
 from compression.network.threads import ThreadCollectives, run_ranks
-from search import Wish, search_exchange
-from search.exchanges import changes_of_loss, tables_of
+from search import FamilyResult, Wish, options_of, search_exchange, search_families
+from search.exchanges import changes_of_loss, option_tables, tables_of
 
 VOCABULARY, WIDTH = 50, 16
 
@@ -240,3 +240,105 @@ def test_an_exchange_without_widths_or_records_is_refused() -> None:
     with pytest.raises(ValueError, match="attach with record=True"):
         search_exchange(exchange)
     exchange.close()
+
+
+# Searches among families
+
+SMALL = {"bucket_size": 64}
+COMMON: dict[str, dict[str, Any]] = {
+    "maxmin": {**SMALL, "error_feedback": True},
+    "eden": {**SMALL, "error_feedback": True},
+    "topk": {**SMALL, "error_feedback": True},
+    "powersgd": SMALL,
+}
+OPTIONS = options_of(COMMON, [2, 3, 4, 6, 8], [0.01, 0.05, 0.2], [1, 2, 4])
+
+
+def of_families(ranks: compression.Collectives) -> tuple[nn.Module, compression.Attached]:
+    """Likewise of a model that averages by a mix, which is max-min everywhere at first."""
+    model = Transformer()
+    start = compression.mixed({}, ("maxmin", COMMON["maxmin"]), whole_layers=True)
+    exchange = compression.attach(model, start, ranks, record=True)
+    for seed in (ranks.rank, 10 + ranks.rank):
+        step(model, exchange, seed)
+    return model, exchange
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_what_was_chosen_among_families_is_what_travels(world_size: int) -> None:
+    def work(ranks: ThreadCollectives) -> tuple[FamilyResult, float, float, list[Tensor]]:
+        model, exchange = of_families(ranks)
+        result = search_families(exchange, OPTIONS, Wish.bits(1.5), by="square")
+        exchange.report()
+        step(model, exchange, 20 + ranks.rank)
+        report = exchange.report()
+        exchange.close()
+        return result, report.bytes_sent, report.ratio, [p.detach().clone() for p in model.parameters()]
+
+    results, sent, ratios, weights = zip(*run_ranks(world_size, work), strict=True)
+    result = results[0]
+    assert all(each.option_by_layer() == result.option_by_layer() for each in results)
+    assert all(torch.equal(mine, theirs) for others in weights for mine, theirs in zip(weights[0], others, strict=True))
+    assert len({option.family for option in result.option_by_layer().values()}) > 1
+    assert result.tables.bits_a_value(result.found.bits) <= 1.5
+    promised = result.tables.encoded_bytes(result.found.bits) + result.tables.dense_bytes
+    if world_size > 1:
+        rounded_up = len(result.tables.layers) / 2 if world_size % 2 else 1e-6  # half a byte a layer
+        assert -1e-6 <= promised - sum(sent) / (2 * (world_size - 1)) <= rounded_up
+    else:
+        assert 0 < ratios[0] < 0.3
+
+
+def test_widths_cost_among_families_what_they_cost_alone() -> None:
+    def work(ranks: ThreadCollectives) -> None:
+        _, exchange = of_families(ranks)
+        assert exchange.recorder is not None
+        m = exchange.recorder.averaged(ranks)
+        tables = option_tables(exchange, m, OPTIONS, "square")
+        _, alone = trained(ranks, "maxmin", error_feedback=True)
+        widths = [2, 3, 4, 6, 8]
+        expected = tables_of(alone, m, widths, "square")
+        maxmin = tables.only("maxmin")
+        assert np.array_equal(maxmin.nbytes, expected.nbytes)
+        assert np.array_equal(maxmin.error, expected.error)
+        assert tables.norm2 == expected.norm2
+        assert tables.dense_bytes == alone.dense_bytes
+        exchange.close()
+        alone.close()
+
+    run_ranks(3, work)
+
+
+def test_among_families_errors_are_those_of_real_encodings() -> None:
+    _, exchange = of_families(Solo())
+    assert exchange.recorder is not None
+    m = exchange.recorder.averaged(Solo())
+    tables = option_tables(exchange, m, OPTIONS)
+    for row, name in enumerate(tables.layers):
+        values = m[name].reshape(-1)
+        for column, option in enumerate(tables.options):
+            if option.family == "topk":
+                kept = compression.codec("topk", ratio=option.setting).kept(len(values))
+                lost = values.abs().sort().values[: len(values) - kept]
+                assert tables.error[row, column] == pytest.approx(float(lost.norm()), rel=1e-4)
+            if option.family == "none":
+                assert tables.error[row, column] == 0
+    exchange.close()
+
+
+def test_among_families_an_odd_gradient_is_an_error_of_all_ranks() -> None:
+    def work(ranks: ThreadCollectives) -> str:
+        model = Transformer()
+        exchange = compression.attach(model, compression.mixed({}, ("maxmin", SMALL)), ranks, record=True)
+        with pytest.raises(ValueError, match="no gradient was recorded yet"):
+            search_families(exchange, OPTIONS, Wish.bits(3.0))
+        step(model, exchange, 0)
+        assert exchange.recorder is not None
+        if ranks.rank == 1:
+            exchange.recorder.state.current[5] = float("nan")  # type: ignore[index]
+        with pytest.raises(ValueError, match="must be finite, got NaN or infinity in ") as found:
+            search_families(exchange, OPTIONS, Wish.bits(3.0))
+        exchange.close()
+        return str(found.value)
+
+    assert len({*run_ranks(2, work)}) == 1
