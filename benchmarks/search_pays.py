@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 
@@ -33,6 +33,9 @@ from compression import Solo
 from compression.layers import layers_of
 from image_classification.models import build
 from search.tables import MEASURES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 UNIFORM = 2  # bits, whose bytes the searches have
 NUM_CLASSES = 10
@@ -71,6 +74,7 @@ MARKS = {
     "loss": ("#009E73", "X"),
     "evolution": ("#CC79A7", "*"),
 }
+EQUAL, APART = 0.02, 1.06  # how much bytes may differ to be drawn as equal ones, and the factor between such
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 """The metrics of every seed's run, by the setting's name; float32 and uniform 2 bits are among them."""
@@ -116,43 +120,36 @@ def table(results: Results) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-def draw(by_case: Mapping[str, Results], path: Path) -> None:
-    """Write a PNG: loss above float32's by bytes, a panel for each case, by its title. Agg draws: no display needed.
+def picture(by_case: Mapping[str, Results]) -> "Figure":
+    """Loss above float32's by bytes, a panel for each case, by its title. Agg draws: no display needed.
 
-    Points of equal bytes stand side by side, one size of a marker apart.
+    Points of equal bytes stand side by side, for their bars would hide one another.
     """
     from matplotlib.figure import Figure
-    from matplotlib.transforms import ScaledTranslation
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     figure = Figure(figsize=(6 * len(by_case), 5.5), layout="constrained")
     panels = figure.subplots(1, len(by_case), squeeze=False).flat
     for axes, (title, results) in zip(panels, by_case.items(), strict=True):
-        axes.set(title=title, xscale="log", xlabel="MB that a rank sends in a step; equal ones stand side by side")
         placed: list[float] = []
         for name, runs in results.items():
             color, marker = MARKS[name]
             nbytes = _mean(runs, "comm.bytes_sent") / 1e6
-            beside = sum(math.isclose(nbytes, other, rel_tol=0.02) for other in placed)
+            beside = sum(math.isclose(nbytes, other, rel_tol=EQUAL) for other in placed)
             placed.append(nbytes)
             above, error = paired_difference(runs, results["float32"], "val.loss")
-            axes.errorbar(
-                nbytes,
-                above,
-                error,
-                fmt=marker,
-                color=color,
-                markersize=8,
-                capsize=4,
-                label=name,
-                transform=axes.transData + ScaledTranslation(beside / 6, 0, figure.dpi_scale_trans),
-            )
+            at = nbytes * APART**beside
+            axes.errorbar(at, above, error, fmt=marker, color=color, markersize=8, capsize=4, label=name)
         axes.axhline(0, color="0.5", linewidth=1, zorder=0)
-        axes.set_xlim(0.8 * min(placed), 1.6 * max(placed))
+        axes.set(title=title, xscale="log", xlabel="MB that a rank sends in a step; equal ones stand side by side")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("validation loss above float32's, with its standard error over seeds")
+    figure.axes[0].set_ylabel("validation loss above float32's, with its standard error")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.savefig(path, format="png", dpi=120)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
 
 
 def _mean(runs: Sequence[Mapping[str, Any]], metric: str) -> float:
@@ -189,7 +186,7 @@ def main() -> None:
             print(f"\n{case.title}: {RANKS} ranks, {' '.join(flags)}, seeds 0 to {asked.seeds - 1}\n")
             print("\n".join(table(results)), flush=True)
     if asked.output:
-        draw(by_case, asked.output)
+        picture(by_case).savefig(asked.output, format="png", dpi=120)
 
 
 if __name__ == "__main__":
