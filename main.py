@@ -1384,8 +1384,9 @@ class Run:
             )
         self.ranks.check_equal_across_ranks(self.exchange.widths, "the bit widths")
         self.searched = True
-        if self.ranks.rank == 0:
-            self._report(result, when)
+        with self.ranks.fail_together():
+            if self.ranks.rank == 0:
+                self._report(result, when)
 
     def _loss_on_examples(self) -> float:
         """The loss of the model as it is, on the same images on all ranks."""
