@@ -32,7 +32,9 @@ def only_at_home(refused: Path) -> None:
     patch.object(socket, "getaddrinfo", resolve_at_home).start()
 
 
-@pytest.mark.parametrize("flags", ["", "--search --search-min-bits 2", "--compression-type topk"])
+@pytest.mark.parametrize(
+    "flags", ["", *(pytest.param(f, marks=pytest.mark.slow) for f in ("--search --search-min-bits 2", "--compression-type topk"))]
+)
 def test_a_run_asks_no_other_machine(flags: str, pictures: Path, tmp_path: Path) -> None:
     files = ("--workspace", tmp_path / "work", "--tensorboard-dir", tmp_path / "events")
     run_well(pictures, *SMALL, *files, *flags.split(), ranks=2, before=partial(only_at_home, tmp_path / "refused"))

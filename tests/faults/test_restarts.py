@@ -16,7 +16,11 @@ FLAGS = "--compression-type maxmin --error-feedback"
 FIVE = "rendezvous:1,joined:0,step:0,save:0,validation:1"
 
 
-@pytest.mark.parametrize("shared", ["0", "1"], ids=["torchrun keeps the store", "rank 0 keeps the store"])
+@pytest.mark.parametrize(
+    "shared",
+    [pytest.param("0", marks=pytest.mark.slow), "1"],
+    ids=["torchrun keeps the store", "rank 0 keeps the store"],
+)
 @pytest.mark.parametrize("moments", ["step:1", pytest.param(FIVE, marks=pytest.mark.slow)], ids=["once", "five times"])
 def test_a_run_whose_ranks_are_killed_and_started_anew_ends_with_the_same_bits(
     moments: str, shared: str, pictures: Path, tmp_path: Path

@@ -129,7 +129,11 @@ def plainly_kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"), [(OTHER_VERSION, "numba 0.0.1 is installed"), (OTHER_INTERNALS, "JITCodeLibrary")]
+    ("change", "reason"),
+    [
+        (OTHER_VERSION, "numba 0.0.1 is installed"),
+        pytest.param(OTHER_INTERNALS, "JITCodeLibrary", marks=pytest.mark.slow),
+    ],
 )
 def test_any_other_numba_gives_the_same_bits_and_one_warning(
     kept: tuple[Path, list[list[Any]]], plainly_kept: Path, change: str, reason: str
