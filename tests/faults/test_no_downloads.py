@@ -33,7 +33,12 @@ def only_at_home(refused: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", ["", *(pytest.param(f, marks=pytest.mark.slow) for f in ("--search --search-min-bits 2", "--compression-type topk"))]
+    "flags",
+    [
+        "",
+        pytest.param("--search --search-min-bits 2", marks=pytest.mark.slow),
+        pytest.param("--compression-type topk", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_asks_no_other_machine(flags: str, pictures: Path, tmp_path: Path) -> None:
     files = ("--workspace", tmp_path / "work", "--tensorboard-dir", tmp_path / "events")
