@@ -307,9 +307,11 @@ def _encode_row(
 
 @inlined
 def _decode_row(
-    wire: np.ndarray, record: int, count: int, bits: int, start: np.uint32, high: np.uint32, scratch: Arrays
-) -> None:
-    """The values of a record, in place of what the vector was rotated to; the table is of its width and length."""
+    wire: np.ndarray, record: int, count: int, bits: int, start: np.uint32, high: np.uint32, factor: np.float32,
+    scratch: Arrays,
+) -> None:  # fmt: skip
+    """The values of a record times `factor`, in place of what the vector was rotated to; the table is of its width and
+    length."""
     codes, _, _, _, _, rotated, _, table = scratch
     length = _length(count)
     for tile in range(0, length, _TILE):
@@ -319,7 +321,17 @@ def _decode_row(
     _back(rotated, length, start, high)
     scale = load_float(wire, record)
     for i in range(count):
-        store(rotated, i, _within_limit(scale * load(rotated, i)))
+        store(rotated, i, factor * _within_limit(scale * load(rotated, i)))
+
+
+@inlined
+def _get_floats(
+    wire: np.ndarray, at: int, count: int, bits: int, factor: np.float32, out: np.ndarray
+) -> None:
+    """Values that are not rotated, times `factor`."""
+    get_floats(wire, at, count, bits, out, START)
+    for i in range(count):
+        store(out, i, factor * load(out, i))
 
 
 @jit
@@ -348,20 +360,20 @@ def _encode(
             for turn in range(len(received) + (own >= 0)):
                 if turn == own:
                     for i in range(n):
-                        store(rotated, i, load(values, at + i))
+                        store(rotated, i, factor * load(values, at + i))
                 elif dense or exact:
-                    get_floats(received[message], record, n, b, rotated, START)
+                    _get_floats(received[message], record, n, b, factor, rotated)
                 else:
                     low, high = senders[message, slot[m], 0], senders[message, slot[m], 1]
                     word = np.uint32(np.uint32(2 * (element[m] // WORD)) + low)
-                    _decode_row(received[message], record, n, b, word, high, scratch)
+                    _decode_row(received[message], record, n, b, word, high, factor, scratch)
                 message += turn != own
                 if turn > 0:
                     for i in range(n):
-                        store(vector, i, load(vector, i) + factor * load(rotated, i))
+                        store(vector, i, load(vector, i) + load(rotated, i))
                 else:
                     for i in range(n):
-                        store(vector, i, factor * load(rotated, i))
+                        store(vector, i, load(rotated, i))
             source, first = vector, 0
         if dense:
             put_floats(source, first, n, b, wire, record)
@@ -425,21 +437,19 @@ def _decode(
         for tile in range(0, n, step):
             size = min(step, n - tile)
             if b >= BFLOAT16:
-                get_floats(wire, record + b // 8 * tile, size, b, rotated, START)
+                _get_floats(wire, record + b // 8 * tile, size, b, factor, rotated)
             elif _exact(n, b):
-                get_floats(wire, record, size, b, rotated, START)
+                _get_floats(wire, record, size, b, factor, rotated)
             else:
                 if b != filled_bits or _length(n) != filled_length:
                     filled_bits, filled_length = b, _length(n)
                     _fill_table(filled_bits, filled_length, levels, table)
                 word = np.uint32(np.uint32(2 * (element[m] // WORD)) + keys[slot[m], 0])
-                _decode_row(wire, record, n, b, word, keys[slot[m], 1], scratch)
+                _decode_row(wire, record, n, b, word, keys[slot[m], 1], factor, scratch)
             if accumulate:
                 for i in range(size):
-                    store(out, at + tile + i, load(out, at + tile + i) + factor * load(rotated, i))
+                    store(out, at + tile + i, load(out, at + tile + i) + load(rotated, i))
             else:
-                for i in range(size):
-                    store(rotated, i, factor * load(rotated, i))
                 write_past_caches(rotated, size, out, at + tile)
     if not accumulate:
         fence()
