@@ -539,7 +539,7 @@ REFUSED = {
     "--search --search-families topk --search-target-bits 2 --bb-ratio 0.5": (
         "--bb-ratio and --search-families exclude each other; drop one"
     ),
-    "--search --search-families topk --search-target-error 4": "--search-target-error is the error of a quantizer, and ",
+    "--search --search-families topk --search-target-error 4": "--search-target-error is the error of a quantizer",
     "--search --search-families eden --search-target-bits 3 --search-measure loss": (
         "--search-measure loss measures widths, and --search-families has other options; use root or square"
     ),
