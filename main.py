@@ -65,6 +65,10 @@ OPTIONS = {
     "dense_dtype": "dense_dtype",
 }
 
+# Settings that --search-families chooses among; quantizers have their widths.
+KEPT_BY_TOPK, RANKS_OF_POWERSGD = (0.001, 0.003, 0.01, 0.03, 0.1), (1, 2, 4, 8)
+NO_QUANTIZERS = ("topk", "powersgd")
+
 # Compressors that a flag of their own chooses.
 CHOSEN_BY = {"powersgd": "--powersgd-rank", "dgc": "--dgc"}
 
@@ -189,6 +193,15 @@ def interval(value: str) -> str:
         rule = f"a number of epochs, or of optimizer steps as in 500steps, from 1 to {most}"
         raise argparse.ArgumentTypeError(f"expected {rule}, got {value!r}")
     return value.replace(digits, str(int(digits)))
+
+
+def families(value: str) -> str:
+    """An argparse type: compressors that a search chooses among, by name, with commas between them."""
+    names, known = value.split(","), (*compression.with_bits(), *NO_QUANTIZERS)
+    if not set(names) <= set(known) or len(set(names)) < len(names):
+        rule = f"each at most once, some of {', '.join(known)}, with commas between them"
+        raise argparse.ArgumentTypeError(f"expected {rule}, got {value!r}")
+    return value
 
 
 def text(value: str) -> str:
@@ -444,6 +457,9 @@ def build_parser() -> argparse.ArgumentParser:
     extension(widths, "--search-loss-batches", metavar="N", type=few, default=2,
               help="with --search-measure loss: training batches on which the loss is measured, the same for all "
               "layers and widths")
+    extension(widths, "--search-families", metavar="NAMES", type=families,
+              help="with --search: choose for each layer among widths of quantizers, fractions kept by topk, ranks of "
+              "powersgd and float32, as in maxmin,eden,topk,powersgd, in place of the widths of one type")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {compression.__version__}",
                         help="(extension) show the version and exit")
     return parser
@@ -616,8 +632,10 @@ def check(flags: argparse.Namespace, changed: set[str], launched: bool) -> None:
     # search
     goes_with("search_alpha search_beta search_max_bits search_min_bits popsize search_iterations "
               "search_target_bits search_calibration_steps search_target_error search_balance search_measure "
-              "search_pin search_method search_every search_once search_last_steps search_loss_batches",
+              "search_pin search_method search_every search_once search_last_steps search_loss_batches "
+              "search_families",
               flags.search, "--search")
+    check_families(flags, changed)
     goes_with("search_calibration_steps", flags.pretrained_weights or flags.evaluate,
               "--pretrained-weights or --evaluate")
     only_one("search_target_bits search_target_error search_balance")
@@ -649,6 +667,31 @@ def check(flags: argparse.Namespace, changed: set[str], launched: bool) -> None:
         refuse(row.has_bits and (getattr(flags, name) or row.min_bits) < row.min_bits,
                f"--compression-type {kind} needs at least {row.min_bits} bits, one of them the sign; "
                f"raise {spelled(name)}")
+
+
+def check_families(flags: argparse.Namespace, changed: set[str]) -> None:
+    """Refuse what a search among families cannot do, or has no use for."""
+    if not flags.search_families:
+        return
+    for name in ("compression_type", "search_pin", "search_method", "popsize", "search_iterations", "second_hop_bits",
+                 "compression_scheme", "bb_ratio", "verify_wire"):
+        refuse(name in changed, f"{spelled(name)} and --search-families exclude each other; drop one")
+    refuse(flags.search_measure == "loss",
+           "--search-measure loss measures widths, and --search-families has other options; use root or square")
+    refuse(not any(getattr(flags, name) for name in WISHES),
+           "--search-families needs a limit or a balance, for errors of 0 are among its options; add "
+           "--search-target-bits, --search-target-error or --search-balance")
+    names = flags.search_families.split(",")
+    quantizers = [compression.COMPRESSORS[name] for name in names if name not in NO_QUANTIZERS]
+    refuse(flags.search_target_error and not quantizers,
+           "--search-target-error is the error of a quantizer, and --search-families names none; add one")
+    refuse(flags.hvd and flags.dense_dtype == "bfloat16",
+           "--dense-dtype bfloat16 with --search-families is a sum of bfloat16, which Horovod has not; drop --hvd or "
+           "--dense-dtype")
+    least = max((row.min_bits for row in quantizers), default=1)
+    refuse(min(flags.search_min_bits, flags.quantization_bits) < least,
+           f"a type of --search-families {flags.search_families} needs at least {least} bits, one of them the sign; "
+           "raise --search-min-bits or --quantization-bits")
 
 
 WISHES = ("search_target_bits", "search_target_error", "search_balance")
@@ -806,11 +849,36 @@ def compressor_name(flags: argparse.Namespace) -> str:
 
 def compressor_of(flags: Plan) -> compression.Compressor:
     """The compressor that the flags ask for, with those of the flags that it takes."""
+    if flags.search_families:
+        names = flags.search_families.split(",")
+        options = shared_options(flags, names[0])
+        if compression.COMPRESSORS[names[0]].has_bits:
+            options["bits"] = flags.quantization_bits
+        return compression.mixed({}, (names[0], options), whole_layers="powersgd" in names)
+    if flags.compression_scheme and (names := [*search.families_in(flags.compression_scheme)]):
+        first = "maxmin"  # which the scheme replaces before the first step
+        return compression.mixed({}, (first, shared_options(flags, first)), whole_layers="powersgd" in names)
     name = compressor_name(flags)
     takes = compression.COMPRESSORS[name].takes
     names = OPTIONS | {"momentum": "momentum", "nesterov": "nesterov"}
     options = {option: getattr(flags, flag) for flag, option in names.items() if option in takes}
     return compression.build(name, **{option: value for option, value in options.items() if value is not None})
+
+
+def shared_options(flags: Plan, family: str) -> dict[str, Any]:
+    """The options of a family that the flags give to all families which take them."""
+    row = compression.COMPRESSORS[family]
+    names = ("bucket_size", "error_feedback", "compressor_warmup_steps", "dense_dtype")
+    always = {"error_feedback"} if row.needs_feedback else set()
+    return {OPTIONS[name]: getattr(flags, name) for name in names if OPTIONS[name] in {*row.takes} - always}
+
+
+def family_options(flags: Plan) -> tuple[search.Option, ...]:
+    """What a search among families chooses from for each layer, float32 first."""
+    names = ("none", *flags.search_families.split(","))
+    widths = range(flags.search_min_bits, flags.search_max_bits + 1)
+    common = {name: shared_options(flags, name) for name in names}
+    return search.options_of(common, widths, KEPT_BY_TOPK, RANKS_OF_POWERSGD)
 
 
 WISH_IN_FLAGS = {
@@ -1061,14 +1129,30 @@ class Run:
             takes = compression.COMPRESSORS[compressor_name(flags)].takes
             if "bucket_size" in takes and not compressed:
                 self.say(f"nothing is compressed: no layer has a bucket of {flags.bucket_size} values")
-            if flags.search:
+            if flags.search_families:
+                space = search_space(flags)
+                tables = search.option_tables(self.exchange, None, family_options(flags), space["by"])
+                search.search_options(tables, space["wish"])
+            elif flags.search:
                 search.check_search(self.exchange, **search_space(flags))
             if flags.compression_scheme:
                 needing, names = ([layer.name for layer in some] for some in (compressed, self.exchange.layers))
-                self.exchange.set_widths(search.load_scheme(flags.compression_scheme, needing, names))
+                self._take_scheme(flags.compression_scheme, needing, names)
         if flags.compression_scheme:
             remedy = f"copy --compression-scheme {flags.compression_scheme} of rank 0 to all hosts"
             ranks.check_equal_across_ranks(self.exchange.widths, "the bit widths", remedy)
+            ranks.check_equal_across_ranks(settings_of(self.exchange.compressor), "the routes", remedy)
+
+    def _take_scheme(self, path: str, compressed: Sequence[str], names: Sequence[str]) -> None:
+        """Send with the widths of a scheme, or with its options of several families."""
+        inside = search.families_in(path)
+        if not inside:
+            self.exchange.set_widths(search.load_scheme(path, compressed, names))
+            return
+        known = ("none", *compression.with_bits(), *NO_QUANTIZERS)
+        common = {name: shared_options(self.flags, name) for name in known}
+        options = search.load_options(path, compressed, common, names)
+        self.exchange.reroute({name: each.route for name, each in options.items()}, ("none", common["none"]))
 
     def _resume(self, saved: Mapping[str, Any] | None) -> None:
         """Third step: the state of a checkpoint, where there is one, and the batch to go on with.
@@ -1369,6 +1453,9 @@ class Run:
                 loader, _ = build_data(flags, self.seed, self.ranks, alike=True)
                 self.examples = list(itertools.islice(loader.epoch(0), flags.search_loss_batches))
                 loader.close()
+        if flags.search_families:
+            self._search_families(when)
+            return
         with self.ranks.fail_together():
             result = search.search_exchange(
                 self.exchange,
@@ -1388,6 +1475,27 @@ class Run:
             if self.ranks.rank == 0:
                 self._report(result, when)
 
+    def _search_families(self, when: int | str) -> None:
+        """Choose a family and its setting for each layer likewise, and route every layer so."""
+        flags, space = self.flags, search_space(self.flags)
+        with self.ranks.fail_together():
+            result = search.search_families(
+                self.exchange,
+                family_options(flags),
+                space["wish"],
+                by=space["by"],
+                settings={"epoch": self.epoch, "iteration": self.iteration, "last_steps": flags.search_last_steps},
+                network=self.ranks.control,
+            )
+        self.ranks.check_equal_across_ranks(settings_of(self.exchange.compressor), "the routes")
+        self.searched = True
+        if self.ranks.rank == 0:
+            names = [layer.name for layer in self.exchange.layers if not layer.compressed]
+            self._write_logs(search.family_logs(result, when, names))
+            self.log.line(search.families_as_text(result, when))
+            step = self._step_of(str(when), result)
+            self.log.detail(step, {f"search.error/{name}": error for name, error in result.error_by_layer().items()})
+
     def _loss_on_examples(self) -> float:
         """The loss of the model as it is, on the same images on all ranks."""
         loss = classification.losses.training_loss(self.flags.label_smoothing)
@@ -1405,7 +1513,7 @@ class Run:
         self.log.detail(step, {f"search.bits/{name}": bits for name, bits in result.bits_by_layer().items()})
         self.log.detail(step, {f"search.error/{name}": error for name, error in result.error_by_layer().items()})
 
-    def _step_of(self, when: str, result: search.SearchResult) -> classification.logs.Step:
+    def _step_of(self, when: str, result: search.SearchResult | search.FamilyResult) -> classification.logs.Step:
         """What a search is a record of: an epoch, or a step within one."""
         epoch, iteration = result.settings["epoch"], result.settings["iteration"]
         return (epoch, iteration) if when.startswith("step") else (epoch,)
@@ -1569,7 +1677,7 @@ class Snapshot:
                     "optimizer": run.optimizer.state_dict(),
                     "widths": run.exchange.widths,
                     "searched": run.searched,
-                    "compressor": settings_of(run.compressor),
+                    "compressor": settings_of(run.exchange.compressor),
                     "seed": run.seed,
                     "world_size": ranks.size,
                     "version": compression.__version__,
@@ -1630,9 +1738,13 @@ class Snapshot:
         Another compressor than the checkpoint's begins anew, and one line says what is dropped, or kept all the same.
         """
         flags = self.flags
-        now = settings_of(run.compressor) | {"seed": run.seed}
         was = saved.get("compressor", {}) | {"seed": saved["seed"]}  # earlier code did not say which compressor
-        if compression.COMPRESSORS[run.compressor.name].needs_feedback:
+        mixed = isinstance(run.compressor, compression.Mixed)
+        if flags.search_families and saved.get("searched", False) and was.get("name") == run.compressor.name:
+            routes = {name: (each["name"], each["options"]) for name, each in was["by_layer"].items()}
+            run.exchange.reroute(routes, (was["default"]["name"], was["default"]["options"]))
+        now = settings_of(run.exchange.compressor) | {"seed": run.seed}
+        if not mixed and compression.COMPRESSORS[run.compressor.name].needs_feedback:
             was.pop("error_feedback", None)  # whatever its flag was
         changed = [name for name in now if was.get(name, now[name]) != now[name]]
         changed = ["name"] if "name" in changed else changed
@@ -1659,6 +1771,8 @@ class Snapshot:
             dropped.append("bit widths")  # chosen layer by layer: more than an option that is another now
 
         remembered = {} if useless else self._remembered(run, saved, alike)
+        if mixed and remembered:
+            remembered = run.exchange.carried_over(remembered)
         if useless and alike and any(own["exchange"]["averager"].values()):
             dropped.append("what compression remembered")
         kept = [name for name in changed if name in ("big_grad", "seed")] if any(remembered.values()) else []

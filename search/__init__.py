@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .checking import false_claims
     from .comparison import compare
     from .evolution import Evolved, evolve
-    from .exchanges import check_search, search_exchange, search_families
+    from .exchanges import check_search, option_tables, search_exchange, search_families
     from .families import FamilyResult, Option, OptionTables, families_as_text, option_of, options_of, search_options
     from .fronts import Front, front
     from .hulls import optimum
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from .objective import Assignment, Objective
     from .pins import resolve_pins
     from .plotting import plot, plot_bits_over_time, plot_front
-    from .report import as_text, logs
+    from .report import as_text, family_logs, logs
     from .run import SearchResult, search
     from .saved import load_search
-    from .scheme import load_scheme
+    from .scheme import families_in, load_options, load_scheme
     from .tables import Tables, measure
     from .tradeoff import Breakpoint, ratio_for_bits
     from .wishes import Wish
@@ -47,13 +47,17 @@ _MODULE_OF = {
     "evolve": "evolution",
     "false_claims": "checking",
     "families_as_text": "families",
+    "families_in": "scheme",
+    "family_logs": "report",
     "front": "fronts",
+    "load_options": "scheme",
     "load_scheme": "scheme",
     "load_search": "saved",
     "logs": "report",
     "measure": "tables",
     "optimum": "hulls",
     "option_of": "families",
+    "option_tables": "exchanges",
     "options_of": "families",
     "plot": "plotting",
     "plot_bits_over_time": "plotting",
@@ -87,13 +91,17 @@ __all__ = [
     "evolve",
     "false_claims",
     "families_as_text",
+    "families_in",
+    "family_logs",
     "front",
+    "load_options",
     "load_scheme",
     "load_search",
     "logs",
     "measure",
     "optimum",
     "option_of",
+    "option_tables",
     "options_of",
     "plot",
     "plot_bits_over_time",

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from .families import FamilyResult
 from .fronts import Front, front
 from .hulls import optimum_of
 from .layout import aligned, percent, size
 from .objective import Objective
 from .pins import bounded
 from .run import NAMES, UNITS, SearchResult
-from .scheme import scheme_of
+from .scheme import scheme_of, scheme_of_options
 from .tables import Tables
 from .tradeoff import ratios_for_bits
 from .wishes import Wish
@@ -46,6 +47,16 @@ def logs(result: SearchResult, when: int | str, uncompressed: Collection[str]) -
         f"epoch{when}.json": as_json(result.error_by_layer(), indent=1),
         f"compress_scheme_{when}.json": as_json(scheme, indent=1),
         f"search_{when}.json": as_json({**result.to_json(), "uncompressed": list(uncompressed)}),
+    }
+
+
+def family_logs(result: FamilyResult, when: int | str, uncompressed: Collection[str]) -> dict[str, bytes]:
+    """Likewise of a search among families, whose tables and findings are in `families_N.json`."""
+    scheme = scheme_of_options(result.option_by_layer(), uncompressed)
+    return {
+        f"epoch{when}.json": as_json(result.error_by_layer(), indent=1),
+        f"compress_scheme_{when}.json": as_json(scheme, indent=1),
+        f"families_{when}.json": as_json({**result.to_json(), "uncompressed": list(uncompressed)}),
     }
 
 

@@ -1,13 +1,18 @@
 """Schemes: files that say which layers travel at which bit width, written by a search and read back.
 
 A scheme is a JSON object of widths to lists of layer names, with "32" for layers that are not compressed:
-{"4": ["layer1.0.conv1.weight", "fc.weight"], "32": ["bn1.weight"]}.
+{"4": ["layer1.0.conv1.weight", "fc.weight"], "32": ["bn1.weight"]}. One of several families has options in place of
+widths: {"eden 3": ["layer1.0.conv1.weight"], "topk 0.01": ["fc.weight"], "32": ["bn1.weight"]}.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from .families import Option, option_of
+
+Value = TypeVar("Value")
 
 UNCOMPRESSED = "32"
 WIDTHS = tuple(str(bits) for bits in range(1, 9))
@@ -31,22 +36,76 @@ def load_scheme(
 
     Raises ValueError, in one line, where the file cannot be read, is no scheme, or does not fit the model.
     """
-    bits_by_name: dict[str, int] = {}
-    for width, names in _entries(Path(path)):
+
+    def bits_of(width: str) -> int:
         if width not in (*WIDTHS, UNCOMPRESSED):
-            raise ValueError(f"{path}: a width is 1 to 8 bits, or 32 for what is not compressed, got {width!r}")
+            raise ValueError(f"a width is 1 to 8 bits, or 32 for what is not compressed, got {width!r}")
+        return int(width)
+
+    return _by_name(path, compressed, parameters, bits_of, "1 to 8")
+
+
+def scheme_of_options(option_by_layer: Mapping[str, Option], uncompressed: Collection[str]) -> dict[str, list[str]]:
+    """A scheme from the compressed layers' options and the names of everything else."""
+    scheme: dict[str, list[str]] = {}
+    for name, option in option_by_layer.items():
+        scheme.setdefault(str(option), []).append(name)
+    return {**scheme, UNCOMPRESSED: list(uncompressed)}
+
+
+def families_in(path: str | Path) -> tuple[str, ...]:
+    """Names of the families in a scheme, in its order; none in one of widths.
+
+    Raises ValueError, in one line, where the file cannot be read or is no scheme.
+    """
+    texts = (text for text, _ in _entries(Path(path)) if not text.isdecimal())
+    return tuple(dict.fromkeys(text.partition(" ")[0] for text in texts))
+
+
+def load_options(
+    path: str | Path,
+    compressed: Collection[str],
+    common: Mapping[str, Mapping[str, Any]],
+    parameters: Collection[str] | None = None,
+) -> dict[str, Option]:
+    """Likewise the options of the compressed layers from a scheme of families, with what each family has in `common`.
+
+    Raises ValueError likewise.
+    """
+
+    def option(text: str) -> Option | None:
+        return None if text == UNCOMPRESSED else option_of(text, common)
+
+    options = _by_name(path, compressed, parameters, option, "an option")
+    return {name: each for name, each in options.items() if each is not None}
+
+
+def _by_name(
+    path: str | Path,
+    compressed: Collection[str],
+    parameters: Collection[str] | None,
+    value_of: Callable[[str], Value],
+    under: str,
+) -> dict[str, Value]:
+    """What `value_of` makes of the key of every compressed layer, in the order of `compressed`."""
+    by_name: dict[str, Value] = {}
+    for width, names in _entries(Path(path)):
+        try:
+            value = value_of(width)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{path}: width {width} needs a list of layer names, got {json.dumps(names)[:60]}")
         for name in names:
-            _check_name(path, name, width, name in bits_by_name, compressed, parameters)
-            bits_by_name[name] = int(width)
-    missing = [name for name in compressed if name not in bits_by_name]
+            _check_name(path, name, width, name in by_name, compressed, parameters)
+            by_name[name] = value
+    missing = [name for name in compressed if name not in by_name]
     if missing:
         raise ValueError(
             f"{path}: a scheme gives every compressed layer a width, but {_these(missing)} has none; "
-            f"add it under 1 to 8, or search again with this model and bucket size"
+            f"add it under {under}, or search again with this model and bucket size"
         )
-    return {name: bits_by_name[name] for name in compressed}
+    return {name: by_name[name] for name in compressed}
 
 
 def _entries(path: Path) -> tuple[tuple[str, Any], ...]:

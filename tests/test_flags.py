@@ -139,6 +139,7 @@ EXTENSIONS = (
     Option("--search-once"),
     Option("--search-last-steps", None, "N"),
     Option("--search-loss-batches", 2, "N"),
+    Option("--search-families", None, "NAMES"),
 )
 
 
@@ -336,7 +337,7 @@ def test_every_number_is_checked():
 @pytest.mark.parametrize("value", [10**40, 10**400, 1e300])
 def test_no_number_is_without_a_bound(option, value, capsys):
     action = actions()[option.spellings.split()[0]]
-    if action.type is main.text or action.choices:
+    if action.type in (main.text, main.families) or action.choices:
         return
     assert re.search(r": expected a.* (to|at most|below) [\de+]+(, or -1)?, got ", error(
         capsys, ["DIR", f"{max(option.spellings.split(), key=len)}={value}"]
@@ -531,6 +532,20 @@ REFUSED = {
         "--search-measure loss moves weights by less than half precision can tell; drop --fp16 or --opt-level"
     ),
     "--search --search-loss-batches 4": f"--search-loss-batches {WITHOUT} --search-measure loss",
+    "--search-families maxmin": f"--search-families {WITHOUT} --search",
+    "--search --search-families maxmin,topk": "--search-families needs a limit or a balance",
+    "--search --search-families maxmin,svd": "argument --search-families: expected each at most once, some of maxmin",
+    "--search --search-families topk,topk": "argument --search-families: expected each at most once, some of maxmin",
+    "--search --search-families topk --search-target-bits 2 --bb-ratio 0.5": (
+        "--bb-ratio and --search-families exclude each other; drop one"
+    ),
+    "--search --search-families topk --search-target-error 4": "--search-target-error is the error of a quantizer",
+    "--search --search-families eden --search-target-bits 3 --search-measure loss": (
+        "--search-measure loss measures widths, and --search-families has other options; use root or square"
+    ),
+    "--search --search-families norm_uniform --search-target-bits 3 --search-min-bits 1": (
+        "a type of --search-families norm_uniform needs at least 2 bits, one of them the sign; raise --search-min-bits"
+    ),
     "--search --search-method exact --popsize 9": (
         "--popsize has no effect beside --search-method exact, which runs no differential evolution; drop one"
     ),

@@ -266,6 +266,39 @@ def test_pictures_go_to_tensorboard(pictures: Path, tmp_path: Path) -> None:
     assert len(events.Images("search/bits_over_time")) == 1
 
 
+# Families
+
+FAMILIES = "--search --search-families maxmin,eden,topk,powersgd --search-target-bits 2 --error-feedback"
+
+
+def test_families_are_searched_on_digits_and_what_they_promise_travels(tmp_path: Path) -> None:
+    flags = "-a resnet18 --num-classes 10 --image-size 32 --data-backend pytorch -j 0 -b 4 --training-only --seed 1"
+    run_well("digits", *flags.split(), *FAMILIES.split(), "--epochs", 2, "--prof", 2, "--workspace", tmp_path, ranks=2)
+    first = json.loads((tmp_path / "adapt_logs/families_0.json").read_text())
+    assert len({option.split()[0] for option in first["installed"]["options"]}) > 1
+    assert first["installed"]["error"] <= min(each["error"] for each in first["alone"].values() if each)
+    *_, data = [line["data"] for line in records(tmp_path / "experiment_raport.json") if line["step"] == [1]]
+    assert data["comm.bytes_sent"] == pytest.approx(first["installed"]["encoded_bytes"] + first["dense_bytes"])
+
+
+def test_routes_of_a_search_resume_exactly_and_their_scheme_serves_another_run(pictures: Path, tmp_path: Path) -> None:
+    """With error feedback: what is owed by family is in the checkpoint."""
+    flags = f"{FAMILIES} --search-min-bits 3 --prof 2 --epochs"
+    whole = searched(tmp_path / "whole", pictures, f"{flags} 3", 2)
+    searched(tmp_path / "parts", pictures, f"{flags} 3 --run-epochs 2", 2)
+    parts = searched(tmp_path / "parts", pictures, f"{flags} 3 --resume auto", 2)
+    for one, other in zip(whole, parts, strict=True):
+        assert one.weights
+        assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
+    scheme = tmp_path / "whole/adapt_logs/compress_scheme_2.json"
+    found = json.loads((tmp_path / "whole/adapt_logs/families_2.json").read_text())
+    written = {name: option for option, names in json.loads(scheme.read_text()).items() for name in names}
+    assert [written[name] for name in found["layers"]] == found["installed"]["options"]
+    searched(tmp_path / "scheme", pictures, f"--compression-scheme {scheme} --error-feedback --epochs 1 --prof 2", 2)
+    [data] = [line["data"] for line in records(tmp_path / "scheme/experiment_raport.json") if line["step"] == [0]]
+    assert data["comm.bytes_sent"] == pytest.approx(found["installed"]["encoded_bytes"] + found["dense_bytes"])
+
+
 # What cannot be searched
 
 REFUSED = {

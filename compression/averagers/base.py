@@ -55,6 +55,9 @@ class Averager(ABC):
     lossless: bool = False
     """Whether it leaves the gradients' type and unit alone, and so takes them with the loss scale in."""
 
+    overlaps: bool = False
+    """Whether nothing before it lets others begin waits for another rank, on networks that match messages by tag."""
+
     widths: Mapping[str, int] = MappingProxyType({})
     """Bits of every layer, DENSE where it is not encoded. Layers without a choice are not among them."""
 

@@ -53,6 +53,9 @@ class Routed(Averager):
     its own layers alone. First every family does all that needs an order among jobs, then those go on whose messages
     are under way. Messages of different families have tags of their own. A family's state is kept under its name.
 
+    Buffers overlap only where all families do. Else a rank could wait in the sum of a later buffer for another one,
+    which waits for what the first would send of an earlier buffer next.
+
     `families` maps names to what binds their averagers, `family_of` the layers to those names. Families without layers
     are not bound. `widths` are those of the layers whose family has any.
     """
@@ -72,6 +75,7 @@ class Routed(Averager):
             self.families[name] = families[name](own, _Tagged(collectives, number, len(names)))
         # A view: families change their widths in place.
         self.widths = ChainMap(*(each.widths for each in self.families.values()))  # type: ignore[arg-type]
+        self.overlaps = all(each.overlaps for each in self.families.values())
         self.without_momentum = frozenset().union(*(each.without_momentum for each in self.families.values()))
         self.states = {
             f"{name}/{kind}": state for name, each in self.families.items() for kind, state in each.states.items()
@@ -110,7 +114,7 @@ class Routed(Averager):
                     going.append(phases)
             under_way = going
             if under_way:
-                yield Meanwhile.OTHERS_BEGIN
+                yield Meanwhile.OTHERS_BEGIN if self.overlaps else Meanwhile.NONE_BEGINS
         for buffer, (part, _) in zip(buffers, averagings, strict=True):
             part.put_back(buffer, flat)
 

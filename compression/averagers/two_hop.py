@@ -101,6 +101,8 @@ class TwoHop(Averager):
     two adds the error of one encoding whatever the number of ranks, while that of hop one averages out over the ranks.
     """
 
+    overlaps = True
+
     def __init__(
         self,
         codec: Quantizer,

@@ -232,14 +232,23 @@ class Attached(ABC):
                 f"a model's layers are compressed or not by one bucket_size, {self.compressor.bucket_size} here, got "
                 f"{compressor.bucket_size}; attach anew for another"
             )
+        if self.arrangement.verify_wire and not compressor.sends_messages:
+            raise ValueError(
+                "`verify_wire` puts checksums on messages, and some of what these routes send the network itself adds "
+                "up; leave it out, or route all layers to compressors whose messages are bytes"
+            )
         self.pipeline.wait()
         before, traffic = self.averager, self.collectives.traffic
         self.binding = Binding(compressor, self.layers, self.arrangement, self._seed, traffic)
         self.compressor = compressor
         self.averager, self.collectives = self.binding.averager, self.binding.collectives
-        self.averager.load_state_dict(carried_over(before.state_dict(), self.averager.states))
+        self.averager.load_state_dict(self.carried_over(before.state_dict()))
         self.pipeline.averager = self.averager
         self.meter.encoding_anew(before.encoded_bytes)
+
+    def carried_over(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The averager's state that goes on from that of a mix with other routes; see `averagers.carried_over`."""
+        return carried_over(state, self.averager.states)
 
     @property
     def without_momentum(self) -> frozenset[str]:

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from ..gradients import Gradients, is_unit_scale, not_finite
 from ..network.arrangement import Arrangement
 from ..registry import Compressor, with_stale_updates
+from ..routes import Route, mixed
 from ..streams import device_future, record_stream
 from .attached import Attached
 from .hooks import shaped
@@ -58,6 +59,14 @@ def prefix_length(squares: Sequence[float], fraction: float) -> int:
         if 0 < total < math.inf and held >= fraction * total:
             return length
     return len(squares)
+
+
+def _check_can_be_late(compressor: Compressor) -> None:
+    if not compressor.supports_stale_updates:
+        raise ValueError(
+            f"compressor {compressor.name} averages whole steps, and a broken barrier lets layers be late; "
+            f"use {', '.join(with_stale_updates())}, without big_grad"
+        )
 
 
 class _Average(NamedTuple):
@@ -106,11 +115,7 @@ class BrokenBarrier(Attached):
                 f"a broken barrier waits for a fraction above 0 and at most 1, and is late by 1 step or more, got "
                 f"{fraction} and {late_steps}"
             )
-        if not compressor.supports_stale_updates:
-            raise ValueError(
-                f"compressor {compressor.name} averages whole steps, and a broken barrier lets layers be late; "
-                f"use {', '.join(with_stale_updates())}, without big_grad"
-            )
+        _check_can_be_late(compressor)
         if finds_unused(model):
             raise ValueError(
                 "a broken barrier waits for layers by their last averages, and DistributedDataParallel expects steps "
@@ -124,6 +129,10 @@ class BrokenBarrier(Attached):
         self._squares = dict.fromkeys(self._sizes, math.nan)  # of the averages that were applied last
         self._last_late = dict.fromkeys(self._sizes, 0)  # how many late ones are queued up to the layer's last
         self.prefix = frozenset(self._sizes)
+
+    def reroute(self, routes: Mapping[str, Route], default: Route) -> None:
+        _check_can_be_late(mixed(routes, default))
+        super().reroute(routes, default)
 
     # The step
 

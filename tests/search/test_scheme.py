@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from search import load_scheme
+from search import families_in, load_options, load_scheme, option_of
+from search.scheme import scheme_of_options
 
 COMPRESSED = ["conv1.weight", "fc.weight"]
 PARAMETERS = ["conv1.weight", "bn1.weight", "bn1.bias", "fc.weight"]
@@ -86,3 +87,20 @@ def test_without_the_models_names_any_may_stand_under_32(tmp_path):
     path.write_text(json.dumps({"4": [*COMPRESSED, "bn7.weight"]}))
     with pytest.raises(ValueError, match=r"no layer bn7\.weight \(width 4\)"):
         load_scheme(path, COMPRESSED)
+
+
+def test_a_scheme_of_families_is_written_and_read_back(tmp_path):
+    common = {"none": {}, "eden": {"bucket_size": 64}, "topk": {}}
+    options = {"a": option_of("eden 3", common), "b": option_of("topk 0.01", common), "c": option_of("none", common)}
+    path = tmp_path / "scheme.json"
+    path.write_text(json.dumps(scheme_of_options(options, ["bias"])))
+    assert json.loads(path.read_text()) == {"eden 3": ["a"], "topk 0.01": ["b"], "none": ["c"], "32": ["bias"]}
+    assert families_in(path) == ("eden", "topk", "none")
+    assert load_options(path, ["a", "b", "c"], common, ["a", "b", "c", "bias"]) == options
+    with pytest.raises(ValueError, match="add it under an option, or search again"):
+        load_options(path, ["a", "b", "c", "d"], common)
+    path.write_text(json.dumps({"svd 3": ["a"]}))
+    with pytest.raises(ValueError, match=r"an option is a family and its setting, .* got 'svd 3'"):
+        load_options(path, ["a"], common)
+    path.write_text(json.dumps({"4": ["a"], "32": ["bias"]}))
+    assert families_in(path) == ()

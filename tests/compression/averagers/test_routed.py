@@ -16,6 +16,7 @@ from compression.network.hosts import Hosts
 from compression.network.inside import Levels, OverNetwork
 from compression.network.threads import Counting, ThreadCollectives, ThreadLevels, run_hosts, run_ranks
 from compression.network.torch_distributed import TorchDistributed
+from compression.streams import Meanwhile
 from tests.support import gloo_ranks
 
 SHAPES = {"conv": (13, 3, 3, 3), "norm": (13,), "wide": (40, 65), "fc": (7, 91), "deep": (24, 40), "last": (40, 16)}
@@ -270,6 +271,24 @@ def test_each_family_warms_up_by_itself() -> None:
         for step, average in enumerate(averages)
     ]
     assert exact == [True, True, False]
+
+
+@pytest.mark.parametrize("blocking", ["topk", "powersgd", "none"])
+def test_no_other_buffer_begins_where_a_family_waits_for_other_ranks(blocking: str) -> None:
+    """One that began could wait in a sum for a rank which waits for this buffer's second hop."""
+    quantizers = mixed({name: ROUTES[name] for name in ("conv", "deep")}, ROUTES["last"])
+    others = {} if blocking == "none" else {"wide": (blocking, {"bucket_size": 64})}
+    waiting = mixed({**others, "conv": ROUTES["conv"]}, ("none", {}) if blocking == "none" else ROUTES["last"])
+
+    class ByTag(Metered):
+        def matched_by_tag(self, device: torch.device) -> bool:
+            return True
+
+    for compressor, overlaps in ((quantizers, True), (waiting, False)):
+        averager, part = bound(ByTag(Solo()), compressor), buffer(gradient(0, 0))
+        said = list(averager.post(part, 0)(part))
+        assert (Meanwhile.OTHERS_BEGIN in said) is overlaps
+        assert len(said) >= 2
 
 
 def test_buffers_overlap_on_a_real_network_and_end_with_the_same_bits(tmp_path: Any) -> None:
