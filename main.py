@@ -1489,12 +1489,17 @@ class Run:
             )
         self.ranks.check_equal_across_ranks(settings_of(self.exchange.compressor), "the routes")
         self.searched = True
-        if self.ranks.rank == 0:
-            names = [layer.name for layer in self.exchange.layers if not layer.compressed]
-            self._write_logs(search.family_logs(result, when, names))
-            self.log.line(search.families_as_text(result, when))
-            step = self._step_of(str(when), result)
-            self.log.detail(step, {f"search.error/{name}": error for name, error in result.error_by_layer().items()})
+        with self.ranks.fail_together():
+            if self.ranks.rank == 0:
+                self._report_families(result, when)
+
+    def _report_families(self, result: search.FamilyResult, when: int | str) -> None:
+        """Write the files of a search among families, and show it."""
+        names = [layer.name for layer in self.exchange.layers if not layer.compressed]
+        self._write_logs(search.family_logs(result, when, names))
+        self.log.line(search.families_as_text(result, when))
+        step = self._step_of(str(when), result)
+        self.log.detail(step, {f"search.error/{name}": error for name, error in result.error_by_layer().items()})
 
     def _loss_on_examples(self) -> float:
         """The loss of the model as it is, on the same images on all ranks."""
