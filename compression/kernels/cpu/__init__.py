@@ -37,6 +37,8 @@ vectorizes, or a trick. Tricks are paid for: one that buys less than 5 % goes.
 | no wrappers that nobody calls | numba_internals | compile 1.15 | 23 Nov |
 | no garbage collector while numba compiles | numba_internals | compile 1.06 | 27 Nov |
 | constants are of numpy's types, so that no part has two | buckets, sums | compile 1.1 | 27 Nov |
+| six stages of a Hadamard transform stay in registers | rotations | eden: a rotation by plain loops 14 | 29 Nov |
+| thresholds are looked up by cells | eden | 8 bits, by binary search: encode 15 | 29 Nov |
 | kernels are cached on disk, by all their sources | numba_internals | first calls 7.9 s in place of 0.4 | 23 Nov |
 
 "feedback" is encoding with feedback, "recode" adding up and encoding. Where nothing else is said: max-min, 4 bits,
@@ -44,6 +46,8 @@ buckets of 512, 8.1 million values, one thread. Measured on 28 November 2026 wit
 AVX-512; two cores of a shared virtual machine): by turns, most of them in one process on the same buffers, the median
 of 9 turns or more, each the least CPU time of 3 calls or more. Without any change encoding differs by up to 3 %,
 decoding and adding by up to 10 %. Compile times are of 2 or 3 turns.
+
+EDEN, whose buckets are rotated, has kernels in a module of its own, `eden`.
 
 The pool of threads of our own (`threads`) is no trick: numba's aborts when two Python threads use it at once. `memory`
 and `vectors` are written in numba's public interface for extensions; its compiler's inside is `numba_internals`' alone.
