@@ -122,12 +122,6 @@ def test_where_no_folder_can_be_made_kernels_are_compiled(kept: tuple[Path, list
     assert worked(blocked / "kernels")[2] == kept[1][2]
 
 
-@pytest.fixture(scope="module")
-def plainly_kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for what plain numba compiles: what one test keeps in it, the next one loads."""
-    return tmp_path_factory.mktemp("plain")
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -136,10 +130,10 @@ def plainly_kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_any_other_numba_gives_the_same_bits_and_one_warning(
-    kept: tuple[Path, list[list[Any]]], plainly_kept: Path, change: str, reason: str
+    kept: tuple[Path, list[list[Any]]], tmp_path: Path, change: str, reason: str
 ) -> None:
     usual, quiet = ran(FAMILIES, kept[0])
-    found, heard = ran(change + FAMILIES, plainly_kept)
+    found, heard = ran(change + FAMILIES, tmp_path)
     assert quiet == []
     assert found == usual
     [[category, message]] = heard
@@ -148,10 +142,11 @@ def test_any_other_numba_gives_the_same_bits_and_one_warning(
     assert reason in message
 
 
-def test_plain_numba_keeps_kernels_where_it_can(plainly_kept: Path, tmp_path: Path) -> None:
+def test_plain_numba_keeps_kernels_where_it_can(tmp_path: Path) -> None:
     """In a folder of the sources' own, since plain numba would not notice that a part of a kernel has changed."""
-    first, later = ran(OTHER_VERSION + WORK, plainly_kept), ran(OTHER_VERSION + WORK, plainly_kept)
-    blocked = tmp_path / "file"
+    kept_in, blocked = tmp_path / "plain", tmp_path / "file"
+    kept_in.mkdir()
+    first, later = ran(OTHER_VERSION + WORK, kept_in), ran(OTHER_VERSION + WORK, kept_in)
     blocked.touch()
     alone = ran(OTHER_VERSION + WORK, blocked / "kernels")
     assert later[:2] == [[1, 1], [0, 0]]
@@ -159,7 +154,7 @@ def test_plain_numba_keeps_kernels_where_it_can(plainly_kept: Path, tmp_path: Pa
     assert first[2] == later[2] == alone[2]
     assert [len(said) for *_, said in (first, later, alone)] == [1, 0, 1]
     assert alone[3][0].endswith("in every run, because no cache folder can be written; set NUMBA_CACHE_DIR to one")
-    assert all(path.name.startswith("kernels-") for path in plainly_kept.iterdir())
+    assert all(path.name.startswith("kernels-") for path in kept_in.iterdir())
 
 
 def test_the_pinned_numba_is_the_one_that_is_required() -> None:
