@@ -16,7 +16,7 @@ from .fronts import front
 from .pins import resolve_pins
 from .report import as_json, as_text
 from .run import METHODS, SearchResult, search
-from .saved import read_json, search_from
+from .saved import naming_damage, read_json, search_from
 from .scheme import load_scheme, scheme_of
 from .wishes import Wish
 
@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     flags = parser.parse_args(arguments)
     try:
-        return _run(flags)
+        with naming_damage(" or ".join(flags.files)):
+            return _run(flags)
     except BrokenPipeError:  # whoever reads has read enough; Python writes once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -76,8 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(flags: argparse.Namespace) -> int:
+    if repeated := {path for path in flags.files if flags.files.count(path) > 1}:
+        raise ValueError(f"every file is given once, got {min(repeated)} more often")
     contents = {path: read_json(path) for path in flags.files}
     results = {path: search_from(content, path) for path, content in contents.items()}
+    _check_outputs(flags)
     path, content = next(iter(contents.items()))
     other = _other(flags.against, results[path]) if flags.against else None
     wish = _wish(flags)
@@ -87,8 +91,8 @@ def _run(flags: argparse.Namespace) -> int:
     if flags.over_time:
         from .plotting import plot_bits_over_time
 
-        named = {Path(file).stem.removeprefix("search_"): result for file, result in results.items()}
-        Path(flags.over_time).write_bytes(plot_bits_over_time(named))
+        picture = plot_bits_over_time({_name_among(file, list(results)): each for file, each in results.items()})
+        Path(flags.over_time).write_bytes(picture)
     if wish is None and not flags.pin and flags.method is None:
         result = results[path]
         _write(flags, result, content)
@@ -104,6 +108,26 @@ def _run(flags: argparse.Namespace) -> int:
     if other is not None:
         print(compare(result.tables, result.installed, other, (Path(path).name, Path(flags.against).name)))
     return 0
+
+
+def _check_outputs(flags: argparse.Namespace) -> None:
+    """Raise ValueError for a file to write that is one to read, or whose folder is not there."""
+    read = {Path(path).resolve() for path in (*flags.files, flags.against) if path}
+    for name in ("output", "front", "plot", "over_time"):
+        path = getattr(flags, name)
+        if path is None:
+            continue
+        if Path(path).resolve() in read:
+            raise ValueError(f"{path} is read and would be written over; give another name")
+        if not Path(path).resolve().parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {Path(path).parent}; make it first")
+
+
+def _name_among(file: str, files: Sequence[str]) -> str:
+    """The epoch of a search's file, after its folder where another one has the same."""
+    name = Path(file).stem.removeprefix("search_")
+    alike = sum(Path(other).stem.removeprefix("search_") == name for other in files)
+    return name if alike == 1 else str(Path(file).with_name(name))
 
 
 def _wish(flags: argparse.Namespace) -> Wish | None:
@@ -163,6 +187,10 @@ def _other(path: str, result: SearchResult) -> tuple[int, ...]:
         bits = other.bits_by_layer()
         if set(bits) != set(layers):
             raise ValueError(f"{path}: two searches compare by the same layers, and this one has others")
+        if unknown := sorted(set(bits.values()) - set(result.tables.widths)):
+            raise ValueError(
+                f"{path}: two searches compare by the tables of the first, which have no width of {unknown[0]} bits"
+            )
     else:
         bits = load_scheme(path, layers)
     return tuple(bits[name] for name in layers)

@@ -14,7 +14,7 @@ from .knapsack import Certified, within_budget, within_error
 from .objective import Objective
 from .pins import bounded, column_bounds
 from .run import SearchResult, limit_name
-from .saved import search_from
+from .saved import naming_damage, search_from
 
 TOLERANCE = 1e-9  # relative; sums of thousands of numbers round
 
@@ -24,8 +24,9 @@ def false_claims(content: Mapping[str, Any], path: str = "the file") -> list[str
 
     Raises ValueError where the content is no search's.
     """
-    result = search_from(content, path)
-    return [*_installed(content, result), *_objectives(content, result), *_limits(content, result)]
+    with naming_damage(path):
+        result = search_from(content, path)
+        return [*_installed(content, result), *_objectives(content, result), *_limits(content, result)]
 
 
 def _installed(content: Mapping[str, Any], result: SearchResult) -> Iterator[str]:
@@ -50,7 +51,7 @@ def _installed(content: Mapping[str, Any], result: SearchResult) -> Iterator[str
 
 
 def _objectives(content: Mapping[str, Any], result: SearchResult) -> Iterator[str]:
-    if not result.uniform:
+    if result.tables.measure == "loss":  # changes of the loss may be negative, and have no objective
         return
     objective = Objective.of(result.wish, result.tables)
     rows = {name: content[name] for name in ("de", "optimum", "installed") if name in content}
@@ -92,6 +93,10 @@ def _limits(content: Mapping[str, Any], result: SearchResult) -> Iterator[str]:
         anew = within_error(within, limit)
     value, least = (found.error, anew.error) if found.minimized == "error" else (found.nbytes, anew.nbytes)
     room = TOLERANCE * (abs(value) + abs(least))
+    if found.minimized != ("error" if wish.kind == "bits" else "nbytes"):
+        yield f"{name}.minimized is {found.minimized!r}, and the wish is {wish}"
+    if not math.isfinite(found.lower_bound):
+        yield f"{name}.lower_bound is {found.lower_bound}, which bounds nothing"
     if found.lower_bound > least + room:
         yield f"{name}.lower_bound is {found.lower_bound:g}, and an assignment within the limit has {least:g}"
     if found.lower_bound > value + room:

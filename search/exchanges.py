@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from .families import FamilyResult, Option, OptionTables, search_options
-from .pins import resolve_pins
+from .pins import as_bounds, resolve_pins
 from .run import Method, SearchResult, search
 from .tables import Measure, Tables, check_finite, measure
 from .wishes import Wish
@@ -239,7 +239,17 @@ def check_search(
         by,
         norm2=1.0,
     )
-    search(tables, wish, "exact", pins=resolve_pins(pins, tables.layers, tables.widths))
+    resolved = resolve_pins(pins, tables.layers, tables.widths)
+    search(tables, wish, "exact", pins=resolved)
+    if wish is not None and wish.kind == "error" and wish.target is not None:
+        most = {name: high for name, (_, high) in as_bounds(resolved, tables.layers, tables.widths).items()}
+        highest = [most.get(name, tables.widths[-1]) for name in tables.layers]
+        if max(highest) <= wish.target and min(highest) < wish.target:
+            name = tables.layers[highest.index(min(highest))]
+            raise ValueError(
+                f"the error of all layers at {wish.target:g} bits cannot be kept: {name} has at most {min(highest)}, "
+                "and no layer more than that to make up for it; loosen the pins, or search among larger widths"
+            )
 
 
 def tables_of(

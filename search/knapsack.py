@@ -213,7 +213,9 @@ def _budget_nbytes(tables: Tables, bits_a_value: float) -> int:
             f"a budget must hold the cheapest assignment, {math.ceil(cheapest * 1e4) / 1e4:.4f} bits a value with "
             f"its scales, got {bits_a_value:g}; raise it, or lower the least width"
         )
-    values = sum(tables.numel)
+    values, most = sum(tables.numel), int(tables.nbytes.max(axis=1).sum())
+    if bits_a_value >= 8 * most / values:
+        return most
     nbytes = math.floor(bits_a_value * values / 8) + 1
     while 8 * nbytes / values > bits_a_value:
         nbytes -= 1

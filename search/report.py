@@ -300,13 +300,14 @@ def _tradeoff(result: SearchResult, words: Mapping[str, str]) -> Iterator[str]:
     end = "largest" if width == widths[-1] else "smallest"
     averages = [tables.bits_a_value((target,) * len(tables.layers)) for target in widths[:-1]]
     yield f"The optimum has {count:,} of {len(tables.layers):,} layers at {width} bits, the {end} width."
-    middle = averages[len(averages) // 2]
-    yield (
-        "Along uniform widths this objective is bang-bang. To choose the average instead, ask for it: "
-        f"{_state(Wish.bits(round(middle, 3)), words)}."
-    )
     within = bounded(tables, result.bounds)
     cheapest = within.bits_a_value(within.bits(within.nbytes.argmin(axis=1)))
+    within_reach = [average for average in averages if average >= cheapest] or [cheapest]
+    middle = math.ceil(within_reach[len(within_reach) // 2] * 1e3) / 1e3
+    yield (
+        "Along uniform widths this objective is bang-bang. To choose the average instead, ask for it: "
+        f"{_state(Wish.bits(middle), words)}."
+    )
     rows = [("beta/alpha above", "gives bits/value")]
     points = ratios_for_bits(within, [average for average in averages if average >= cheapest])
     for point in sorted(set(points), key=lambda point: point.power):

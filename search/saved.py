@@ -1,7 +1,8 @@
 """Files of searches, read back: `search_N.json`, of today and of before."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,19 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return content
 
 
+@contextlib.contextmanager
+def naming_damage(path: str | Path) -> Iterator[None]:
+    """A block that works on what a file says: ValueError, in one line, where a value is of no use to it."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path}: the file is damaged, {' '.join(str(error).split())}; {WAY_OUT}") from None
+
+
 def search_from(content: Mapping[str, Any], path: str | Path) -> SearchResult:
     """The search that a file's content tells of; `path` is for messages."""
+    if "options" in content and "widths" not in content:
+        raise ValueError(f"{path}: a search among families has options in place of widths; {WAY_OUT}")
     try:
         return _search_from(content)
     except KeyError as error:

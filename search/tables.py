@@ -217,6 +217,7 @@ def check_finite(m: Mapping[str, Tensor]) -> None:
 
 
 def _frozen(array: NDArray, dtype: type) -> NDArray:
-    copy: NDArray = np.array(array, dtype=dtype)
+    with np.errstate(invalid="ignore"):  # what is no number is found out when entries are checked
+        copy: NDArray = np.array(array, dtype=dtype)
     copy.setflags(write=False)
     return copy

@@ -36,12 +36,12 @@ class Eden(VariableWidth, family="eden"):
     keyed = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.bucket_size not in (1 << k for k in range(SHORTEST.bit_length() - 1, LONGEST.bit_length())):
             raise ValueError(
-                f"Eden rotates buckets of a power of two of values, from {SHORTEST} to {LONGEST}, "
-                f"got {self.bucket_size}"
+                f"Eden rotates buckets of a power of two of values, from {SHORTEST}, below which rounding is biased, "
+                f"to {LONGEST}, got {self.bucket_size}"
             )
+        super().__post_init__()
 
     @property
     def magnitudes(self) -> Tensor:

@@ -73,8 +73,8 @@ class Recorder:
         for name, weight in zip(self.layers, seen.tolist(), strict=True):
             if weight == 0:
                 raise ValueError(
-                    f"no gradient of {name} was recorded yet, on no rank: the search needs one of each compressed "
-                    "layer; train further, or keep the layer out of what is compressed"
+                    f"no finite gradient of {name} was recorded yet, on no rank: the search needs one of each "
+                    "compressed layer; train further, or keep the layer out of what is compressed"
                 )
         mean /= collectives.world_size
         return {name: mean[self.state.span(name)].view(layer.shape) for name, layer in self.layers.items()}

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -135,10 +136,71 @@ REFUSED = {
     "FILE --method luck": "argument --method/--search-method: invalid choice: 'luck'",
     "FILE --against FOLDER": "cannot read the file (Is a directory)",
     "FILE --against EMPTY": "every compressed layer a width, but layer0 (and 53 more) has none",
-    "FILE -o FOLDER/none/x.json": "none/x.json: No such file or directory",
+    "FILE -o FOLDER/none/x.json": "none/x.json: there is no folder",
+    "FILE -o FILE": "is read and would be written over; give another name",
+    "FILE FILE": "every file is given once",
     "EMPTY": "a search's file has an entry 'error', and this one has none",
     "": "the following arguments are required: FILE",
 }
+
+
+def test_a_budget_that_holds_everything_is_no_limit(file, capsys):
+    assert main([str(file), "--target-bits", "1e308"]) == 0
+    assert "which is the least possible" in capsys.readouterr().out
+
+
+DAMAGED = {
+    "popsize": None, "iterations": {}, "notes": [1], "uncompressed": 1, "values": 10**400, "widths": "abc",
+    "installed": {"by": "optimum", "bits": "x"}, "optimum": 3, "de": {"seconds": None}, "wish": {"kind": []},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", DAMAGED)
+def test_a_damaged_file_is_one_line(file, tmp_path, capsys, entry):
+    content = json.loads(file.read_text())
+    (tmp_path / "damaged.json").write_text(json.dumps({**content, entry: DAMAGED[entry]}))
+    for flags in ([], ["--target-bits", "4", "--method", "both", "-o", str(tmp_path / "scheme.json")]):
+        try:
+            status = main([str(tmp_path / "damaged.json"), *flags])
+        except SystemExit as end:
+            status = end.code
+            assert capsys.readouterr().err.count("\n") == 1
+        assert status in (0, 1, 2)
+
+
+def test_a_false_optimum_is_found_out_whatever_else_a_file_leaves_out(file, tmp_path, capsys):
+    content = json.loads(file.read_text())
+    worst = [content["widths"][0]] * len(content["layers"])
+    for name in ("uniform", "de", "budget", "notes"):
+        content.pop(name, None)
+    content["wish"] = {"kind": "objective", "alpha": 0.5, "beta": 0.5}
+    content["optimum"] = {"objective": 1e-9, "bits": worst}
+    content["installed"] = {"by": "optimum", "objective": 1e-9, "bits": worst}
+    (tmp_path / "lie.json").write_text(json.dumps(content))
+    assert main([str(tmp_path / "lie.json")]) == 1
+    assert "optimum.objective is 1e-09" in capsys.readouterr().out
+
+
+def test_the_advised_budget_can_be_asked_for(file, tmp_path, capsys):
+    """Rounded up, and within reach of pins."""
+    for pins in ([], ["--pin", "*=6-8"]):
+        assert main([str(file), "--alpha", "0.5", "--beta", "0.5", *pins]) == 0
+        asked = re.search(r"ask for it: --target-bits ([\d.]+)\.", capsys.readouterr().out)
+        if asked:
+            assert main([str(file), "--target-bits", asked[1], *pins]) == 0
+            capsys.readouterr()
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(file, tmp_path, monkeypatch):
+    from search import plotting
+
+    drawn = []
+    monkeypatch.setattr(plotting, "plot_bits_over_time", lambda results: drawn.append(list(results)) or b"")
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / file.name
+    other.write_bytes(file.read_bytes())
+    assert main([str(file), str(other), "--over-time", str(tmp_path / "time.png")]) == 0
+    assert len(drawn[0]) == 2
 
 
 @pytest.mark.parametrize("line", REFUSED)

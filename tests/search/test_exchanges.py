@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import compression
 from compression import Solo, with_bits
 from compression.network.threads import ThreadCollectives, run_ranks
-from search import FamilyResult, Wish, options_of, search_exchange, search_families
+from search import FamilyResult, Wish, check_search, options_of, search_exchange, search_families
 from search.exchanges import changes_of_loss, option_tables, tables_of
 
 VOCABULARY, WIDTH = 50, 16
@@ -342,3 +342,12 @@ def test_among_families_an_odd_gradient_is_an_error_of_all_ranks() -> None:
         return str(found.value)
 
     assert len({*run_ranks(2, work)}) == 1
+
+
+def test_an_error_that_pins_put_out_of_reach_is_refused_before_any_gradient_is_known() -> None:
+    exchange = compression.attach(Transformer(), "maxmin", Solo(), record=True, bucket_size=64)
+    check_search(exchange, Wish.error(7), pins=["wte.weight=2"])  # other layers may make up for it
+    check_search(exchange, Wish.error(8))
+    with pytest.raises(ValueError, match=r"cannot be kept: wte\.weight has at most 2, and no layer more than that"):
+        check_search(exchange, Wish.error(8), pins=["wte.weight=2"])
+    exchange.close()

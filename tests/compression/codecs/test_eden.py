@@ -244,9 +244,9 @@ def test_without_its_seed_nothing_is_decoded() -> None:
         Eden(2).decode(Eden(2).encode(torch.ones(1, 64), 0), 64)
 
 
-@pytest.mark.parametrize("bucket_size", [32, 100, 16384, -1])
+@pytest.mark.parametrize("bucket_size", [0, 32, 100, 16384, -1])
 def test_other_sizes_of_buckets_are_refused_with_the_reason(bucket_size: int) -> None:
-    expected = rf"Eden rotates buckets of a power of two of values, from 64 to 8192, got {bucket_size}"
+    expected = rf"a power of two of values, from 64, below which rounding is biased, to 8192, got {bucket_size}"
     with pytest.raises(ValueError, match=expected):
         build("eden", bucket_size=bucket_size)
 

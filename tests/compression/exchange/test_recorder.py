@@ -20,7 +20,7 @@ def recorded(unused: frozenset[str]) -> Recorder:
 
 def test_a_layer_that_no_rank_uses_is_named_on_all_of_them() -> None:
     def work(ranks: ThreadCollectives) -> str:
-        with pytest.raises(ValueError, match="no gradient of unused was recorded yet, on no rank") as error:
+        with pytest.raises(ValueError, match="no finite gradient of unused was recorded yet, on no rank") as error:
             recorded(frozenset({"unused"})).averaged(ranks)
         return str(error.value)
 
@@ -45,5 +45,5 @@ def test_what_was_not_applied_was_not_seen() -> None:
     recorder = Recorder(LAYERS)
     recorder.record(Gradients(torch.ones(10), ("used", "unused"), (0, 6)))
     recorder.settle(torch.tensor(False))
-    with pytest.raises(ValueError, match="no gradient of used was recorded yet"):
+    with pytest.raises(ValueError, match="no finite gradient of used was recorded yet"):
         recorder.averaged(Solo())
