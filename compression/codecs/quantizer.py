@@ -31,7 +31,7 @@ from torch import Tensor
 from .. import kernels
 from ..kernels.reference import arithmetic
 from ..layers import bucket_length
-from ..limits import HUGE, TINY
+from ..limits import HUGE, LIMIT, TINY
 from ..plans import Plan, plan_of_messages
 from ..randomness import Draws, stream_keys
 from .base import prepared
@@ -117,6 +117,8 @@ class Quantizer(ABC):
 
         Into `out` where it is given, contiguous and of that shape.
         """
+        if values_RN.dtype == torch.float64:  # whose largest values would become infinite
+            values_RN = torch.where(values_RN.isfinite(), values_RN.clamp(-LIMIT, LIMIT), values_RN)
         values_RN = values_RN.to(torch.float32).contiguous()
         rows, count = values_RN.shape
         plan = self._messages(rows, count)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from compression import codec
+from compression.codecs.base import decoded
 from compression.codecs.eden import Eden
 from compression.codecs.quantizers import MaxMin
 from tests.support.quantizers import MidRise, train_mid_rise
@@ -22,10 +23,10 @@ def test_a_quantizer_that_no_kernel_knows_trains() -> None:
 @pytest.mark.parametrize("bits", [1, 2, 3, 8])
 def test_its_codes_are_unbiased_and_its_error_is_the_expected_one(bits: int) -> None:
     quantizer, values = MidRise(bits, bucket_size=64), torch.linspace(-1, 2, 200)
-    decoded = torch.stack([quantizer.decode(quantizer.encode(values[None], seed), 200)[0] for seed in range(2000)])
+    samples = torch.stack([quantizer.decode(quantizer.encode(values[None], seed), 200)[0] for seed in range(2000)])
     expected = quantizer.expected_squared_error(values)
-    assert (decoded - values).square().sum(1).mean().item() == pytest.approx(expected, rel=0.05)
-    deviation = (decoded.mean(0) - values).square().sum().sqrt()
+    assert (samples - values).square().sum(1).mean().item() == pytest.approx(expected, rel=0.05)
+    deviation = (samples.mean(0) - values).square().sum().sqrt()
     assert deviation < 4 * (expected / 2000) ** 0.5
 
 
@@ -74,3 +75,12 @@ def test_a_family_is_named_among_the_bases() -> None:
 
         class Named(MaxMin):
             family = "maxmin"
+
+
+@pytest.mark.parametrize("name", ["maxmin", "eden", "1bit"])
+def test_float64_beyond_float32_is_cut_and_what_is_infinite_is_not(name: str) -> None:
+    values = torch.full((2, 512), 1e300, dtype=torch.float64)
+    values[1, 3] = torch.inf
+    found = decoded(codec(name), codec(name).encode(values, 0), 512, 0)
+    assert found[0].isfinite().all()
+    assert found[1].isnan().all()
