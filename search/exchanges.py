@@ -22,6 +22,8 @@ from .tables import Measure, Tables, check_finite, measure
 from .wishes import Wish
 
 Result = TypeVar("Result")
+Columns = TypeVar("Columns", bound=Tables)
+Found = TypeVar("Found", SearchResult, FamilyResult)
 
 
 class Network(Protocol):
@@ -118,37 +120,28 @@ def search_exchange(
     Every rank calls it, between steps. Raises ValueError, on all ranks alike, where the exchange does not record or has
     no widths, where a layer was never seen or is not finite, and for what `search` refuses.
     """
-    network, compressor = network or exchange.collectives, exchange.compressor
-    if exchange.recorder is None:
-        raise ValueError("a search needs recorded gradients, and this exchange records none; attach with record=True")
+    network = network or exchange.collectives
     if target_bits is not None and wish is not None:
         raise ValueError("target_bits is a wish, and a search has one; give one of them")
-    if getattr(compressor.options, "second_hop_bits", None) is not None:
+    if getattr(exchange.compressor.options, "second_hop_bits", None) is not None:
         raise ValueError(
             "a search chooses the bits of both hops, and second_hop_bits gives those of averages; leave it out"
         )
     began = time.perf_counter()
-    gradients = exchange.recorder.averaged(network)
+    gradients = _recorded(exchange, network)
     changes: Mapping[tuple[str, int], float] | None = None
     if by == "loss":
         changes = changes_of_loss(exchange, gradients, widths, loss, step_size, seed, network)
 
-    def chosen() -> SearchResult:
-        tables = tables_of(exchange, gradients, widths, by, changes)
-        measured = time.perf_counter()
-        result = search(
-            tables,
-            Wish.bits(target_bits) if target_bits is not None else wish,
-            method,
-            popsize,
-            iterations,
-            seed,
-            resolve_pins(pins, tables.layers, tables.widths),
-        )
-        seconds = {"measuring_seconds": measured - began, "search_seconds": time.perf_counter() - measured}
-        return replace(result, settings=_settings(exchange, network) | seconds | dict(settings or {}))
+    def measured() -> Tables:
+        return tables_of(exchange, gradients, widths, by, changes)
 
-    result: SearchResult = _on_first_rank(network, chosen)
+    def chosen(tables: Tables) -> SearchResult:
+        asked = Wish.bits(target_bits) if target_bits is not None else wish
+        resolved = resolve_pins(pins, tables.layers, tables.widths)
+        return search(tables, asked, method, popsize, iterations, seed, resolved)
+
+    result = _on_first_rank(network, lambda: _timed(measured, chosen, began, exchange, network, settings))
     exchange.set_widths(result.bits_by_layer())
     return result
 
@@ -171,20 +164,17 @@ def search_families(
     gradient, and for what `search_options` does.
     """
     network = network or exchange.collectives
-    if exchange.recorder is None:
-        raise ValueError("a search needs recorded gradients, and this exchange records none; attach with record=True")
     began = time.perf_counter()
-    gradients = exchange.recorder.averaged(network)
+    gradients = _recorded(exchange, network)
 
-    def chosen() -> FamilyResult:
+    def measured() -> OptionTables:
         check_finite(gradients)
-        tables = option_tables(exchange, gradients, options, by)
-        measured = time.perf_counter()
-        result = search_options(tables, wish)
-        seconds = {"measuring_seconds": measured - began, "search_seconds": time.perf_counter() - measured}
-        return replace(result, settings=_settings(exchange, network) | seconds | dict(settings or {}))
+        return option_tables(exchange, gradients, options, by)
 
-    result: FamilyResult = _on_first_rank(network, chosen)
+    def chosen(tables: OptionTables) -> FamilyResult:
+        return search_options(tables, wish)
+
+    result = _on_first_rank(network, lambda: _timed(measured, chosen, began, exchange, network, settings))
     exchange.reroute({name: option.route for name, option in result.option_by_layer().items()}, options[0].route)
     return result
 
@@ -320,6 +310,28 @@ def changes_of_loss(
 
     parts = [_value_of(outcome) for outcome in network.collect(_outcome(own))]
     return {pair: change for part in parts for pair, change in part.items()}
+
+
+def _recorded(exchange: Searchable, network: Network) -> Mapping[str, Tensor]:
+    if exchange.recorder is None:
+        raise ValueError("a search needs recorded gradients, and this exchange records none; attach with record=True")
+    return exchange.recorder.averaged(network)
+
+
+def _timed(
+    measured: Callable[[], Columns],
+    chosen: Callable[[Columns], Found],
+    began: float,
+    exchange: Searchable,
+    network: Network,
+    settings: Mapping[str, Any] | None,
+) -> Found:
+    """What is chosen from tables that are measured now, and with it what the search was of and the seconds it took."""
+    tables = measured()
+    solving = time.perf_counter()
+    result = chosen(tables)
+    seconds = {"measuring_seconds": solving - began, "search_seconds": time.perf_counter() - solving}
+    return replace(result, settings=_settings(exchange, network) | seconds | dict(settings or {}))
 
 
 def _settings(exchange: Searchable, network: Network) -> dict[str, Any]:

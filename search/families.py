@@ -109,6 +109,9 @@ class OptionTables(Tables):
             nbytes=self.nbytes[:, columns],
         )
 
+    def _columns_to_json(self) -> dict[str, Any]:
+        return {"options": [str(option) for option in self.options]}
+
     @property
     def families(self) -> tuple[str, ...]:
         """Names of the families, in the order of their columns."""
@@ -144,15 +147,7 @@ class FamilyResult:
         """Plain lists, dicts and numbers; options are their texts, `columns` of `found` in the order of `layers`."""
         tables = self.tables
         return {
-            "layers": list(tables.layers),
-            "numel": list(tables.numel),
-            "options": [str(option) for option in tables.options],
-            "error": tables.error.tolist(),
-            "nbytes": tables.nbytes.tolist(),
-            "dense_bytes": tables.dense_bytes,
-            "values": tables.values,
-            "measure": tables.measure,
-            "norm2": tables.norm2,
+            **tables.to_json(),
             "wish": self.wish.to_json(),
             "settings": dict(self.settings),
             "installed": self._plain(tables, self.found),

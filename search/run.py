@@ -92,15 +92,7 @@ class SearchResult:
         """
         tables = self.tables
         plain: dict[str, Any] = {
-            "layers": list(tables.layers),
-            "numel": list(tables.numel),
-            "widths": list(tables.widths),
-            "error": tables.error.tolist(),
-            "nbytes": tables.nbytes.tolist(),
-            "dense_bytes": tables.dense_bytes,
-            "values": tables.values,
-            "measure": tables.measure,
-            "norm2": tables.norm2,
+            **tables.to_json(),
             "wish": self.wish.to_json(),
             "method": self.method,
             "popsize": self.popsize,

@@ -10,7 +10,7 @@ indices into the tables (a `columns_L`); outside this package it is a row of L b
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,6 +115,24 @@ class Tables:
                 f"{field} must be {rule}, got {getattr(self, field)[layer, column]} "
                 f"for {self.layers[layer]} at {self.widths[column]} bits"
             )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers: what files hold of tables."""
+        return {
+            "layers": list(self.layers),
+            "numel": list(self.numel),
+            **self._columns_to_json(),
+            "error": self.error.tolist(),
+            "nbytes": self.nbytes.tolist(),
+            "dense_bytes": self.dense_bytes,
+            "values": self.values,
+            "measure": self.measure,
+            "norm2": self.norm2,
+        }
+
+    def _columns_to_json(self) -> dict[str, Any]:
+        """What the columns stand for."""
+        return {"widths": list(self.widths)}
 
     def columns(self, bits: Sequence[int]) -> Ints:
         """Column indices [L] of L bit widths. Raises ValueError where a width is not in the tables."""

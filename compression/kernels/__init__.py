@@ -26,18 +26,18 @@ def for_device(device: torch.device, family: str | None) -> Kernels:
     On GPUs that is `cuda` where Triton is installed and finds the C compiler that it links its kernels with, and
     `reference` elsewhere.
     """
-    if device.type == "cpu" and family in cpu.FAMILIES:
-        return cpu
-    if device.type == "cpu" and family == "eden":
-        return eden_cpu
-    if device.type == "cuda" and _triton_runs():
+    if device.type == "cpu":
+        if family in cpu.FAMILIES:
+            return cpu
+        if family in eden_cpu.FAMILIES:
+            return eden_cpu
+    elif device.type == "cuda" and _triton_runs():
         from . import cuda
+        from .cuda import eden as eden_cuda
 
         if family in cuda.FAMILIES:
             return cuda
-        if family == "eden":
-            from .cuda import eden as eden_cuda
-
+        if family in eden_cuda.FAMILIES:
             return eden_cuda
     return reference
 

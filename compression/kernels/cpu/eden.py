@@ -40,12 +40,14 @@ from .sums import START, add_products, add_squares, blocks_of, total
 from .threads import split
 from .vectors import LOOKED_UP, NARROWED, look_up, narrow
 
-__all__ = ["decode", "encode", "expected_squared_error", "recode"]
+__all__ = ["FAMILIES", "decode", "encode", "expected_squared_error", "recode"]
+
+FAMILIES = frozenset({"eden"})
 
 _TILE = 2048  # codes that are packed together
 _LONGEST = 8192
 _CELLS_A_UNIT, _FARTHEST = np.float32(CELLS_A_UNIT), np.float32(CELLS / CELLS_A_UNIT)
-_SHORTEST, _BLOCK, _ROUND = np.int64(SHORTEST), np.int64(BLOCK), np.uint32(1)
+_SHORTEST, _BLOCK, _ONE_MORE, _TWO_MORE = np.int64(SHORTEST), np.int64(BLOCK), np.uint32(1), np.uint32(2)
 _LIMIT, _TINY, _NAN = np.float32(LIMIT), np.float32(TINY), np.float32(np.nan)
 _ZERO, _ONE, _TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
 _MAGNITUDE, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(INFINITY)
@@ -76,20 +78,32 @@ def _turn(bits: np.uint32) -> tuple[np.float32, np.float32]:
 
 
 @inlined
+def _angles(start: np.uint32, high: np.uint32) -> tuple[np.float32, np.float32, np.float32, np.float32]:
+    """c and s of both stages that turn. `start` is the index of the vector's first word of signs."""
+    c0, s0 = _turn(random_word(np.uint32(start + _ANGLES_AT), high))
+    c1, s1 = _turn(random_word(np.uint32(start + _ANGLES_AT + _ONE_MORE), high))
+    return c0, s0, c1, s1
+
+
+@inlined
+def _signs(start: np.uint32, at: int, number: int, high: np.uint32) -> tuple[np.uint32, np.uint32]:
+    """The two words of signs of a block's values, from value `at` of the vector on, in a round."""
+    first = np.uint32(start + np.uint32(2 * at // WORD + number))
+    return random_word(first, high), random_word(np.uint32(first + _TWO_MORE), high)
+
+
+@inlined
 def _forward(
     values: np.ndarray, at: int, length: int, unit: np.float32, start: np.uint32, high: np.uint32, out: np.ndarray
 ) -> None:
-    """The rotated vector times its length, of `length` values times `unit`. `start` is the index of its first word."""
-    c0, s0 = _turn(random_word(np.uint32(start + _ANGLES_AT), high))
-    c1, s1 = _turn(random_word(np.uint32(start + _ANGLES_AT + np.uint32(1)), high))
+    """The rotated vector times its length, of `length` values times `unit`."""
+    c0, s0, c1, s1 = _angles(start, high)
     for i in range(0, length, _BLOCK):
-        first = np.uint32(start + np.uint32(2 * i // WORD))
-        one, two = random_word(first, high), random_word(np.uint32(first + np.uint32(2)), high)
+        one, two = _signs(start, i, 0, high)
         forward_turning_block(values, at + i, unit, one, two, c0, s0, c1, s1, out, i)
     blocks_up(out, length)
     for i in range(0, length, _BLOCK):
-        first = np.uint32(start + np.uint32(2 * i // WORD + 1))
-        one, two = random_word(first, high), random_word(np.uint32(first + np.uint32(2)), high)
+        one, two = _signs(start, i, 1, high)
         forward_block(out, i, _ONE, one, two, c0, s0, c1, s1, out, i)
     blocks_up(out, length)
 
@@ -97,17 +111,14 @@ def _forward(
 @inlined
 def _back(values: np.ndarray, length: int, start: np.uint32, high: np.uint32) -> None:
     """The inverse rotation, times its length, in place."""
-    c0, s0 = _turn(random_word(np.uint32(start + _ANGLES_AT), high))
-    c1, s1 = _turn(random_word(np.uint32(start + _ANGLES_AT + np.uint32(1)), high))
+    c0, s0, c1, s1 = _angles(start, high)
     blocks_down(values, length)
     for i in range(0, length, _BLOCK):
-        first = np.uint32(start + np.uint32(2 * i // WORD + 1))
-        one, two = random_word(first, high), random_word(np.uint32(first + np.uint32(2)), high)
+        one, two = _signs(start, i, 1, high)
         back_block(values, i, _ONE, one, two, c0, s0, c1, s1, values, i)
     blocks_down(values, length)
     for i in range(0, length, _BLOCK):
-        first = np.uint32(start + np.uint32(2 * i // WORD))
-        one, two = random_word(first, high), random_word(np.uint32(first + np.uint32(2)), high)
+        one, two = _signs(start, i, 0, high)
         back_turning_block(values, i, _ONE, one, two, c0, s0, c1, s1, values, i)
 
 

@@ -28,7 +28,9 @@ from .records import load_words, pack, store_floats, store_scale, unpack
 from .rotations import back, drawn, forward
 from .sums import spread, tree_sum
 
-__all__ = ["decode", "encode", "expected_squared_error", "recode"]
+__all__ = ["FAMILIES", "decode", "encode", "expected_squared_error", "recode"]
+
+FAMILIES = frozenset({"eden"})
 
 _LIMIT, _TINY = tl.constexpr(limits.LIMIT), tl.constexpr(limits.TINY)
 _INFINITY = tl.constexpr(arithmetic.INFINITY)
