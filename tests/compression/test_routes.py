@@ -1,5 +1,6 @@
 """Mixes of compressors: what they are as a whole, what they refuse, and models that are attached to one."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ from compression.routes import label, squared_error
 
 LAYERS = layers_of([("0.weight", (16, 20)), ("0.bias", (16,)), ("1.weight", (8, 16)), ("1.bias", (8,))], 64)
 SMALL = {"bucket_size": 64}
+FIRST = nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 8))
 
 
 def model() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 8))
+    """The same in all threads, which share torch's generator."""
+    return copy.deepcopy(FIRST)
 
 
 def trained(compressor: Mixed, ranks: Any, steps: int = 4, **options: Any) -> tuple[torch.Tensor, compression.Attached]:
@@ -80,6 +82,7 @@ def test_routes_change_between_steps_and_what_is_owed_goes_along() -> None:
 
     def work(ranks: ThreadCollectives) -> tuple[torch.Tensor, torch.Tensor]:
         module, applied, true = model(), torch.zeros(320), torch.zeros(320)
+        generator = torch.Generator().manual_seed(ranks.rank)
         shares: dict[str, torch.Tensor] = {}
         owned: dict[str, tuple[int, int]] = {}
         with compression.attach(module, mixed({}, ways[0], whole_layers=True), ranks) as exchange:
@@ -91,11 +94,10 @@ def test_routes_change_between_steps_and_what_is_owed_goes_along() -> None:
                         lost[start:stop] += shares[name]
                     ranks.sum_(lost)
                     true -= lost
-                for each in range(2):
-                    torch.manual_seed(10 * number + each + 100 * ranks.rank)
+                for _ in range(2):
                     module.zero_grad()
                     exchange.begin_step()
-                    (module[0].weight * (gradient := torch.randn(16, 20))).sum().backward()
+                    (module[0].weight * (gradient := torch.randn(16, 20, generator=generator))).sum().backward()
                     exchange.settle(exchange.finish())
                     applied += module[0].weight.grad.reshape(-1)
                     ranks.sum_(total := gradient.reshape(-1).clone())
