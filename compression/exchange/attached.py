@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from ..averagers import carried_over
 from ..gradients import Gradients
-from ..layers import DENSE, Layer, layers_of
-from ..network.arrangement import Arrangement
+from ..layers import DENSE
 from ..network.inside import Levels
 from ..registry import Compressor, build
 from ..routes import Mixed, Route, mixed, squared_error
-from .binding import Binding
-from .hooks import flattened, hook, shaped
+from .binding import Bind
+from .hooks import Catch, flattened, shaped
 from .momentum import MomentumWatch
 from .pipeline import Pipeline
 from .recorder import Recorder
@@ -31,22 +30,20 @@ class Attached(ABC):
 
     def __init__(
         self,
-        model: nn.Module,
+        catch: Catch,
         parameters: Mapping[str, nn.Parameter],
         compressor: Compressor,
-        arrangement: Arrangement,
-        seed: int,
+        bind: Bind,
         record: bool,
         choose: Callable[[bool], bool] | None = None,
     ) -> None:
-        """`parameters`: those of the model that are averaged, by name."""
+        """`parameters`: those of the model that are averaged, by name; `catch` hooks the model that has them."""
         self.parameters, self.compressor = dict(parameters), compressor
-        shapes = ((name, p.shape) for name, p in self.parameters.items())
-        self.layers: tuple[Layer, ...] = layers_of(shapes, compressor.bucket_size)
         self.device = next(iter(self.parameters.values())).device
-        self.hosts, self.arrangement = arrangement.hosts, arrangement
-        self._seed = seed
-        self.binding = Binding(compressor, self.layers, arrangement, seed)
+        self._bind = bind
+        self.binding = bind(compressor, None)
+        self.layers, self.arrangement = self.binding.layers, self.binding.arrangement
+        self.hosts = self.arrangement.hosts
         self.averager, self.collectives = self.binding.averager, self.binding.collectives
         self.recorder = Recorder(self.layers) if record else None
         self.pipeline = Pipeline(
@@ -67,7 +64,7 @@ class Attached(ABC):
         self.loss_scale: float | Tensor = 1.0
         self._suspect: tuple[tuple[str, ...], Tensor] | None = None
         try:
-            self._hooks = hook(model, self.parameters, self.begin_backward, self.submit, self.pipeline.check)
+            self._hooks = catch(self.begin_backward, self.submit, self.pipeline.check)
         except BaseException:
             self.pipeline.close()
             raise
@@ -239,7 +236,7 @@ class Attached(ABC):
             )
         self.pipeline.wait()
         before, traffic = self.averager, self.collectives.traffic
-        self.binding = Binding(compressor, self.layers, self.arrangement, self._seed, traffic)
+        self.binding = self._bind(compressor, traffic)
         self.compressor = compressor
         self.averager, self.collectives = self.binding.averager, self.binding.collectives
         self.averager.load_state_dict(self.carried_over(before.state_dict()))

@@ -1,18 +1,22 @@
 """Attaching compression to a model: which exchange, over which network."""
 
 import logging
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from ..network.collectives import Collectives, Solo
+from ..layers import layers_of
+from ..network.collectives import Collectives, Solo, Traffic
 from ..registry import Compressor
 from .arguments import Group, arranged, compressor_of
 from .attached import Attached
+from .binding import Binding
 from .broken_barrier import BrokenBarrier
 from .exchange import Exchange
+from .hooks import hook
 from .models import check_ranks, finds_unused, trained_parameters, unwrapped
 
 _log = logging.getLogger(__name__)
@@ -73,6 +77,11 @@ def attach(
             "that do not use all parameters; make it without find_unused_parameters and static_graph, or leave out "
             "big_grad and clip"
         )
+    if barrier_fraction != 1.0 and finds_unused(model):
+        raise ValueError(
+            "a broken barrier waits for layers by their last averages, and DistributedDataParallel expects steps "
+            "that do not use all of them; make it without find_unused_parameters and static_graph, or wait for all"
+        )
     arrangement = arranged(
         compressor,
         parameters,
@@ -88,14 +97,18 @@ def attach(
         late_steps=late_steps,
         record=record,
     )
+    shapes = [(name, parameter.shape) for name, parameter in parameters.items()]
+
+    def bind(compressor: Compressor, traffic: Traffic | None) -> Binding:
+        return Binding(compressor, layers_of(shapes, compressor.bucket_size), arrangement, seed, traffic)
+
+    catch = partial(hook, model, parameters)
     try:
         exchange: Attached
         if barrier_fraction == 1.0:
-            exchange = Exchange(model, parameters, compressor, arrangement, seed, record)
+            exchange = Exchange(catch, parameters, compressor, bind, record)
         else:
-            exchange = BrokenBarrier(
-                model, parameters, compressor, arrangement, seed, barrier_fraction, late_steps, record
-            )
+            exchange = BrokenBarrier(catch, parameters, compressor, bind, barrier_fraction, late_steps, record)
     except BaseException:
         arrangement.close(True)
         raise

@@ -1,6 +1,6 @@
 """Bindings: a compressor bound to layers and ranks, and the state that is this rank's alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..averagers import Averager, Hierarchical
@@ -10,6 +10,9 @@ from ..network.collectives import Metered, Solo, Traffic
 from ..network.inside import Levels
 from ..network.verified import Verified
 from ..registry import Compressor
+
+Bind = Callable[[Compressor, Traffic | None], "Binding"]
+"""(compressor, what has been counted so far) -> the compressor bound to one model's layers and ranks."""
 
 
 class Binding:

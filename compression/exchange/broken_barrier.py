@@ -36,13 +36,12 @@ import torch
 from torch import Tensor, nn
 
 from ..gradients import Gradients, is_unit_scale, not_finite
-from ..network.arrangement import Arrangement
 from ..registry import Compressor, with_stale_updates
 from ..routes import Route, mixed
 from ..streams import device_future, record_stream
 from .attached import Attached
-from .hooks import shaped
-from .models import finds_unused
+from .binding import Bind
+from .hooks import Catch, shaped
 
 _CHUNK = 2**16  # values that are squared at a time, so that their float64 copy stays in the cache
 
@@ -101,11 +100,10 @@ class BrokenBarrier(Attached):
 
     def __init__(
         self,
-        model: nn.Module,
+        catch: Catch,
         parameters: Mapping[str, nn.Parameter],
         compressor: Compressor,
-        arrangement: Arrangement,
-        seed: int,
+        bind: Bind,
         fraction: float,
         late_steps: int,
         record: bool = False,
@@ -116,15 +114,10 @@ class BrokenBarrier(Attached):
                 f"{fraction} and {late_steps}"
             )
         _check_can_be_late(compressor)
-        if finds_unused(model):
-            raise ValueError(
-                "a broken barrier waits for layers by their last averages, and DistributedDataParallel expects steps "
-                "that do not use all of them; make it without find_unused_parameters and static_graph, or wait for all"
-            )
         self.fraction, self.late_steps = fraction, late_steps
         self._outstanding: list[_Part] = []  # of this step and earlier ones, in their order
         self._held: list[_Part] = []  # late ones of this step, until its prefix has been queued
-        super().__init__(model, parameters, compressor, arrangement, seed, record, self._choose_urgent)
+        super().__init__(catch, parameters, compressor, bind, record, self._choose_urgent)
         self._sizes = {layer.name: layer.numel for layer in self.layers}
         self._squares = dict.fromkeys(self._sizes, math.nan)  # of the averages that were applied last
         self._last_late = dict.fromkeys(self._sizes, 0)  # how many late ones are queued up to the layer's last

@@ -34,6 +34,10 @@ Submit = Callable[[Gradients], "torch.futures.Future[Tensor]"]
 """A function that takes gradients of some layers. The future's value is their buffer, with the averages in it."""
 
 
+Catch = Callable[[OnBackward, Submit, OnEnd], "Hooks"]
+"""What hooks a model: `hook`, but for the model and its parameters."""
+
+
 class Hooks(Protocol):
     """Hooks on one model, until they are removed."""
 
