@@ -1235,6 +1235,7 @@ class Run:
         if self.epoch >= flags.epochs:
             self.log.line(f"nothing is left to train: --epochs is {flags.epochs}, and the checkpoint has {self.epoch}")
         last = flags.epochs if flags.run_epochs == -1 else min(flags.epochs, self.epoch + flags.run_epochs)
+        self._say_where_no_search_is_due(last)
         for epoch in range(self.epoch, last):
             if not self.trained and not self._train(epoch):
                 return self._exit_status()
@@ -1417,6 +1418,22 @@ class Run:
         if not flags.search or flags.search_every.endswith("steps") or (flags.search_once and self.searched):
             return False
         return (epoch + 1) % int(flags.search_every) == 0
+
+    def _say_where_no_search_is_due(self, last: int) -> None:
+        """Tell before the first step that none of the epochs up to `last`, excluded, ends in a search or has one."""
+        flags, ends = self.flags, range(self.epoch + 1, last + 1)
+        if not (flags.search and ends) or (flags.search_once and self.searched):
+            return
+        steps = classification.training.last_iteration(
+            len(self.train_loader), iterations=self.iterations, accumulation=self.accumulation
+        ) // self.accumulation
+        every, in_steps = int(flags.search_every.removesuffix("steps")), flags.search_every.endswith("steps")
+        done = self.exchange.step
+        total = done + steps * len(ends) - self.iteration // self.accumulation
+        due = total // every > done // every if in_steps else any(end % every == 0 for end in ends)
+        if not due:
+            until = f"step {total}" if in_steps else f"epoch {last}"
+            self.say(f"no search is due: this run ends with {until}, and --search-every is {flags.search_every}")
 
     def _search_is_due_at_step(self) -> bool:
         """Whether a search follows the step that has just ended."""

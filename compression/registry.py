@@ -6,7 +6,7 @@ and one row here. Rows load what they build when they build it: to list names an
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -236,7 +236,7 @@ class Row:
                 f"compressor {name} takes no option {unknown[0]!r}; it takes {', '.join(self.takes) or 'none'}"
             )
         for option, value in options.items():
-            _check_type(name, option, value, get_type_hints(self.options)[option])
+            _check_type(f"compressor {name}", option, value, get_type_hints(self.options)[option])
         chosen = self.options(**options)
         if self.quantizer is not None:
             quantizer = self.quantizer_of(chosen)
@@ -531,17 +531,24 @@ def codec(name: str, **options: Any) -> Any:
     """The codec of a compressor's name: `codec("maxmin", bits=4, bucket_size=512)`, `codec("topk", ratio=0.01)`,
     `codec("svd", rows=64, cols=576, rank=4)`.
 
-    Raises ValueError for a name that has no codec of its own.
+    Raises ValueError for a name that has no codec of its own, and as `build` does.
     """
     row = _row(name)
-    if row.codec is not None:
-        return _load(row.codec)(**options)
-    if row.quantizer is None:
+    if row.codec is None and row.quantizer is None:
         with_codec = [name for name, row in COMPRESSORS.items() if row.quantizer or row.codec]
         raise ValueError(f"compressor {name} has no codec; those with one: {', '.join(with_codec)}")
-    kind, defaults = _load(row.quantizer), row.options()
-    own = {field.name: getattr(defaults, field.name) for field in fields(kind) if field.init}
-    return kind(**{**own, **options})
+    kind, defaults = _load(row.codec or row.quantizer), row.options()
+    takes = {field.name: field for field in fields(kind) if field.init}
+    if row.quantizer is not None:
+        options = {option: getattr(defaults, option) for option in takes} | options
+    if unknown := sorted(set(options) - set(takes)):
+        raise ValueError(f"the codec of {name} takes no option {unknown[0]!r}; it takes {', '.join(takes) or 'none'}")
+    hints = get_type_hints(kind)
+    for option, value in options.items():
+        _check_type(f"{name}'s codec", option, value, hints[option])
+    if missing := [option for option, each in takes.items() if option not in options and each.default is MISSING]:
+        raise ValueError(f"the codec of {name} needs its {missing[0]}; it takes {', '.join(takes)}")
+    return kind(**options)
 
 
 def with_bits() -> list[str]:
@@ -559,13 +566,13 @@ def with_stale_updates() -> list[str]:
     return [name for name, row in COMPRESSORS.items() if row.supports_stale_updates]
 
 
-def _check_type(compressor: str, option: str, value: object, expected: Any) -> None:
+def _check_type(owner: str, option: str, value: object, expected: Any) -> None:
     """Raise ValueError for a value that is not of the option's type; integers are numbers, and booleans are neither."""
     kinds = get_args(expected) or (expected,)
     kinds += (int,) if float in kinds else ()
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("none" if kind is NoneType else kind.__name__ for kind in kinds)
-        raise ValueError(f"compressor {compressor} takes {option} as {wanted}, got {value!r}")
+        raise ValueError(f"{owner} takes {option} as {wanted}, got {value!r}")
 
 
 def _row(name: str) -> Row:

@@ -22,8 +22,8 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:
 
 
 def percent(fraction: float) -> str:
-    """A fraction in percent, of four digits."""
-    return f"{100 * fraction:.4g} %"
+    """A fraction in percent, of four digits; one that float64 has no number for is more than the largest."""
+    return "over 1e308 %" if fraction > 1e306 else f"{100 * fraction:.4g} %"
 
 
 def size(nbytes: float) -> str:

@@ -155,6 +155,25 @@ def test_a_search_every_few_epochs(pictures: Path, tmp_path: Path) -> None:
     assert pictures_of == {"search_1.png", "search_3.png", "bits_over_time.png"}
 
 
+NOT_DUE = "no search is due: this run ends with "
+
+
+@pytest.mark.parametrize(
+    ("every", "said"),
+    [
+        ("9steps", NOT_DUE + "step 8, and --search-every is 9steps\n"),
+        ("8steps", ""),
+        ("3", NOT_DUE + "epoch 2, and --search-every is 3\n"),
+        ("2", ""),
+    ],
+)
+def test_a_run_that_ends_before_a_search_says_so(every: str, said: str, pictures: Path, tmp_path: Path) -> None:
+    [rank] = searched(tmp_path, pictures, f"{QUICK} --search-every {every} --epochs 2 --prof 4")
+    assert said in rank.err
+    assert (NOT_DUE in rank.err) == bool(said)
+    assert bool(searches(tmp_path)) == (not said)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_search_every_few_steps(ranks: int, pictures: Path, tmp_path: Path) -> None:
     flags = f"{QUICK} --search-every 3steps --search-target-bits 4.2 --epochs 2 --prof 4 --error-feedback"

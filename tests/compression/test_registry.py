@@ -1,6 +1,7 @@
 """One table runs every compressor of the registry: what all of them promise, whatever they do."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -289,6 +290,23 @@ def test_a_row_names_what_there_is(name: str) -> None:
     if row.quantizer is not None or row.codec is not None:
         options = {"svd": {"rows": 8, "cols": 8, "rank": 2}}.get(name, {})
         assert codec(name, **options).wire_bytes(64) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error"),
+    [
+        ("maxmin", {"bits": "4"}, "maxmin's codec takes bits as int, got '4'"),
+        ("maxmin", {"bits": True}, "maxmin's codec takes bits as int, got True"),
+        ("eden", {"bucket_size": 64.0}, "eden's codec takes bucket_size as int, got 64.0"),
+        ("topk", {"ratio": "x"}, "topk's codec takes ratio as float or int, got 'x'"),
+        ("maxmin", {"width": 1}, "the codec of maxmin takes no option 'width'; it takes bits, bucket_size"),
+        ("svd", {"rows": 64}, "the codec of svd needs its cols; it takes rows, cols, rank, contraction"),
+        ("none", {}, "compressor none has no codec; those with one: "),
+    ],
+)
+def test_a_codec_is_refused_as_a_compressor_is(name: str, options: dict[str, object], error: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(error)}"):
+        codec(name, **options)
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)

@@ -27,3 +27,4 @@ def test_numbers_stand_to_the_right_and_names_to_the_left():
 
 def test_percents_have_four_digits():
     assert [percent(part) for part in (0, 0.123456, 2)] == ["0 %", "12.35 %", "200 %"]
+    assert percent(float("inf")) == "over 1e308 %"
