@@ -31,7 +31,7 @@ EPOCH_METRICS = {
     "val.top5", "val.loss", "val.compute_ips", "val.total_ips", "val.data_time", "val.compute_latency",
     "val.compute_latency_at95", "val.compute_latency_at99", "val.compute_latency_at100", "comm.bytes_sent",
     "comm.bytes_dense", "comm.ratio", "comm.host_bytes", "comm.host_bytes_dense", "comm.time", "codec.time",
-    "comm.exposed_time", "step.time", "step.data_time", "step.compute_time", "step.exchange_time",
+    "comm.exposed_time", "step.count", "step.time", "step.data_time", "step.compute_time", "step.exchange_time",
 }  # fmt: skip
 ITERATION_METRICS = {name for name in EPOCH_METRICS if not name.startswith(("val.", "step."))}
 
