@@ -186,7 +186,7 @@ def ratio_of(run: Run) -> float | None:
 
 def loss_of(runs: Sequence[Run]) -> str:
     """The loss to compare: in validation where every run has one. Label smoothing and mixup are in that of training."""
-    return "val.loss" if all(run.last("val.loss") is not None for run in runs) else "train.loss"
+    return "val.loss" if all(curve(run, "val.loss", TIME) for run in runs) else "train.loss"
 
 
 def unit_of(most: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]:
@@ -228,7 +228,10 @@ def _number(value: float | None, size: float, form: str | None = None, unit: str
 
 
 def draw(runs: Sequence[Run]) -> Figure:
-    """The table, the curves, the bars and the widths. Raises ValueError for more runs than can be told apart."""
+    """The table, the curves, the bars and the widths.
+
+    Raises ValueError for more runs than can be told apart, and where no curve has a point.
+    """
     if len(runs) > len(STYLES):
         raise ValueError(f"one picture tells up to {len(STYLES)} runs apart, got {len(runs)}; draw several pictures")
     from matplotlib import figure as matplotlib_figure
@@ -239,6 +242,8 @@ def draw(runs: Sequence[Run]) -> Figure:
         for metric in (loss, "val.top1") for axis in (TIME, SENT) if any(curve(run, metric, axis) for run in runs)
     ]
     searched = [run for run in runs if run.widths]
+    if not panels:
+        raise ValueError("no epoch of any run has a loss or top-1 that is a number; choose runs that did not diverge")
     columns = 2 if len(panels) > 1 or searched else 1
     lines = -(-len(panels) // columns)
     heights = (0.5 + 0.3 * len(runs), 3.4 * lines, (3.6 if searched else 1.8) + 0.45 * len(runs))

@@ -233,7 +233,7 @@ def contains(page: Bbox, extent: Bbox) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("count", "epochs", "layers"), [(1, 1, 0), (1, 5, 120), (2, 1, 20), (3, 5, 0), (3, 5, 300), (8, 5, 120)]
+    ("count", "epochs", "layers"), [(1, 1, 0), (1, 5, 120), (2, 1, 20), (3, 5, 300), (8, 5, 120)]
 )
 def test_no_text_covers_another(count: int, epochs: int, layers: int) -> None:
     names = [f"a $run of a sweep with a name that is much too long_{'x' * 30} {number}" for number in range(count)]
@@ -309,6 +309,12 @@ def test_names_and_numbers_of_runs_that_cannot_be_told_apart(tmp_path: Path) -> 
     nine = [f"{number}={one}" for number in range(9)]
     said = stop(*nine, "-o", tmp_path / "runs.png")
     assert said == "one picture tells up to 8 runs apart, got 9; draw several pictures"
+
+
+def test_runs_without_any_number_to_draw(tmp_path: Path) -> None:
+    path = write(tmp_path, [epoch(train_loss=None, val_loss=float("nan"), val_top1=None)])
+    said = stop(path, "-o", tmp_path / "runs.png")
+    assert said == "no epoch of any run has a loss or top-1 that is a number; choose runs that did not diverge"
 
 
 def test_a_file_that_is_not_there_or_damaged(tmp_path: Path) -> None:
