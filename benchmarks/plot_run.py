@@ -250,8 +250,11 @@ def draw(runs: Sequence[Run]) -> Figure:
     figure = matplotlib_figure.Figure(figsize=(7 * columns, sum(heights)), layout="constrained")
     top, middle, bottom = figure.subfigures(3, 1, squeeze=False, height_ratios=heights)[:, 0]
     _draw_table(top.subplots(), runs, 14 if columns == 2 else 7)
-    for axes, panel in zip(middle.subplots(lines, columns, squeeze=False).flat, panels, strict=False):
+    places = list(middle.subplots(lines, min(columns, len(panels)), squeeze=False).flat)
+    for axes, panel in zip(places, panels, strict=False):
         _draw_curves(axes, runs, *panel)
+    for axes in places[len(panels) :]:
+        axes.remove()
     left, *right = bottom.subfigures(1, 2 if searched else 1, squeeze=False)[0]
     _draw_steps(left, runs)
     if right:

@@ -255,6 +255,16 @@ def test_what_no_run_logged_has_no_panel(missing: tuple[str, ...]) -> None:
     assert all(axes.has_data() or axes.texts for axes in figure.findobj(Axes))
 
 
+def test_an_odd_number_of_panels_leaves_no_empty_one() -> None:
+    alone = Run("alone", [without(epoch(), "comm.")], {"fc": 4})
+    one_panel = plot_run.draw([alone._replace(epochs=[without(epoch(), "comm.", "val.")])])
+    three_panels = plot_run.draw([alone, Run("others", [without(epoch(), "val.")], {})])
+    for figure, panels in ((one_panel, 1), (three_panels, 3)):
+        found = [axes for axes in figure.findobj(Axes) if axes.get_title().startswith(("loss", "top-1"))]
+        assert len(found) == panels
+        assert all(axes.get_title() or axes.texts or axes.get_label() == "<colorbar>" for axes in figure.findobj(Axes))
+
+
 def test_runs_of_different_models_have_a_row_each() -> None:
     runs = [Run("a", [epoch()], {"conv": 2, "fc": 4}), Run("b", [epoch()], {}), Run("c", [epoch()], {"conv": 8})]
     figure = plot_run.draw(runs)
