@@ -301,12 +301,12 @@ def _draw_curves(axes: Axes, runs: Sequence[Run], metric: str, axis: Axis) -> No
     else:
         axes.set(title=f"loss in {LOSSES[metric]}", ylabel="logarithmic")
         _scale_logarithmically(axes, "y", [y for points in curves.values() for _, y in points])
-    ends = [points[-1][0] / size for points in curves.values()]
-    if max(ends) > 5 * min(ends):
+    a_step = [mean_of_steps(runs[number].epochs, axis.metric) or 0.0 for number in curves]
+    if max(a_step) > 5 * min(a_step):
         _scale_logarithmically(axes, "x", [x / size for points in curves.values() for x, _ in points])
         axes.set_xlabel(f"{axis.title}, {unit}, logarithmic")
     else:
-        axes.set_xlim(0, 1.06 * max(ends))
+        axes.set_xlim(0, 1.06 * max(points[-1][0] for points in curves.values()) / size)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
 
@@ -319,7 +319,7 @@ def _scale_logarithmically(axes: Axes, side: str, values: Sequence[float]) -> No
     if not positive:
         return
     spread = max(positive) / min(positive)
-    subs = (1, 2, 5) if spread < 300 else (1,)
+    subs = (1, 2, 3, 5, 7) if spread < 10 else (1, 2, 5) if spread < 300 else (1,)
     (axes.set_xscale if side == "x" else axes.set_yscale)("log", nonpositive="mask")
     ticks = axes.xaxis if side == "x" else axes.yaxis
     ticks.set_major_locator(MaxNLocator(4) if spread < 5 else LogLocator(subs=subs))

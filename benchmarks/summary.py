@@ -47,7 +47,7 @@ def main() -> None:
     out = parser.parse_args().folder
     logs = out / "search" / "adapt_logs"
     picture = out / "runs.png"
-    names = {"trained at 4 bits": "train", "trained on with the widths found": "scheme"}
+    names = {"4 bits": "train", "widths found": "scheme"}
     raports = [f"{name}={out / run / 'experiment_raport.json'}" for name, run in names.items()]
     plot = Path(__file__).with_name("plot_run.py")
     subprocess.run([sys.executable, str(plot), *raports, "-o", str(picture)], check=True, stdout=subprocess.DEVNULL)

@@ -255,6 +255,15 @@ def test_what_no_run_logged_has_no_panel(missing: tuple[str, ...]) -> None:
     assert all(axes.has_data() or axes.texts for axes in figure.findobj(Axes))
 
 
+def test_bytes_are_logarithmic_where_steps_differ_much_and_not_where_runs_do() -> None:
+    long, short = Run("long", [epoch(row) for row in range(9)], {}), Run("short", [epoch()], {})
+    light = Run("light", [epoch(comm_bytes_sent=4e5)], {})
+    for runs, scale in (((long, short), "linear"), ((long, light), "log")):
+        axes = plot_run.draw(runs).findobj(lambda found: isinstance(found, Axes) and "sent by" in found.get_xlabel())
+        assert [found.get_xscale() for found in axes] == [scale] * 2
+        assert [found.get_xlabel().endswith("logarithmic") for found in axes] == [scale == "log"] * 2
+
+
 def test_an_odd_number_of_panels_leaves_no_empty_one() -> None:
     alone = Run("alone", [without(epoch(), "comm.")], {"fc": 4})
     one_panel = plot_run.draw([alone._replace(epochs=[without(epoch(), "comm.", "val.")])])
