@@ -1292,7 +1292,8 @@ class Run:
             raise compression.Failure(str(error), status=1) from error
         self._say_skipped(self.train_loader, f"training of epoch {epoch}")
         self._traffic()
-        self.summary = {**result.metrics, **self._step_times(result), **self.sent.metrics()}
+        steps = {"step.count": result.iteration // self.accumulation}
+        self.summary = {**result.metrics, **steps, **self._step_times(result), **self.sent.metrics()}
         self.epoch, self.iteration = epoch, result.iteration
         if not result.finished or flags.search or not flags.training_only:  # what follows may fail, or be stopped
             self._save(best=False)

@@ -46,15 +46,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the demo's runs: train, search and scheme")
     out = parser.parse_args().folder
     logs = out / "search" / "adapt_logs"
-    picture = out / "training.png"
-    raports = [str(out / run / "experiment_raport.json") for run in ("train", "scheme")]
+    picture = out / "runs.png"
+    names = {"4 bits": "train", "widths found": "scheme"}
+    raports = [f"{name}={out / run / 'experiment_raport.json'}" for name, run in names.items()]
     plot = Path(__file__).with_name("plot_run.py")
     subprocess.run([sys.executable, str(plot), *raports, "-o", str(picture)], check=True, stdout=subprocess.DEVNULL)
     print("== summary")
     print(training("trained at 4 bits", last_record(out / "train")))
     print("\n".join(searched(json.loads((logs / "search_calibration.json").read_text()))))
     print(training("trained on with those widths", last_record(out / "scheme")))
-    files = [*sorted(out.glob("*/*.json")), *sorted(out.glob("*/*.tar")), *sorted(logs.iterdir()), picture]
+    print(f"{'picture of both trainings':<30}{picture}")
+    files = [*sorted(out.glob("*/*.json")), *sorted(out.glob("*/*.tar")), *sorted(logs.iterdir())]
     print("written:\n" + "\n".join(f"  {path}" for path in files))
 
 

@@ -46,6 +46,7 @@ METRICS = {
     "train.data_time": Metric("s", ".4f", shown=False),
     "train.compute_time": Metric("s", ".4f", shown=False),
     "lr": Metric("", ".5g"),
+    "step.count": Metric("", ".0f", shown=False),
     "step.time": Metric("s", ".4f", shown=False),
     "step.data_time": Metric("s", ".4f", shown=False),
     "step.compute_time": Metric("s", ".4f", shown=False),

@@ -52,7 +52,7 @@ def draw(result: SearchResult) -> Figure:
         sizes.stairs(sums, edges - 0.5, baseline=sums.min() / 2, fill=True, color="tab:blue", alpha=0.5)
     by_layer.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=8, frameon=False)
     sizes.set(ylabel="values", yscale="log")
-    _name_layers(sizes, tables.layers, "x")
+    name_layers(sizes, tables.layers, "x")
     _draw_front(right.subplots(), front(tables, result.installed, result.bounds), result)
     return figure
 
@@ -92,7 +92,7 @@ def draw_bits_over_time(results: Mapping[str, SearchResult] | Sequence[SearchRes
     norm = BoundaryNorm(np.arange(widths[0] - 0.5, widths[-1] + 1), 256)
     image = axes.imshow(bits_LT, aspect="auto", interpolation="nearest", norm=norm, cmap="viridis")
     figure.colorbar(image, ax=axes, ticks=list(widths), label="bits")
-    _name_layers(axes, layers, "y")
+    name_layers(axes, layers, "y")
     shown = _spread(len(named), 24)
     whens = list(named)
     axes.set_xticks(shown, [whens[column] for column in shown], rotation=90 if max(map(len, whens)) > 3 else 0)
@@ -165,9 +165,9 @@ def _mark_ratios(plane: Axes, least: float, most: float) -> None:
     plane.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:.3g}"))
 
 
-def _name_layers(axes: Axes, layers: Sequence[str], side: str) -> None:
+def name_layers(axes: Axes, layers: Sequence[str], side: str, most: int = NAMED) -> None:
     """Names of the layers on an axis: all of them where they fit, some at equal distances where they do not."""
-    shown = _spread(len(layers), NAMED)
+    shown = _spread(len(layers), most)
     names = [name if len(name) <= LONGEST else "..." + name[-LONGEST + 3 :] for name in (layers[row] for row in shown)]
     size = 8 if len(shown) <= 24 else 6
     if side == "x":

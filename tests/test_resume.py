@@ -189,11 +189,13 @@ def test_a_raport_holds_every_epoch_once_however_often_the_run_was_resumed(pictu
     before = partial(signal_in_step, 4, signal.SIGTERM)
     assert run(*argv(pictures, tmp_path), before=before)[0].status == 143
     run_well(*argv(pictures, tmp_path), "--resume", "auto")
-    steps = [record["step"] for record in records(tmp_path / "experiment_raport.json") if record["type"] == "LOG"]
+    logged = [record for record in records(tmp_path / "experiment_raport.json") if record["type"] == "LOG"]
+    steps = [record["step"] for record in logged]
     assert [step for step in steps if isinstance(step, list)] == [
         [0, 1], [0, 2], [0, 3], [0], [1, 1], [1, 2], [1, 3], [1], [],
     ]  # fmt: skip
     assert steps.count("PARAMETER") == 2
+    assert [record["data"]["step.count"] for record in logged if len(record["step"]) == 1] == [3, 3]
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(pictures: Path, tmp_path: Path) -> None:

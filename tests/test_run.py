@@ -31,7 +31,7 @@ EPOCH_METRICS = {
     "val.top5", "val.loss", "val.compute_ips", "val.total_ips", "val.data_time", "val.compute_latency",
     "val.compute_latency_at95", "val.compute_latency_at99", "val.compute_latency_at100", "comm.bytes_sent",
     "comm.bytes_dense", "comm.ratio", "comm.host_bytes", "comm.host_bytes_dense", "comm.time", "codec.time",
-    "comm.exposed_time", "step.time", "step.data_time", "step.compute_time", "step.exchange_time",
+    "comm.exposed_time", "step.count", "step.time", "step.data_time", "step.compute_time", "step.exchange_time",
 }  # fmt: skip
 ITERATION_METRICS = {name for name in EPOCH_METRICS if not name.startswith(("val.", "step."))}
 
@@ -212,7 +212,8 @@ def test_the_parts_of_a_step_add_up_to_it_and_fit_into_the_epoch(trained: Stage,
     assert found["step.time"] == pytest.approx(found["train.data_time"] + found["train.compute_time"])
     assert found["step.exchange_time"] == found["comm.exposed_time"]
     ends = [float(record["elapsedtime"]) for record in trained.records() if record["step"] in ([epoch], [epoch - 1])]
-    assert 9 * found["step.time"] <= ends[-1] - (ends[0] if epoch else 0)
+    assert found["step.count"] == 9
+    assert found["step.count"] * found["step.time"] <= ends[-1] - (ends[0] if epoch else 0)
     [line] = [line for line in trained.ranks[0].out.splitlines() if line.startswith(f"epoch {epoch} | ")]
     assert line.endswith(" | " + parts_of_step(found))
 
@@ -221,6 +222,7 @@ def test_accumulated_batches_are_one_step_whose_parts_add_up(pictures: Path, tmp
     flags = "--epochs 1 --prof 4 --training-only --no-checkpoints --optimizer-batch-size 16 --compression-type maxmin"
     found = stage(tmp_path, pictures, flags).metrics(0)
     assert found["step.time"] == pytest.approx(2 * (found["train.data_time"] + found["train.compute_time"]))
+    assert found["step.count"] == 2
     assert found["step.time"] == pytest.approx(sum(found[name] for name in PARTS))
     assert all(found[name] >= 0 for name in PARTS)
 

@@ -16,7 +16,7 @@ from image_classification import logs
 
 METRICS_OF_THE_PROGRAM = [
     "train.loss", "train.compute_ips", "train.total_ips", "train.data_time", "train.compute_time", "lr",
-    "step.time", "step.data_time", "step.compute_time", "step.exchange_time",
+    "step.count", "step.time", "step.data_time", "step.compute_time", "step.exchange_time",
     "val.top1", "val.top5", "val.loss", "val.compute_ips", "val.total_ips", "val.data_time",
     "val.compute_latency", "val.compute_latency_at95", "val.compute_latency_at99",
     "val.compute_latency_at100", "best.top1", "comm.bytes_sent", "comm.bytes_dense", "comm.ratio",
