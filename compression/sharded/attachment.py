@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "ranks_per_host": None,
 }
 _WHY_NOT = {
-    "collectives": "it averages over the ranks that `groups` or a `mesh` name",
+    "collectives": "it averages over the ranks that groups, or a mesh, name",
     "barrier_fraction": "FSDP waits for every average, and none can be late",
     "late_steps": "FSDP waits for every average, and none can be late",
     "record": "a rank sees pieces of gradients that its host has added up, and none of its own",
@@ -93,8 +93,8 @@ def _between_hosts(
     shards = mesh_of(units)
     if between.world_size == 1:
         raise ValueError(
-            "`between` is a group of one rank, and nothing would be averaged over hosts; give the ranks that hold the "
-            "same shards on other hosts"
+            "the second of groups, between, has one rank, and nothing would be averaged over hosts; give the ranks "
+            "that hold the same shards on other hosts"
         )
     if not Grid(inside, between).fits(dist.get_rank(), shards.mesh.flatten().tolist()):
         raise ValueError(
