@@ -5,7 +5,7 @@ one after the other in the order of parameters, each padded with zeros to the lo
 buffer is its row, [S]. All-gathers carry all parameters of a unit; reduce-scatters those that have a gradient.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,13 @@ class Piece:
     name: str
     shapes: tuple[tuple[int, ...], ...]
     trained: bool
+    dim: int = 0
+    """The dimension that the ranks cut."""
+
+    def part(self, rank: int) -> str:
+        """The name of a rank's piece, as a slice of the parameter's: "layer.weight[:, 4:8]"."""
+        start = sum(shape[self.dim] for shape in self.shapes[:rank])
+        return f"{self.name}[{':, ' * self.dim}{start}:{start + self.shapes[rank][self.dim]}]"
 
     @property
     def padded(self) -> int:
@@ -38,11 +45,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class Unit:
-    """An FSDP module, and the pieces of its parameters: of those that no FSDP module inside it has."""
+    """An FSDP module, and the pieces of its parameters: of those that no FSDP module inside it has.
+
+    `given`: the modules that were given to `fully_shard` at once, of which `module` is the first. `holders`: the module
+    and the attribute that hold each piece, or now and then the whole parameter.
+    """
 
     name: str
     module: FSDPModule
     pieces: tuple[Piece, ...]
+    given: tuple[nn.Module, ...]
+    holders: tuple[tuple[nn.Module, str], ...]
     arrived: set[str] = field(default_factory=set)
     """Parameters whose gradients are there, and have not travelled."""
 
@@ -73,21 +86,33 @@ def units_of(model: nn.Module) -> list[Unit]:
     Raises ValueError for what cannot be: trained parameters outside of any unit, or not sharded over one dimension.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    given: dict[int, list[tuple[str, Any]]] = {}  # by the state that modules given at once share
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            given.setdefault(id(module._get_fsdp_state()), []).append((name, module))
     taken: set[int] = set()
     units = []
-    for name, module in reversed(modules):  # inner ones first
-        own = [each for each in module.parameters() if id(each) not in taken]
+    for together in given.values():
+        name, first = together[0]
+        holders = _in_order_of_buffers(first)
+        own = [module.get_parameter(attribute) for module, attribute in holders]
         taken.update(map(id, own))
         if pieces := tuple(_piece(names[id(each)], each) for each in own):
-            units.append(Unit(name, module, pieces))
+            units.append(Unit(name, first, pieces, tuple(module for _, module in together), tuple(holders)))
     outside = [name for name, each in model.named_parameters() if each.requires_grad and id(each) not in taken]
     if outside:
         raise ValueError(
             f"parameter {outside[0]} is outside of any module that was given to fully_shard: its ranks would train it "
-            "apart; give the whole model to fully_shard as well"
+            "apart; give the whole model to fully_shard as well, and freeze what it ignores"
         )
-    return units[::-1]
+    return units
+
+
+def _in_order_of_buffers(module: FSDPModule) -> list[tuple[nn.Module, str]]:
+    """What holds the parameters of an FSDP module, in FSDP's own order: it is not the module's, and nowhere public."""
+    group = module._get_fsdp_state()._fsdp_param_group
+    infos = [each._module_info for each in group.fsdp_params] if group is not None else []
+    return [(info.module, info.param_name) for info in infos]
 
 
 def mesh_of(units: Iterable[Unit]) -> DeviceMesh:
@@ -106,32 +131,29 @@ def watch(units: Iterable[Unit]) -> list[RemovableHandle]:
     """Note which parameters of the units get gradients, in `Unit.arrived`, until the handles are removed."""
     handles: list[RemovableHandle] = []
     for unit in units:
-        names = {piece.name for piece in unit.pieces}
-        prefix = f"{unit.name}." if unit.name else ""
-        for path, module in unit.module.named_modules():  # type: ignore[attr-defined]
-            watcher = _Watcher(unit.arrived, f"{prefix}{path}." if path else prefix, names, handles)
-            handles.append(module.register_forward_pre_hook(watcher))
+        watcher = _Watcher(unit, handles)
+        modules = {id(module): module for module in (*unit.given, *(holder for holder, _ in unit.holders))}
+        handles.extend(module.register_forward_pre_hook(watcher) for module in modules.values())
     return handles
 
 
 class _Watcher:
-    """A hook on one module's forward, when its parameters are whole: it hooks each of them once."""
+    """A hook on forwards of a unit, when its parameters are whole: it hooks each of them once.
 
-    def __init__(self, arrived: set[str], prefix: str, names: set[str], handles: list[RemovableHandle]) -> None:
-        self._arrived, self._prefix, self._names, self._handles = arrived, prefix, names, handles
+    All at the first forward of any of its modules: some are used without their own module's forward.
+    """
+
+    def __init__(self, unit: Unit, handles: list[RemovableHandle]) -> None:
+        self._unit, self._handles = unit, handles
         self._hooked: set[int] = set()
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        for name, parameter in self._whole(module):
-            self._hooked.add(id(parameter))
-            mark = _Mark(self._arrived, name)
-            self._handles.append(parameter.register_post_accumulate_grad_hook(mark))
-
-    def _whole(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in module.named_parameters(self._prefix.removesuffix("."), recurse=False):
-            new = id(parameter) not in self._hooked and not isinstance(parameter, DTensor)
-            if new and name in self._names and parameter.requires_grad:
-                yield name, parameter
+        for piece, (holder, attribute) in zip(self._unit.pieces, self._unit.holders, strict=True):
+            parameter = holder.get_parameter(attribute)
+            if parameter.requires_grad and not isinstance(parameter, DTensor) and id(parameter) not in self._hooked:
+                self._hooked.add(id(parameter))
+                mark = _Mark(self._unit.arrived, piece.name)
+                self._handles.append(parameter.register_post_accumulate_grad_hook(mark))
 
 
 @dataclass(frozen=True)
@@ -145,7 +167,7 @@ class _Mark:
 
 def _piece(name: str, parameter: nn.Parameter) -> Piece:
     if not isinstance(parameter, DTensor):
-        raise ValueError(f"parameter {name} of an FSDP module is not sharded; leave ignored parameters frozen")
+        raise ValueError(f"parameter {name} of an FSDP module is not sharded now; reshard the module, and attach then")
     if parameter.device_mesh.ndim != 1 or not isinstance(placement := parameter.placements[0], Shard):
         raise ValueError(
             f"parameter {name} is placed as {parameter.placements} on a mesh of {parameter.device_mesh.ndim} "
@@ -158,4 +180,4 @@ def _piece(name: str, parameter: nn.Parameter) -> Piece:
     for rank in range(ranks):
         held = max(0, min(length, whole[dim] - rank * length))
         shapes.append((*whole[:dim], held, *whole[dim + 1 :]))
-    return Piece(name, tuple(shapes), parameter.requires_grad)
+    return Piece(name, tuple(shapes), parameter.requires_grad, dim)
