@@ -19,6 +19,7 @@ from ..registry import Compressor
 from .exchange import ShardedExchange
 from .grid import Grid
 from .hooks import ShardedHooks
+from .scatter import scattering
 from .units import Piece, mesh_of, units_of
 
 DEFAULTS: dict[str, Any] = {
@@ -29,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "hierarchical": None,
     "ranks_per_host": None,
 }
+_LEVELS = ("hierarchical", "ranks_per_host")  # of use where the hosts of shards are found
 _WHY_NOT = {
     "collectives": "it averages over the ranks that `groups` or a `mesh` name",
     "barrier_fraction": "FSDP waits for every average, and none can be late",
@@ -64,20 +66,21 @@ def attach_sharded(
     Raises ValueError, on all ranks alike, where the ranks' arguments differ, where one of them has no use, and where
     the groups are not those of the model's shards. Attach before the model's first forward.
     """
+    networks = networks_of(groups, mesh)
     for name, value in others.items():
-        if value != DEFAULTS[name]:
+        if value != DEFAULTS[name] and not (networks is None and name in _LEVELS):
             raise ValueError(f"`{name}` has no use for a sharded model: {_WHY_NOT[name]}; leave it out")
     if compressor.needs_full_gradient:
         raise ValueError(
             f"compressor {compressor.name} takes all gradients at once here, and those of a sharded model come module "
             "by module; leave out big_grad and clip, and clip what is averaged (clip_grad_norm_)"
         )
-    networks = networks_of(groups, mesh)
     if networks is None:
-        raise ValueError(
-            "this model's parameters are sharded, and nothing says over which hosts; give groups=(inside, between), or "
-            "a mesh of hosts x ranks"
-        )
+        units = units_of(model)
+        shards = mesh_of(units)
+        pieces = _trained_pieces(model, {piece.name: piece for unit in units for piece in unit.pieces})
+        device, levels = device_of(shards), {name: others.get(name) for name in _LEVELS}
+        return scattering(model, units, pieces, shards, device, compressor, seed, verify_wire=verify_wire, **levels)
     return _between_hosts(model, compressor, seed, *networks, verify_wire)
 
 
