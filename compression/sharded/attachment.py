@@ -61,7 +61,13 @@ def attach_sharded(
     The first weights, and buffers, are those of the first host: they are broadcast from there. Error feedback and the
     like take N / R floats a rank, N values of the model on R ranks a host.
 
-    `others` are arguments of `attach` that have no use here.
+    Without either, the model's shards span all ranks, and FSDP's reduce-scatters go by the compressor's codes: each
+    rank encodes the shards of others, and adds up its own in float32 (`averagers.ReduceScatter`). That takes
+    quantizers whose codes are unbiased, and float32. Error feedback, where it is asked for, takes N (W - 1) / W floats
+    a rank of W. Which ranks share a host is found; hosts of as many ranks each, two or more, average in two levels
+    (`hierarchical`, `ranks_per_host`), else one line says what the hosts' links carry.
+
+    `others` are the other arguments of `attach`, most of which have no use here.
 
     Raises ValueError, on all ranks alike, where the ranks' arguments differ, where one of them has no use, and where
     the groups are not those of the model's shards. Attach before the model's first forward.
