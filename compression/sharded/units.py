@@ -128,10 +128,10 @@ def watch(units: Iterable[Unit]) -> list[RemovableHandle]:
     """Note which parameters of the units get gradients, in `Unit.arrived`, until the handles are removed."""
     handles: list[RemovableHandle] = []
     for unit in units:
-        names = {piece.name for piece in unit.pieces}
+        names, hooked = {piece.name for piece in unit.pieces}, set[int]()
         for root, given in unit.given:
             for path, module in given.named_modules(prefix=root):
-                watcher = _Watcher(unit.arrived, path, names, handles)
+                watcher = _Watcher(unit.arrived, path, names, hooked, handles)
                 handles.append(module.register_forward_pre_hook(watcher))
     return handles
 
@@ -139,9 +139,10 @@ def watch(units: Iterable[Unit]) -> list[RemovableHandle]:
 class _Watcher:
     """A hook on one module's forward, when its parameters are whole: it hooks each of the unit's once."""
 
-    def __init__(self, arrived: set[str], path: str, names: set[str], handles: list[RemovableHandle]) -> None:
-        self._arrived, self._path, self._names, self._handles = arrived, path, names, handles
-        self._hooked: set[int] = set()
+    def __init__(
+        self, arrived: set[str], path: str, names: set[str], hooked: set[int], handles: list[RemovableHandle]
+    ) -> None:
+        self._arrived, self._path, self._names, self._hooked, self._handles = arrived, path, names, hooked, handles
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         for name, parameter in self._whole(module):
