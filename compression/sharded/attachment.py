@@ -32,7 +32,7 @@ DEFAULTS: dict[str, Any] = {
 }
 _LEVELS = ("hierarchical", "ranks_per_host")  # of use where the hosts of shards are found
 _WHY_NOT = {
-    "collectives": "it averages over the ranks that `groups` or a `mesh` name",
+    "collectives": "its mesh, and groups, say which ranks average",
     "barrier_fraction": "FSDP waits for every average, and none can be late",
     "late_steps": "FSDP waits for every average, and none can be late",
     "record": "a rank sees pieces of gradients that its host has added up, and none of its own",
