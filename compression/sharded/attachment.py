@@ -35,7 +35,7 @@ _WHY_NOT = {
     "collectives": "its mesh, and groups, say which ranks average",
     "barrier_fraction": "FSDP waits for every average, and none can be late",
     "late_steps": "FSDP waits for every average, and none can be late",
-    "record": "a rank sees pieces of gradients that its host has added up, and none of its own",
+    "record": "a rank averages pieces of layers, and a search measures whole ones",
     "hierarchical": "its mesh says which ranks share a host",
     "ranks_per_host": "its mesh says which ranks share a host",
 }
