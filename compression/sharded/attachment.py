@@ -19,6 +19,7 @@ from ..registry import Compressor
 from .exchange import ShardedExchange
 from .grid import Grid
 from .hooks import ShardedHooks
+from .scatter import scattering
 from .units import Piece, mesh_of, units_of
 
 DEFAULTS: dict[str, Any] = {
@@ -29,11 +30,12 @@ DEFAULTS: dict[str, Any] = {
     "hierarchical": None,
     "ranks_per_host": None,
 }
+_LEVELS = ("hierarchical", "ranks_per_host")  # of use where the hosts of shards are found
 _WHY_NOT = {
-    "collectives": "it averages over the ranks that groups, or a mesh, name",
+    "collectives": "its mesh, and groups, say which ranks average",
     "barrier_fraction": "FSDP waits for every average, and none can be late",
     "late_steps": "FSDP waits for every average, and none can be late",
-    "record": "a rank sees pieces of gradients that its host has added up, and none of its own",
+    "record": "a rank averages pieces of layers, and a search measures whole ones",
     "hierarchical": "its mesh says which ranks share a host",
     "ranks_per_host": "its mesh says which ranks share a host",
 }
@@ -59,25 +61,32 @@ def attach_sharded(
     The first weights, and buffers, are those of the first host: they are broadcast from there. Error feedback and the
     like take N / R floats a rank, N values of the model on R ranks a host.
 
-    `others` are arguments of `attach` that have no use here.
+    Without either, the model's shards span all ranks, and FSDP's reduce-scatters go by the compressor's codes: each
+    rank encodes the shards of others, and adds up its own in float32 (`averagers.ReduceScatter`). That takes
+    quantizers whose codes are unbiased, and float32. Error feedback, where it is asked for, takes N (W - 1) / W floats
+    a rank of W. Which ranks share a host is found; hosts of as many ranks each, two or more, average in two levels
+    (`hierarchical`, `ranks_per_host`), else one line says what the hosts' links carry.
+
+    `others` are the other arguments of `attach`, most of which have no use here.
 
     Raises ValueError, on all ranks alike, where the ranks' arguments differ, where one of them has no use, and where
     the groups are not those of the model's shards. Attach before the model's first forward.
     """
+    networks = networks_of(groups, mesh)
     for name, value in others.items():
-        if value != DEFAULTS[name]:
+        if value != DEFAULTS[name] and not (networks is None and name in _LEVELS):
             raise ValueError(f"`{name}` has no use for a sharded model: {_WHY_NOT[name]}; leave it out")
     if compressor.needs_full_gradient:
         raise ValueError(
             f"compressor {compressor.name} takes all gradients at once here, and those of a sharded model come module "
             "by module; leave out big_grad and clip, and clip what is averaged (clip_grad_norm_)"
         )
-    networks = networks_of(groups, mesh)
     if networks is None:
-        raise ValueError(
-            "this model's parameters are sharded, and nothing says over which hosts; give groups=(inside, between), or "
-            "a mesh of hosts x ranks"
-        )
+        units = units_of(model)
+        shards = mesh_of(units)
+        pieces = _trained_pieces(model, {piece.name: piece for unit in units for piece in unit.pieces})
+        device, levels = device_of(shards), {name: others.get(name) for name in _LEVELS}
+        return scattering(model, units, pieces, shards, device, compressor, seed, verify_wire=verify_wire, **levels)
     return _between_hosts(model, compressor, seed, *networks, verify_wire)
 
 

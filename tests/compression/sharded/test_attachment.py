@@ -460,7 +460,7 @@ def refused() -> None:
     }.items():  # fmt: skip
         refusal(f"`{name}` has no use for a sharded model: .*; leave it out", **{name: value})
     refusal("groups and a mesh say the same", groups=(inside, between))
-    refusal("this model's parameters are sharded", mesh=None)
+    refusal("this model is sharded over 2 of 4 ranks", mesh=None)
     refusal("groups are .inside, between.", mesh=None, groups=(between, inside))
     refusal("the second of groups, between, has one rank", mesh=None, groups=(inside, compression.Solo()))
     refusal("`verify_wire` puts checksums on messages", "none", verify_wire=True)
