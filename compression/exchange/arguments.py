@@ -1,7 +1,7 @@
 """Arguments of `attach` and `averaging`, which all ranks give alike: from compressors and groups to an arrangement."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -52,7 +52,7 @@ def arranged(
     if collectives is None and process_group is not None:
         members, collectives = dist.get_process_group_ranks(process_group), TorchDistributed(process_group)
     collectives = collectives or Solo()
-    _check_equal(
+    check_equal(
         collectives,
         compressor,
         hierarchical=hierarchical,
@@ -62,11 +62,8 @@ def arranged(
         **others,
         tensors=[(name, tuple(tensor.shape)) for name, tensor in tensors.items()],
     )
-    if verify_wire and not compressor.sends_messages:
-        raise ValueError(
-            f"`verify_wire` puts checksums on messages, and what {compressor.name} sends the network itself adds up; "
-            f"leave it out, or use {', '.join(with_messages())}"
-        )
+    if verify_wire:
+        check_messages(compressor)
     return arrange(
         collectives,
         members,
@@ -75,15 +72,31 @@ def arranged(
         compressor.encodes,
         hierarchical=hierarchical,
         ranks_per_host=ranks_per_host,
-        groups=_networks_of(groups, mesh),
+        groups=networks_of(groups, mesh),
         verify_wire=verify_wire,
     )
 
 
-def _check_equal(collectives: Collectives, compressor: Compressor, **others: Any) -> None:
+def check_messages(compressor: Compressor) -> None:
+    """Raise ValueError where no message has a checksum."""
+    if not compressor.sends_messages:
+        raise ValueError(
+            f"`verify_wire` puts checksums on messages, and what {compressor.name} sends the network itself adds up; "
+            f"leave it out, or use {', '.join(with_messages())}"
+        )
+
+
+class Known(Protocol):
+    """Ranks that can tell one another what they know."""
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank."""
+
+
+def check_equal(ranks: Known, compressor: Compressor, **others: Any) -> None:
     """Raise ValueError, on all ranks alike, where the compressor or another choice differs from rank 0's."""
     choices = {"compressor": compressor.name, **compressor.option_values, **others}
-    first, *rest = collectives.collect(choices)
+    first, *rest = ranks.collect(choices)
     for rank, theirs in enumerate(rest, start=1):
         for name in {**first, **theirs}:
             if first.get(name) != theirs.get(name):
@@ -98,7 +111,7 @@ def _shortened(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def _networks_of(groups: tuple[Group, Group] | None, mesh: DeviceMesh | None) -> tuple[Collectives, Collectives] | None:
+def networks_of(groups: tuple[Group, Group] | None, mesh: DeviceMesh | None) -> tuple[Collectives, Collectives] | None:
     """(inside, between), given as they are or as the two dimensions of a mesh.
 
     Raises ValueError for both, and for a mesh that has not two dimensions.

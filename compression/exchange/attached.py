@@ -36,10 +36,14 @@ class Attached(ABC):
         bind: Bind,
         record: bool,
         choose: Callable[[bool], bool] | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        """`parameters`: those of the model that are averaged, by name; `catch` hooks the model that has them."""
+        """`parameters`: those of the model that are averaged, by name; `catch` hooks the model that has them.
+
+        `device`: that of the gradients, by default the parameters'.
+        """
         self.parameters, self.compressor = dict(parameters), compressor
-        self.device = next(iter(self.parameters.values())).device
+        self.device = device or next(iter(self.parameters.values())).device
         self._bind = bind
         self.binding = bind(compressor, None)
         self.layers, self.arrangement = self.binding.layers, self.binding.arrangement
@@ -64,7 +68,7 @@ class Attached(ABC):
         self.loss_scale: float | Tensor = 1.0
         self._suspect: tuple[tuple[str, ...], Tensor] | None = None
         try:
-            self._hooks = catch(self.begin_backward, self.submit, self.pipeline.check)
+            self._hooks = catch(self.begin_backward, self.submit, self.end_backward)
         except BaseException:
             self.pipeline.close()
             raise
@@ -105,6 +109,10 @@ class Attached(ABC):
         """Begin a step where the loop did not; called before the first gradients of a backward are submitted."""
         if not self.open or self.travelling:
             self.begin_step()
+
+    def end_backward(self) -> None:
+        """Raise what went wrong on the communication thread; called at the end of a backward that submitted any."""
+        self.pipeline.check()
 
     @abstractmethod
     def submit(self, gradients: Gradients) -> "torch.futures.Future[Tensor]":

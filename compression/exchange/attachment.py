@@ -17,7 +17,7 @@ from .binding import Binding
 from .broken_barrier import BrokenBarrier
 from .exchange import Exchange
 from .hooks import hook
-from .models import check_ranks, finds_unused, trained_parameters, unwrapped
+from .models import check_ranks, finds_unused, has_shards, trained_parameters, unwrapped
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +60,9 @@ def attach(
     each host; or `mesh`, a DeviceMesh of hosts x ranks, has both. What is given is the exchange's alone from then on:
     it is used on another thread.
 
+    A model that FSDP2 shards (`fully_shard`) gets hooks on the gradients of every module that was given to it; see
+    `sharded.attachment.attach_sharded`.
+
     With `verify_wire` messages carry checksums (`network.verified`): one that arrives damaged raises an OSError that
     names its sender, where its average is waited for.
 
@@ -68,6 +71,23 @@ def attach(
     """
     compressor = compressor_of(compressor, options)
     model = unwrapped(model)
+    if has_shards(model):
+        from ..sharded.attachment import attach_sharded
+
+        return attach_sharded(
+            model,
+            compressor,
+            seed,
+            groups=groups,
+            mesh=mesh,
+            verify_wire=verify_wire,
+            collectives=collectives,
+            barrier_fraction=barrier_fraction,
+            late_steps=late_steps,
+            record=record,
+            hierarchical=hierarchical,
+            ranks_per_host=ranks_per_host,
+        )
     if collectives is None:
         check_ranks(model)
     parameters = trained_parameters(model)

@@ -82,8 +82,11 @@ class Exchange(Attached):
         if self.open:
             finite = self.finish()
             self._say_what_overflows_without_a_scale(finite)
-            complete = len(self.pipeline.nonfinite) == len(self.layers)  # else nobody can have applied it
-            self.settle(finite if complete else torch.zeros_like(finite))
+            self.settle(finite if self._complete() else torch.zeros_like(finite))
+
+    def _complete(self) -> bool:
+        """Whether the step's averages are all there: else nobody can have applied it."""
+        return len(self.pipeline.nonfinite) == len(self.layers)
 
     def _say_what_overflows_without_a_scale(self, finite: Tensor) -> None:
         """Warn once of gradients that are not finite in a loop that declares no loss scale; a GPU is not waited for."""

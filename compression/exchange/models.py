@@ -58,15 +58,15 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return parameters
 
 
+def has_shards(model: nn.Module) -> bool:
+    """Whether a rank holds pieces of some parameters. Told without loading what shards them."""
+    return any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+
+
 def check_ranks(model: nn.Module) -> None:
     """Raise ValueError where torch.distributed has ranks that nothing would average over."""
     if isinstance(model, DistributedDataParallel) or not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
-        raise ValueError(
-            "this model's parameters are sharded, and gradients are averaged where DistributedDataParallel wraps a "
-            "whole model; wrap it in that"
-        )
     raise ValueError(
         f"torch.distributed has {dist.get_world_size()} ranks, and this model is not wrapped in "
         "DistributedDataParallel: its ranks would train apart; wrap it, or give collectives: Solo() for one rank "

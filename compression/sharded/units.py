@@ -24,6 +24,13 @@ class Piece:
     name: str
     shapes: tuple[tuple[int, ...], ...]
     trained: bool
+    dim: int = 0
+    """The dimension that the ranks cut."""
+
+    def part(self, rank: int) -> str:
+        """The name of a rank's piece, as a slice of the parameter's: "layer.weight[:, 4:8]"."""
+        start = sum(shape[self.dim] for shape in self.shapes[:rank])
+        return f"{self.name}[{':, ' * self.dim}{start}:{start + self.shapes[rank][self.dim]}]"
 
     @property
     def padded(self) -> int:
@@ -158,4 +165,4 @@ def _piece(name: str, parameter: nn.Parameter) -> Piece:
     for rank in range(ranks):
         held = max(0, min(length, whole[dim] - rank * length))
         shapes.append((*whole[:dim], held, *whole[dim + 1 :]))
-    return Piece(name, tuple(shapes), parameter.requires_grad)
+    return Piece(name, tuple(shapes), parameter.requires_grad, dim)
