@@ -17,6 +17,7 @@ from ..network.collectives import Collectives, Metered, Traffic
 from ..network.hosts import Hosts
 from ..registry import Compressor
 from .exchange import ShardedExchange
+from .gathering import check_bits
 from .grid import Grid
 from .hooks import ShardedHooks
 from .units import Piece, mesh_of, units_of
@@ -47,6 +48,7 @@ def attach_sharded(
     groups: tuple[Group, Group] | None = None,
     mesh: DeviceMesh | None = None,
     verify_wire: bool = False,
+    gather_bits: int | None = None,
     **others: Any,
 ) -> ShardedExchange:
     """Average a sharded model's gradients through a compressor, from the next backward on.
@@ -72,7 +74,14 @@ def attach_sharded(
             f"compressor {compressor.name} takes all gradients at once here, and those of a sharded model come module "
             "by module; leave out big_grad and clip, and clip what is averaged (clip_grad_norm_)"
         )
+    if gather_bits is not None:
+        check_bits(gather_bits)
     networks = networks_of(groups, mesh)
+    if networks is not None and gather_bits is not None:
+        raise ValueError(
+            "`gather_bits` is for models whose shards span hosts: with groups or a mesh of hosts x ranks FSDP gathers "
+            "parameters inside each host, and codes would cost precision and save nothing on a link; leave it out"
+        )
     if networks is None:
         raise ValueError(
             "this model's parameters are sharded, and nothing says over which hosts; give groups=(inside, between), or "

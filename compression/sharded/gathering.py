@@ -8,6 +8,7 @@ has the owners' exact ones.
 W ranks, S values of a unit's row, B bytes of its message.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,8 @@ from ..network.torch_distributed import TorchDistributed
 from ..plans import Plan, Segment, plan
 from ..randomness import stream_keys
 from .units import Unit
+
+_log = logging.getLogger(__name__)
 
 BITS = range(4, 9)
 BLOCK = 512  # values that share a minimum and a step
@@ -65,18 +68,27 @@ class Gathering:
         check_bits(bits)
         self.traffic = Traffic()
         """What this rank has sent."""
+        self._taken = 0.0
         self.members, self.hosts, self.closed = tuple(members), hosts, False
         self._made = ProcessGroups(everyone, members, device)
         if in_levels(hierarchical, hosts, encodes=True):
             inside = Metered(self._made.network(hosts.inside), self.traffic, hosts=(0,) * hosts.sizes[0])
             between = Metered(self._made.network(hosts.between), self.traffic)
             self.rows = Rows(inside, between, tuple(rank for place in hosts.between for rank in place))
+        elif everyone.world_size == 1:
+            self.rows = Rows(Solo(), Solo(), (0,))
+            _log.warning("`gather_bits` has no effect on one rank: FSDP gathers nothing there")
         else:
             ranks = range(everyone.world_size)
             network = Metered(self._made.network([list(ranks)]), self.traffic, hosts.of)
             self.rows = Rows(Solo(), network, tuple(ranks))
         for tag, unit in enumerate(units):
             unit.module.set_custom_all_gather(_AllGather(self, unit, Nearest(bits, BLOCK), tag))  # type: ignore[arg-type]
+
+    def take_bytes(self) -> float:
+        """Bytes that this rank has sent since the last call."""
+        before, self._taken = self._taken, self.traffic.bytes_sent
+        return self._taken - before
 
     def close(self, sound: bool = True) -> None:
         """Let the units' parameters travel as they are. Calling it twice is harmless."""

@@ -1,7 +1,6 @@
 """Sharded models whose hosts average in codes: the same as without, for 2 hosts x 2 ranks over gloo."""
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 import compression
 from tests.support.gloo_ranks import as_rank, run
