@@ -50,7 +50,8 @@ def is_unit_scale(scale: float | Tensor) -> bool:
 def not_finite(flat: Tensor, views: list[Tensor]) -> list[Tensor]:
     """Whether each view of `flat` holds a NaN or an infinity: bool scalars on the device, not waited for."""
     if flat.device.type == "cuda":
-        largest = torch.stack(torch._foreach_norm(views, float("inf")))  # a launch for each layer takes longer
+        full = [view if view.numel() else flat.new_zeros(1) for view in views]
+        largest = torch.stack(torch._foreach_norm(full, float("inf")))  # a launch for each layer takes longer
         return list((~torch.isfinite(largest)).unbind())
     found = torch.zeros(1)
     if flat.dtype == torch.float32:  # the fastest look there is at all values: it multiplies them by 1

@@ -31,6 +31,18 @@ class Layer:
         return int(np.prod(self.shape, dtype=np.int64))
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """A layer that ranks hold in pieces: the values of each rank's, [W], and how many each takes in a buffer's row."""
+
+    values: tuple[int, ...]
+    padded: int
+
+    def of(self, ranks: Sequence[int]) -> "Pieces":
+        """Those of some ranks, as they lie in rows that are no shorter."""
+        return Pieces(tuple(self.values[rank] for rank in ranks), self.padded)
+
+
 def compressible(shape: Sequence[int], bucket_size: int) -> bool:
     """Whether a layer is compressed: it has two or more dimensions and at least one full quantization bucket.
 

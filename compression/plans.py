@@ -243,6 +243,27 @@ def by_owner(whole: Plan) -> Plan:
     return replace(whole, slot=whole.slot + owner * layers, layers=np.tile(whole.layers, len(whole.message_bytes)))
 
 
+def joined(plans: Sequence[Plan]) -> Plan:
+    """Plans of the same layers as one: messages one after the other, values and states where they lie."""
+    starts = np.cumsum([0, *(each.wire_bytes for each in plans[:-1])])
+    columns = ("position", "count", "bits", "slot", "element", "state_at")
+    return replace(
+        plans[0],
+        **{name: np.concatenate([getattr(each, name) for each in plans]) for name in columns},
+        wire_at=np.concatenate([each.wire_at + start for each, start in zip(plans, starts, strict=True)]),
+        message_bytes=tuple(nbytes for each in plans for nbytes in each.message_bytes),
+        values=sum(each.values for each in plans),
+    )
+
+
+def spans(whole: Plan) -> list[tuple[int, int]]:
+    """(start, stop) of the values of a plan's buckets, neighbors in one."""
+    stops = whole.position + whole.count
+    first = np.flatnonzero(np.r_[True, whole.position[1:] != stops[:-1]][: len(stops)])
+    last = np.r_[first[1:] - 1, len(stops) - 1][: len(first)]
+    return list(zip(whole.position[first].tolist(), stops[last].tolist(), strict=True))
+
+
 def _edges(whole: Plan, count: int) -> Ints:
     """Records at which every message is cut into `count` parts, [owners, count + 1]: a part begins with a record."""
     ends = np.cumsum(whole.message_bytes, dtype=np.int64)

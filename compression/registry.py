@@ -6,7 +6,7 @@ and one row here. Rows load what they build when they build it: to list names an
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .averagers.top_k import Score
     from .codecs.base import Codec, Floats
     from .codecs.quantizer import Quantizer
-    from .layers import Layer
+    from .layers import Layer, Pieces
     from .network.collectives import Collectives
     from .network.inside import Levels
 
@@ -171,13 +171,17 @@ class DgcOptions(Options):
 Build = Callable[[Any, Sequence["Layer"], "Collectives", int], "Averager"]
 """(options, layers, collectives, seed) -> the averager bound to them. The options are of the row's own class."""
 
+BuildOfPieces = Callable[[Any, Sequence["Layer"], Mapping[str, "Pieces"], "Collectives", int], "Averager"]
+"""Likewise, with every layer's pieces."""
+
 
 @dataclass(frozen=True)
 class Row:
     """One compressor: a summary, the class of its options, and how its averager and its codec are built.
 
-    Either a `quantizer`, whose codes are averaged in two hops, or what `average` builds. `quantizer` and `codec` are
-    classes, or their names within `compression.codecs`.
+    Either a `quantizer`, whose codes are averaged in two hops, or what `average` builds. Shards are averaged by its
+    codes in one hop, or by what `reduce_scatter` builds. `quantizer` and `codec` are classes, or their names within
+    `compression.codecs`.
     `min_bits`: the least width, 0 where there is none to choose. `listed`: among the choices of a compression type; the
     others are chosen otherwise. `needs_feedback`: error feedback is always on. `own_warmup`: it encodes in its first
     `warmup_steps` too. `stateless`: its averager remembers nothing. `encodes`: it sends less than float32 does, with
@@ -188,6 +192,7 @@ class Row:
     summary: str
     options: type[Any]
     average: Build | None = None
+    reduce_scatter: BuildOfPieces | None = None
     quantizer: "str | type[Quantizer] | None" = None
     codec: "str | Callable[..., Codec] | None" = None
     min_bits: int = 0
@@ -271,11 +276,71 @@ class Row:
         of_averages = getattr(options, "second_hop_bits", None)
         return TwoHop(self.quantizer_of(options), layers, collectives, seed, feedback, options.dense, of_averages)
 
+    def averager_of_pieces(
+        self,
+        name: str,
+        options: Any,
+        layers: Sequence["Layer"],
+        pieces: Mapping[str, "Pieces"],
+        collectives: "Collectives",
+        seed: int,
+    ) -> "Averager":
+        """The averager of shards, behind its warm-up where there is one. `name` is what errors call it.
+
+        Raises ValueError where it averages no pieces of layers, and for an option without effect there.
+        """
+        self.check_of_pieces(name, options)
+        if self.reduce_scatter is not None:
+            return self.reduce_scatter(options, layers, pieces, collectives, seed)
+        from .averagers import ReduceScatter, WarmUp
+
+        quantizer, feedback = self.quantizer_of(options), options.error_feedback
+        inner = ReduceScatter(quantizer, layers, pieces, collectives, seed, feedback, options.dense)
+        if options.warmup_steps == 0:
+            return inner
+        return WarmUp(inner, _none_of_pieces(options, layers, pieces, collectives, seed), options.warmup_steps)
+
+    def check_of_pieces(self, name: str, options: Any) -> None:
+        """Raise ValueError where it averages no pieces of layers, and for an option without effect there."""
+        if self.quantizer is None and self.reduce_scatter is None:
+            why = "adds nothing up that ranks could share"
+            if self.encodes:
+                what = "a whole matrix" if self.needs_matrix else "the largest of all values of a layer"
+                why = f"needs {what}, of which each rank averages a piece here"
+            raise ValueError(
+                f"compressor {name} {why}; choose one of {', '.join(with_reduce_scatter())}, or shard over the ranks "
+                "of a host alone and attach with groups=(inside, between)"
+            )
+        if self.needs_feedback and not options.error_feedback:
+            raise ValueError(
+                f"compressor {name} is biased without error feedback, for which every rank of W keeps (W - 1) / W of a "
+                "float for each parameter of the whole model; give error_feedback=True, or choose one that is unbiased"
+            )
+        if getattr(options, "second_hop_bits", None) is not None:
+            raise ValueError(
+                "second_hop_bits are the width of averages, which nobody sends where each rank keeps its own; leave it "
+                "out"
+            )
+        if options.big_grad:
+            raise ValueError(
+                "big_grad waits for all gradients, and a sharded model hands over those of one module at a time; leave "
+                "it out"
+            )
+
 
 def _none(options: Options, layers: Sequence["Layer"], collectives: "Collectives", seed: int) -> "Averager":
     from .averagers import Dense, RoundedDense
 
     return Dense(collectives) if options.dense_dtype == "float32" else RoundedDense(collectives)
+
+
+def _none_of_pieces(
+    options: Options, layers: Sequence["Layer"], pieces: Mapping[str, "Pieces"], collectives: "Collectives", seed: int
+) -> "Averager":
+    from .averagers import ReduceScatter
+
+    as_they_are, any_codes = [replace(layer, compressed=False) for layer in layers], _load("quantizers.MaxMin")(8)
+    return ReduceScatter(any_codes, as_they_are, pieces, collectives, seed, dense=options.dense)
 
 
 def _sanity(options: DenseOptions, layers: Sequence["Layer"], collectives: "Collectives", seed: int) -> "Averager":
@@ -372,6 +437,7 @@ COMPRESSORS: dict[str, Row] = {
         "all-reduce of float32 or bfloat16",
         AllReduceOptions,
         _none,
+        _none_of_pieces,
         stateless=True,
         encodes=False,
         all_reduces=True,
@@ -517,6 +583,32 @@ class Compressor:
         """Bind to layers and ranks."""
         return COMPRESSORS[self.name].averager(self.options, layers, collectives, seed)
 
+    def check_reduce_scatter(self) -> None:
+        """Raise ValueError where it averages no pieces of layers, and for an option without effect there."""
+        COMPRESSORS[self.name].check_of_pieces(self.name, self.options)
+
+    def reduce_scatter(
+        self, layers: Sequence["Layer"], pieces: Mapping[str, "Pieces"], collectives: "Collectives", seed: int
+    ) -> "Averager":
+        """Bind to this rank's pieces of layers, to everybody's, and to ranks; see `averagers.ReduceScatter`.
+
+        Raises ValueError for what `check_reduce_scatter` refuses.
+        """
+        return COMPRESSORS[self.name].averager_of_pieces(self.name, self.options, layers, pieces, collectives, seed)
+
+    def hierarchical_reduce_scatter(
+        self,
+        layers: Sequence["Layer"],
+        pieces: Mapping[str, "Pieces"],
+        places: Sequence[Sequence[int]],
+        levels: "Levels",
+        seed: int,
+    ) -> "Averager":
+        """Likewise, to the ranks of this host and of this place; `places` are the ranks of each place."""
+        from .averagers import ReduceScatterInLevels
+
+        return ReduceScatterInLevels(self.reduce_scatter, layers, pieces, places, levels, seed)
+
 
 def build(name: str, **options: Any) -> Compressor:
     """The compressor of a name. Options are the fields of its row's `options`.
@@ -547,6 +639,11 @@ def codec(name: str, **options: Any) -> Any:
 def with_bits() -> list[str]:
     """Names of the compressors whose bit width can be chosen."""
     return [name for name, row in COMPRESSORS.items() if row.has_bits]
+
+
+def with_reduce_scatter() -> list[str]:
+    """Names of the compressors that average shards."""
+    return [name for name, row in COMPRESSORS.items() if row.quantizer is not None or row.reduce_scatter is not None]
 
 
 def with_messages() -> list[str]:

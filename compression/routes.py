@@ -101,6 +101,13 @@ class Mixed(Compressor):
             f"a mix of compressors has no bit width for all layers, got {bits}; ask one of its compressors"
         )
 
+    def check_reduce_scatter(self) -> None:
+        """Raises ValueError: shards are averaged by one compressor."""
+        raise ValueError(
+            "a mix of compressors averages whole layers, of which each rank averages a piece here; choose one "
+            "compressor, or shard over the ranks of a host alone and attach with groups=(inside, between)"
+        )
+
     def averager(self, layers: Sequence["Layer"], collectives: "Collectives", seed: int) -> "Averager":
         """Bind to layers and ranks. Raises ValueError for a route of a layer that is not there."""
         from .averagers import Routed

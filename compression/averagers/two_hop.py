@@ -16,10 +16,11 @@ from ..gradients import Gradients
 from ..layer_state import LayerState
 from ..layers import DENSE, Ints, Layer, shard
 from ..network.collectives import Collectives, PostedExchange, PostedGather, part_of
-from ..plans import Plan, PlanCache, Segment, by_owner, drop_message, mask_owner, plan, split_into_chunks
+from ..plans import Plan, PlanCache, Segment, by_owner, drop_message, mask_owner, spans, split_into_chunks
 from ..randomness import stream_keys
 from ..streams import Meanwhile, Phases, run_all
-from .base import Averager, Averaging, Sent
+from .base import Averaging, Sent
+from .quantized import Quantized
 
 CHUNK_BYTES = 3 * 2**19  # of all shards, where nothing follows that could be encoded meanwhile
 CHUNK_RANKS = 24  # with more, chunks grow, so that no message gets shorter: each costs time, whatever its length
@@ -77,7 +78,7 @@ class _KeepAll:
         return self._messages.view(1, -1)
 
 
-class TwoHop(Averager):
+class TwoHop(Quantized):
     """Quantized averaging in two hops, at 2 (W - 1) / W x encoded bytes of N a rank.
 
     Hop one: every layer is cut into W shards, and each rank sends its encoding of shard r to rank r, which decodes
@@ -93,9 +94,8 @@ class TwoHop(Averager):
     et al. 2019, arXiv:1905.05957). The encoding is then scaled into a projection: see
     `codecs.quantizer`.
 
-    `widths` gives each compressed layer its own bits; missing ones take the codec's. DENSE stands for a layer that is
-    not encoded, whatever it travels as, and has no residual. A dense layer is never cut
-    differently when widths change, so residuals outlive a change of widths.
+    A layer of width DENSE has no residual. It is never cut differently when widths change, so residuals outlive a
+    change of widths.
 
     With `second_hop_bits` averages have that width in all layers that are encoded, whatever theirs is in hop one. Hop
     two adds the error of one encoding whatever the number of ranks, while that of hop one averages out over the ranks.
@@ -113,12 +113,9 @@ class TwoHop(Averager):
         dense: Floats = FLOAT32,
         second_hop_bits: int | None = None,
     ) -> None:
-        self.codec, self.collectives, self.seed = codec, collectives, seed
+        super().__init__(codec, layers, collectives, seed, dense)
         self.second_hop_bits = second_hop_bits
-        self.dense = dense
-        self.layers = {layer.name: layer for layer in layers}
         self.shards = self._shards(layers, collectives.world_size)
-        self.widths: dict[str, int] = {layer.name: codec.bits if layer.compressed else DENSE for layer in layers}
         self._groups: PlanCache[_Group] = PlanCache()
         self._step: int | None = None  # of the keys and of the chunks so far
         self._keys = np.empty((0, 2, 0, 2), np.uint32)
@@ -132,19 +129,8 @@ class TwoHop(Averager):
             }
 
     def set_widths(self, widths: Mapping[str, int]) -> None:
-        """Bits per layer from now on; DENSE sends a layer without encoding it. Unnamed layers keep theirs."""
-        for name, bits in widths.items():
-            if name not in self.layers or not (self.layers[name].compressed or bits == DENSE):
-                raise ValueError(f"{name} is not a compressed layer of this model")
-            if bits != DENSE:
-                self.codec.with_bits(bits)  # checks the range
-        self.widths.update(widths)
+        super().set_widths(widths)
         self._groups.clear()
-
-    def encoded_bytes_at(self, layers: Sequence[Layer], bits: int, world_size: int) -> list[int]:
-        kind = self.dense if bits == DENSE else self.codec.with_bits(bits)
-        shards = self._shards(layers, world_size)
-        return [sum(kind.wire_bytes(stop - start) for start, stop in shards[layer.name]) for layer in layers]
 
     def average_(self, gradients: Gradients, step: int) -> None:
         run_all(self.post(gradients, step)(gradients))
@@ -220,7 +206,7 @@ class TwoHop(Averager):
     def _add_up(self, plan: Plan, received: Tensor, flat: Tensor, factor: float, keys: _Keys) -> None:
         """Set the own shard in `flat` to the sum of all ranks' values of it, times `factor`: this rank's first."""
         if not self._alone:
-            for start, stop in _spans(plan):
+            for start, stop in spans(plan):
                 flat[start:stop].mul_(factor)
         for number, message in enumerate(received):
             its_keys = None if keys.senders is None else keys.senders[number]
@@ -291,25 +277,13 @@ class TwoHop(Averager):
         self, segments: Sequence[Segment], owners: Sequence[int], shards: Mapping[str, Sequence[tuple[int, int]]]
     ) -> tuple[Plan, Plan]:
         """The plans of both hops; one and the same where averages have no width of their own."""
-
-        def planned(of_all: int | None) -> Plan:
-            dense, widths = self.dense.width, self.widths.items()
-            bits = {name: dense if width == DENSE else of_all or width for name, width in widths}
-            return plan(segments, owners, shards, bits, self.codec.shard_bucket_size, self.codec.record_bytes)
-
-        encoded = planned(None)
-        return encoded, encoded if self.second_hop_bits is None else planned(self.second_hop_bits)
+        encoded = self._plan(segments, owners, shards)
+        if self.second_hop_bits is None:
+            return encoded, encoded
+        return encoded, self._plan(segments, owners, shards, self.second_hop_bits)
 
 
 def _cut(first: Plan, second: Plan, count: int) -> tuple[list[Plan], list[Plan]]:
     """The plans of both hops in chunks of the same records."""
     chunks = split_into_chunks(first, count)
     return chunks, chunks if second is first else split_into_chunks(second, count, like=first)
-
-
-def _spans(plan: Plan) -> list[tuple[int, int]]:
-    """(start, stop) of the values of a plan's buckets, neighbors in one."""
-    stops = plan.position + plan.count
-    first = np.flatnonzero(np.r_[True, plan.position[1:] != stops[:-1]][: len(stops)])
-    last = np.r_[first[1:] - 1, len(stops) - 1][: len(first)]
-    return list(zip(plan.position[first].tolist(), stops[last].tolist(), strict=True))

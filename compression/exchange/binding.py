@@ -6,7 +6,7 @@ from typing import Any
 from ..averagers import Averager, Hierarchical
 from ..layers import Layer
 from ..network.arrangement import Arrangement
-from ..network.collectives import Metered, Solo, Traffic
+from ..network.collectives import Collectives, Metered, Solo, Traffic
 from ..network.inside import Levels
 from ..network.verified import Verified
 from ..registry import Compressor
@@ -36,13 +36,25 @@ class Binding:
         self.averager: Averager
         if arrangement.levels is None:
             network = Verified(self.collectives) if arrangement.verify_wire else self.collectives
-            self.averager = compressor.averager(layers, network, seed)
+            self.averager = self._over_all(compressor, network, seed)
         else:
             inside, between = arrangement.levels
             metered = Metered(between, self.collectives.traffic)
             owners = self.hosts.between[inside.rank]
             levels = Levels(inside, Verified(metered, owners) if arrangement.verify_wire else metered)
-            self.averager = compressor.hierarchical(layers, levels, seed)
+            self.averager = self._in_levels(compressor, levels, seed)
+
+    @property
+    def dense_bytes(self) -> float:
+        """Bytes that a rank would send for one step's averages in float32, by a ring."""
+        ranks = self.collectives.world_size
+        return 2 * (ranks - 1) / ranks * 4 * sum(layer.numel for layer in self.layers)
+
+    def _over_all(self, compressor: Compressor, network: Collectives, seed: int) -> Averager:
+        return compressor.averager(self.layers, network, seed)
+
+    def _in_levels(self, compressor: Compressor, levels: Levels, seed: int) -> Averager:
+        return compressor.hierarchical(self.layers, levels, seed)
 
     def encoded_bytes_by(self, compressor: Compressor) -> dict[str, int]:
         """Bytes of every layer by another compressor, as promised, in the unit of what a quantizer encodes.

@@ -218,7 +218,7 @@ class Pipeline:
             gradients = prepared.unscaled()
         elif prepared.flat is not gradients.flat:
             averages = prepared.flat if is_unit_scale(scale) else prepared.flat.mul_(scale)
-            gradients.flat.copy_(_cut_to(averages, gradients.flat.dtype))
+            gradients.flat.copy_(cut_to(averages, gradients.flat.dtype))
         views = [values for _, values in gradients.layers(self._sizes)]
         self.nonfinite.update(zip(gradients.names, not_finite(gradients.flat, views), strict=True))
         return gradients
@@ -234,7 +234,7 @@ class Pipeline:
         return urgent
 
 
-def _cut_to(values: Tensor, dtype: torch.dtype) -> Tensor:
+def cut_to(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Values with those that are finite, but too large for a type of numbers, at its limit.
 
     Decoded values may be larger than any gradient was. What is not finite stays so.

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Report:
     """Bytes and seconds of a number of optimizer steps, on this rank or as the mean over ranks. `Report()` is of none.
 
-    `bytes_dense` are those of an all-reduce in float32. `ratio` is their quotient, and at one rank, where
+    `bytes_dense` are those of an all-reduce in float32, or of a reduce-scatter where each rank gets the averages of its
+    own shards only. `ratio` is their quotient, and at one rank, where
     nothing is sent, encoded bytes over 4 bytes a value. `host_bytes` are those that a host puts on its link, the mean
     over hosts, and `host_bytes_dense` those that a ring all-reduce in float32, over the same ranks in order, would:
     0 on one host. `exposed_seconds` are those from the last gradient of backward
@@ -84,7 +85,7 @@ class Meter:
 
     def __init__(self, binding: Binding, pipeline: Pipeline) -> None:
         self._network, self._hosts, self._pipeline = binding.collectives, binding.hosts, pipeline
-        self._values = sum(layer.numel for layer in binding.layers)
+        self._dense_bytes, self._values = binding.dense_bytes, sum(layer.numel for layer in binding.layers)
         self._exposed_seconds = 0.0
         self._submitted_at: float | None = None  # the last gradients of the step under way
         self._reported: tuple[float, ...] = (0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0)
@@ -118,7 +119,7 @@ class Meter:
         done, sent, between, encoded, comm, job, exposed = (b - a for a, b in zip(self._reported, now, strict=True))
         self._reported = now
         world, hosts = self._network.world_size, self._hosts
-        dense = 2 * (world - 1) / world * 4 * self._values * done
+        dense = self._dense_bytes * done
         ratio = sent / dense if dense else encoded / (4 * self._values * done or 1)
         host = between * world / hosts.count
         host_dense = dense * hosts.ring_edges / hosts.count

@@ -31,7 +31,7 @@ class PostedInside(Protocol):
         """
 
     def hand_out(self, own: Tensor, flat: Tensor) -> HandedOut:
-        """Put every owner's slices, `own` on this rank, into `flat`; called after `add_up`."""
+        """Put every owner's slices, `own` on this rank, into `flat`; called after `add_up`, of all buffers or none."""
 
 
 class Inside(Protocol):

@@ -20,6 +20,7 @@ from .exchange import ShardedExchange
 from .gathering import check_bits
 from .grid import Grid
 from .hooks import ShardedHooks
+from .scatter import scattering
 from .units import Piece, mesh_of, units_of
 
 DEFAULTS: dict[str, Any] = {
@@ -30,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "hierarchical": None,
     "ranks_per_host": None,
 }
+_LEVELS = ("hierarchical", "ranks_per_host")  # of use where the hosts of shards are found
 _WHY_NOT = {
     "collectives": "it averages over the ranks that `groups` or a `mesh` name",
     "barrier_fraction": "FSDP waits for every average, and none can be late",
@@ -61,13 +63,16 @@ def attach_sharded(
     The first weights, and buffers, are those of the first host: they are broadcast from there. Error feedback and the
     like take N / R floats a rank, N values of the model on R ranks a host.
 
+    With `gather_bits`, 4 to 8, the all-gathers of parameters travel in codes, too: see `gathering`.
+
     `others` are arguments of `attach` that have no use here.
 
     Raises ValueError, on all ranks alike, where the ranks' arguments differ, where one of them has no use, and where
     the groups are not those of the model's shards. Attach before the model's first forward.
     """
+    networks = networks_of(groups, mesh)
     for name, value in others.items():
-        if value != DEFAULTS[name]:
+        if value != DEFAULTS[name] and not (networks is None and name in _LEVELS):
             raise ValueError(f"`{name}` has no use for a sharded model: {_WHY_NOT[name]}; leave it out")
     if compressor.needs_full_gradient:
         raise ValueError(
@@ -76,17 +81,19 @@ def attach_sharded(
         )
     if gather_bits is not None:
         check_bits(gather_bits)
-    networks = networks_of(groups, mesh)
-    if networks is not None and gather_bits is not None:
-        raise ValueError(
-            "`gather_bits` is for models whose shards span hosts: with groups or a mesh of hosts x ranks FSDP gathers "
-            "parameters inside each host, and codes would cost precision and save nothing on a link; leave it out"
-        )
+        if networks is not None:
+            raise ValueError(
+                "`gather_bits` is for models whose shards span hosts: with groups or a mesh of hosts x ranks FSDP "
+                "gathers parameters inside each host, and codes would lose precision and save nothing on a link; leave "
+                "it out"
+            )
     if networks is None:
-        raise ValueError(
-            "this model's parameters are sharded, and nothing says over which hosts; give groups=(inside, between), or "
-            "a mesh of hosts x ranks"
-        )
+        units = units_of(model)
+        shards = mesh_of(units)
+        pieces = _trained_pieces(model, {piece.name: piece for unit in units for piece in unit.pieces})
+        device, levels = device_of(shards), {name: others.get(name) for name in _LEVELS}
+        how: dict[str, Any] = {"verify_wire": verify_wire, "gather_bits": gather_bits, **levels}
+        return scattering(model, units, pieces, shards, device, compressor, seed, **how)
     return _between_hosts(model, compressor, seed, *networks, verify_wire)
 
 

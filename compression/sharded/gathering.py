@@ -8,7 +8,6 @@ has the owners' exact ones.
 W ranks, S values of a unit's row, B bytes of its message.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,16 +20,14 @@ from torch import Tensor
 
 from ..codecs.nearest import Nearest
 from ..layers import BFLOAT16, DENSE, Layer, compressible
-from ..network.arrangement import in_levels
+from ..network.arrangement import Arrangement
 from ..network.collectives import Collectives, Metered, PostedGather, Solo, Traffic, part_of
-from ..network.hosts import Hosts
 from ..network.process_groups import ProcessGroups
 from ..network.torch_distributed import TorchDistributed
+from ..network.verified import Verified
 from ..plans import Plan, Segment, plan
 from ..randomness import stream_keys
 from .units import Unit
-
-_log = logging.getLogger(__name__)
 
 BITS = range(4, 9)
 BLOCK = 512  # values that share a minimum and a step
@@ -48,42 +45,35 @@ def check_bits(bits: int) -> None:
 
 
 class Gathering:
-    """The all-gathers of a model's units, in codes of some bits, until it is closed: as they are from then on.
+    """The all-gathers of a model's units, in codes of some bits until it is closed.
 
-    Several ranks of a host, as many on each, gather in two levels: a row crosses the link to each host once, to the
-    rank of the same place, which hands it on inside.
+    Where gradients travel in two levels, rows do: each crosses the link to a host once, to the rank of the same place,
+    which hands it on inside.
     """
 
     def __init__(
         self,
         units: Sequence[Unit],
         bits: int,
-        everyone: Collectives,
-        members: Sequence[int],
+        ranks: TorchDistributed,
         device: torch.device,
-        hosts: Hosts,
-        hierarchical: bool | None = None,
+        arrangement: Arrangement,
     ) -> None:
-        """`everyone`: the ranks that share the units, which are the `members` of torch.distributed's world."""
+        """`ranks`: those that share the units, which average as in `arrangement`. All of them call it."""
         check_bits(bits)
         self.traffic = Traffic()
         """What this rank has sent."""
-        self._taken = 0.0
-        self.members, self.hosts, self.closed = tuple(members), hosts, False
-        self._made = ProcessGroups(everyone, members, device)
-        if in_levels(hierarchical, hosts, encodes=True):
-            inside = Metered(self._made.network(hosts.inside), self.traffic, hosts=(0,) * hosts.sizes[0])
-            between = Metered(self._made.network(hosts.between), self.traffic)
-            self.rows = Rows(inside, between, tuple(rank for place in hosts.between for rank in place))
-        elif everyone.world_size == 1:
-            self.rows = Rows(Solo(), Solo(), (0,))
-            _log.warning("`gather_bits` has no effect on one rank: FSDP gathers nothing there")
-        else:
-            ranks = range(everyone.world_size)
-            network = Metered(self._made.network([list(ranks)]), self.traffic, hosts.of)
-            self.rows = Rows(Solo(), network, tuple(ranks))
+        self.members, self.hosts = dist.get_process_group_ranks(ranks.group), arrangement.hosts
+        self._units, self._verify_wire, self._taken = units, arrangement.verify_wire, 0.0
+        self._made = ProcessGroups(ranks, self.members, device)
+        inside: Collectives = Solo()
+        places = [list(range(ranks.world_size))]
+        if arrangement.levels is not None:
+            inside, places = self._network(ranks, self.hosts.inside), self.hosts.between
+        self.rows = Rows(inside, self._network(ranks, places), tuple(rank for place in places for rank in place))
         for tag, unit in enumerate(units):
-            unit.module.set_custom_all_gather(_AllGather(self, unit, Nearest(bits, BLOCK), tag))  # type: ignore[arg-type]
+            comm: Any = AllGather(self, unit, Nearest(bits, BLOCK), tag)  # FSDP's base of these is private
+            unit.module.set_custom_all_gather(comm)
 
     def take_bytes(self) -> float:
         """Bytes that this rank has sent since the last call."""
@@ -92,13 +82,21 @@ class Gathering:
 
     def close(self, sound: bool = True) -> None:
         """Let the units' parameters travel as they are. Calling it twice is harmless."""
-        self.closed = True
+        from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather  # which has no door
+
+        units, self._units = self._units, ()
+        for unit in units:
+            unit.module.set_custom_all_gather(DefaultAllGather())
         self._made.close(sound)
 
-    def around(self, group: dist.ProcessGroup) -> Metered:
-        """The ranks of another group that some all-gathers are over."""
-        hosts = tuple(self.hosts.of[self.members.index(rank)] for rank in dist.get_process_group_ranks(group))
-        return Metered(TorchDistributed(group), self.traffic, hosts)
+    def metered(self, network: Collectives, ranks: Sequence[int]) -> Metered:
+        """A network of some of the ranks, whose bytes are counted."""
+        return Metered(network, self.traffic, [self.hosts.of[rank] for rank in ranks])
+
+    def _network(self, ranks: Collectives, parts: Sequence[Sequence[int]]) -> Collectives:
+        own = next(part for part in parts if ranks.rank in part)
+        network = self.metered(self._made.network(parts), own)
+        return Verified(network, own) if self._verify_wire else network
 
 
 @dataclass(frozen=True)
@@ -179,8 +177,8 @@ class _Layout:
         return cls(row, _repeated(row, np.array(order) * at), keys)
 
 
-class _AllGather:
-    """FSDP's all-gather of one unit (`torch.distributed.fsdp.FSDPModule.set_custom_all_gather`)."""
+class AllGather:
+    """What FSDP calls in place of its own all-gather, of one unit (`FSDPModule.set_custom_all_gather`)."""
 
     def __init__(self, gathering: Gathering, unit: Unit, quantizer: Nearest, tag: int) -> None:
         self._gathering, self._unit, self._quantizer, self._tag = gathering, unit, quantizer, tag
@@ -198,8 +196,8 @@ class _AllGather:
         With `async_op` that is done when the returned work has been waited for. Raises ValueError for parameters of
         several dtypes, which come as bytes, and RuntimeError for others than the unit's.
         """
-        # After a forward, FSDP may shard what has been decoded over a smaller group: exact, backward sees the same.
-        if self._gathering.closed or group.size() != len(self._gathering.rows.order):
+        # After a forward, FSDP may shard what has been decoded over a smaller group; as it is, backward sees the same.
+        if group.size() != len(self._gathering.rows.order):
             work = _Arriving(self._post_whole(output_tensor, group))
         else:
             work = self._post_coded(output_tensor, input_tensor)
@@ -209,7 +207,9 @@ class _AllGather:
         return None
 
     def _post_whole(self, output: Tensor, group: dist.ProcessGroup) -> PostedGather:
-        network = self._gathering.around(group)
+        gathering = self._gathering
+        members = [gathering.members.index(rank) for rank in dist.get_process_group_ranks(group)]
+        network = gathering.metered(TorchDistributed(group), members)
         sizes = [output.nbytes // network.world_size] * network.world_size
         posted = network.post_gather(output.view(torch.uint8), sizes, self._tag)
         posted.send()

@@ -1,7 +1,6 @@
 """All-gathers in codes: all ranks compute with the same decoded values, and the owners' weights stay exact."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 import compression
-from compression.network.hosts import Hosts
-from compression.network.torch_distributed import TorchDistributed
-from compression.sharded.gathering import BLOCK, Gathering
-from compression.sharded.units import mesh_of, units_of
+from compression.sharded.exchange import ShardedExchange
+from compression.sharded.gathering import BLOCK
 from tests.support.gloo_ranks import as_rank, run
 
 WIDTH, HIDDEN = 64, 131  # rows that neither two nor four ranks divide
@@ -68,14 +65,10 @@ def sharded(model: nn.Module | None = None, **how: Any) -> Any:
     return fully_shard(model, mesh=mesh, **how)
 
 
-@contextmanager
-def in_codes(model: nn.Module, bits: int = 8, hosts: Sequence[int] = (), **how: Any) -> Iterator[Gathering]:
-    units = units_of(model)
-    mesh, ranks = mesh_of(units), range(dist.get_world_size())
-    network, on = TorchDistributed(mesh.get_group()), Hosts(tuple(hosts or ranks))
-    gathering = Gathering(units, bits, network, ranks, torch.device("cpu"), on, **how)
-    yield gathering
-    gathering.close()
+def in_codes(model: nn.Module, bits: int | None = 8, **how: Any) -> ShardedExchange:
+    exchange = compression.attach(model, "none", gather_bits=bits, **how)
+    assert isinstance(exchange, ShardedExchange)
+    return exchange
 
 
 def batch(step: int = 0) -> Tensor:
@@ -245,10 +238,11 @@ def nbytes(rank: int) -> None:
         rows = 2 * message_bytes(Block(), bits, ranks) + message_bytes(Network(), bits, ranks)
         for gathers, reshard in ((2, True), (1, False)):
             model = sharded(reshard_after_forward=reshard)
-            with in_codes(model, bits) as gathering:
+            with in_codes(model, bits) as exchange:
                 for _ in range(2):
                     model(batch()).square().sum().backward()
-                    assert gathering.take_bytes() == (ranks - 1) * gathers * rows
+                    report, expected = exchange.report(), (ranks - 1) * gathers * rows
+                    assert report.gathered_bytes == report.metrics()["comm.gathered_bytes"] == expected
 
 
 def training(rank: int) -> None:
@@ -257,9 +251,7 @@ def training(rank: int) -> None:
     target = torch.randn(WIDTH, 5, generator=torch.Generator().manual_seed(7))
     for bits in (0, 8):
         model = sharded()
-        gathering = in_codes(model, bits) if bits else None
-        if gathering is not None:
-            gathering.__enter__()
+        exchange = in_codes(model, bits or None)
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         losses[bits] = 0.0
         for step in range(80):
@@ -271,6 +263,7 @@ def training(rank: int) -> None:
             losses[bits] += float(loss) / 20 * (step >= 60)
         first = float((batch() @ target / WIDTH**0.5).square().mean())
         assert losses[bits] < 0.7 * first
+        exchange.close()
     assert losses[8] == pytest.approx(losses[0], rel=0.05)
 
 
@@ -279,6 +272,8 @@ def refused(rank: int) -> None:
     for bits in (3, 9):
         with pytest.raises(ValueError, match=f"`gather_bits` are those of .* 4 to 8, got {bits}; leave it out"):
             compression.attach(model, "maxmin", gather_bits=bits)
+    with pytest.raises(ValueError, match="gather_bits is 4 on rank 0 and 5 on rank 1"):
+        compression.attach(model, "none", gather_bits=4 + rank)
     with pytest.raises(ValueError, match="no module of this model was given to fully_shard"):
         compression.attach(nn.Linear(2, 2), "maxmin", gather_bits=8)
     mesh = DeviceMesh("cpu", torch.arange(dist.get_world_size()).view(-1, 1), mesh_dim_names=("hosts", "ranks"))
@@ -294,26 +289,31 @@ def refused(rank: int) -> None:
 def levels(rank: int) -> None:
     """Two hosts of two ranks: the same values in two levels, for half the bytes between hosts."""
     sent, between, seen = [], [], []
-    for hierarchical in (False, None):
+    for hierarchical, verify_wire in ((False, False), (None, False), (None, True)):
         model = sharded()
-        with in_codes(model, hosts=(0, 0, 1, 1), hierarchical=hierarchical) as gathering:
+        how = {"hierarchical": hierarchical, "verify_wire": verify_wire}
+        with in_codes(model, ranks_per_host=2, **how) as exchange:
             model(batch()).square().sum().backward()
-            sent.append(gathering.traffic.bytes_sent)
-            between.append(gathering.traffic.bytes_between_hosts)
+            assert exchange.gathering is not None
+            sent.append(exchange.gathering.traffic.bytes_sent)
+            between.append(exchange.gathering.traffic.bytes_between_hosts)
             seen.append(check_seen(model, RECOMPUTED))
-    assert all(map(torch.equal, *seen))
+    for others in seen[1:]:
+        assert all(map(torch.equal, seen[0], others))
     assert sent[1] == sent[0]
     assert between[1] == between[0] / 2 == sent[1] / 3
+    assert sent[2] > sent[1]  # by checksums
 
 
 def smaller(rank: int) -> None:
     """Shards of a smaller group after forward: backward gathers what was decoded, as it is."""
     model = sharded(reshard_after_forward=2)
-    with in_codes(model, hosts=(0, 0, 1, 1)) as gathering:
+    with in_codes(model, ranks_per_host=2) as exchange:
         model(batch()).square().sum().backward()
         for decoded, layer in zip(check_seen(model, RECOMPUTED), layers(model), strict=True):
             check_close(decoded, exact(layer.weight), 8)
-        assert gathering.traffic.bytes_sent > gathering.traffic.bytes_between_hosts > 0
+        assert exchange.gathering is not None
+        assert exchange.gathering.traffic.bytes_sent > exchange.gathering.traffic.bytes_between_hosts > 0
 
 
 OF_TWO = (nbytes, values, waiting, layouts, mixed, broken, training, refused)
@@ -325,22 +325,8 @@ def test_gathers(ranks: int, tmp_path: Path) -> None:
     run(__file__, ranks, tmp_path)
 
 
-def test_one_rank_is_told_that_it_gathers_nothing(tmp_path: Path) -> None:
-    (_, errors) = run(__file__, 1, tmp_path)
-    assert "`gather_bits` has no effect on one rank" in errors[0]
-
-
-def alone(rank: int) -> None:
-    model = sharded()
-    with in_codes(model) as gathering:
-        model(batch()).square().sum().backward()
-        assert gathering.take_bytes() == 0
-    for seen, layer in zip(check_seen(model, RECOMPUTED), layers(model), strict=True):
-        assert torch.equal(seen, exact(layer.weight))
-
-
 def work(rank: int, folder: Path) -> None:
-    for task in {1: (alone,), 2: OF_TWO, 4: OF_FOUR}[dist.get_world_size()]:
+    for task in {2: OF_TWO, 4: OF_FOUR}[dist.get_world_size()]:
         task(rank)
 
 
