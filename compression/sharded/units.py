@@ -122,7 +122,7 @@ def watch(units: Iterable[Unit]) -> list[RemovableHandle]:
 
 
 class _Watcher:
-    """A hook on one module's forward, when its parameters are whole: it hooks each of them once."""
+    """A hook on one module's forward, when its parameters are whole: it hooks each of the unit's once."""
 
     def __init__(self, arrived: set[str], prefix: str, names: set[str], handles: list[RemovableHandle]) -> None:
         self._arrived, self._prefix, self._names, self._handles = arrived, prefix, names, handles
@@ -135,7 +135,8 @@ class _Watcher:
             self._handles.append(parameter.register_post_accumulate_grad_hook(mark))
 
     def _whole(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, parameter in module.named_parameters(self._prefix.removesuffix("."), recurse=False):
+        # Of modules inside, too: attention takes its output's weights, and never calls the module that has them.
+        for name, parameter in module.named_parameters(self._prefix.removesuffix(".")):
             new = id(parameter) not in self._hooked and not isinstance(parameter, DTensor)
             if new and name in self._names and parameter.requires_grad:
                 yield name, parameter
