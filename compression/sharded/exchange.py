@@ -127,11 +127,13 @@ class ShardedExchange(Exchange):
     def report(self) -> Report:
         """Bytes sent over hosts, and seconds, since the last report; a host's are this rank's times its ranks."""
         report, ranks = super().report(), self._ranks_per_link
+        gathered, on_link = self.gathering.take_bytes() if self.gathering is not None else (0.0, 0.0)
         return replace(
             report,
             host_bytes=report.host_bytes * ranks,
             host_bytes_dense=report.host_bytes_dense * ranks,
-            gathered_bytes=self.gathering.take_bytes() if self.gathering is not None else 0.0,
+            gathered_bytes=gathered,
+            host_gathered_bytes=on_link,
         )
 
     def close(self) -> None:

@@ -64,7 +64,7 @@ class Gathering:
         self.traffic = Traffic()
         """What this rank has sent."""
         self.members, self.hosts = dist.get_process_group_ranks(ranks.group), arrangement.hosts
-        self._units, self._verify_wire, self._taken = units, arrangement.verify_wire, 0.0
+        self._units, self._verify_wire, self._taken = units, arrangement.verify_wire, (0.0, 0.0)
         self._made = ProcessGroups(ranks, self.members, device)
         inside: Collectives = Solo()
         places = [list(range(ranks.world_size))]
@@ -75,10 +75,12 @@ class Gathering:
             comm: Any = AllGather(self, unit, Nearest(bits, BLOCK), tag)  # FSDP's base of these is private
             unit.module.set_custom_all_gather(comm)
 
-    def take_bytes(self) -> float:
-        """Bytes that this rank has sent since the last call."""
-        before, self._taken = self._taken, self.traffic.bytes_sent
-        return self._taken - before
+    def take_bytes(self) -> tuple[float, float]:
+        """Bytes since the last call: those that this rank has sent, and those that its host has put on its link."""
+        sent, between = self._taken
+        self._taken = self.traffic.bytes_sent, self.traffic.bytes_between_hosts
+        ranks_per_host = len(self.hosts.of) / self.hosts.count
+        return self._taken[0] - sent, ranks_per_host * (self._taken[1] - between)
 
     def close(self, sound: bool = True) -> None:
         """Let the units' parameters travel as they are. Calling it twice is harmless."""
