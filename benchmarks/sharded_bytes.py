@@ -9,8 +9,8 @@ value that another host needs to it once, in the row's own formats without scale
 all-gather of each module's parameters in forward, and in backward unless they are kept. Worlds, models and links are
 those of `sharded.py`. Without links the kernel counts nothing.
 
-With --curves each of the choices that compute differently trains a transformer of half the width on 2 ranks over
-loopback for so many steps, from 3 seeds.
+With --curves each of the choices that compute differently trains a transformer of a quarter of the width on 2 ranks
+over loopback for so many steps, from 3 seeds.
 """
 
 import argparse
@@ -57,10 +57,11 @@ class Choice:
         return f"{gradients} | {parameters}{', kept' if self.kept else ''}"
 
 
+WIDTH = 64  # of the transformer that is trained
 GRADIENTS = (("none", 32), ("maxmin", 4))
 CHOICES = [Choice(None), Choice(None, gather_bits=16), Choice(None, kept=True)]
 CHOICES += [Choice(*each, bits, kept) for each in GRADIENTS for kept in (False, True) for bits in (32, 16, 8)]
-CURVES = [Choice(*each, bits) for each in GRADIENTS for bits in (32, 16, 8, 4)]
+CURVES = [Choice(*each, bits) for bits in (32, 8, 16, 4) for each in GRADIENTS]
 
 
 class Training:
@@ -141,7 +142,7 @@ def _values_gathered(model: nn.Module, kept: bool) -> int:
 
 def curve(choice: Choice, seed: int, steps: int) -> list[float]:
     """The loss of every step, the mean over ranks."""
-    training = Training(texts()._replace(make=lambda: Transformer(128)), choice, seed)
+    training = Training(texts()._replace(make=lambda: Transformer(WIDTH)), choice, seed)
     losses = torch.tensor([training.step() for _ in range(steps)])
     training.close()
     dist.all_reduce(losses)
@@ -153,7 +154,10 @@ def as_rank(models: Sequence[str], repeat: int, curves: int) -> None:
     dist.init_process_group("gloo")
     results: list[Any] = []
     if curves:
-        results = [[curve(choice, seed, curves) for seed in SEEDS] for choice in CURVES]
+        for choice in CURVES:
+            results.append([curve(choice, seed, curves) for seed in SEEDS])
+            if dist.get_rank() == 0:
+                print(*losses({choice: results[-1]}), sep="\n", file=sys.stderr, flush=True)
     for model in () if curves else models:
         data = MODELS[model]()
         results += [bytes_by(data, choice, repeat) for choice in CHOICES]
