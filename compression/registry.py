@@ -305,8 +305,8 @@ class Row:
         if self.quantizer is None and self.reduce_scatter is None:
             why = "adds nothing up that ranks could share"
             if self.encodes:
-                what = "a whole matrix" if self.needs_matrix else "the largest of all values of a layer"
-                why = f"needs {what}, of which each rank averages a piece here"
+                what = "needs whole matrices" if self.needs_matrix else "encodes layers as a whole"
+                why = f"{what}, of which each rank averages a piece here"
             raise ValueError(
                 f"compressor {name} {why}; choose one of {', '.join(with_reduce_scatter())}, or shard over the ranks "
                 "of a host alone and attach with groups=(inside, between)"

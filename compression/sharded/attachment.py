@@ -33,10 +33,10 @@ DEFAULTS: dict[str, Any] = {
 }
 _LEVELS = ("hierarchical", "ranks_per_host")  # of use where the hosts of shards are found
 _WHY_NOT = {
-    "collectives": "it averages over the ranks that `groups` or a `mesh` name",
+    "collectives": "its mesh, and groups, say which ranks average",
     "barrier_fraction": "FSDP waits for every average, and none can be late",
     "late_steps": "FSDP waits for every average, and none can be late",
-    "record": "a rank sees pieces of gradients that its host has added up, and none of its own",
+    "record": "a rank averages pieces of layers, and a search measures whole ones",
     "hierarchical": "its mesh says which ranks share a host",
     "ranks_per_host": "its mesh says which ranks share a host",
 }
@@ -63,9 +63,15 @@ def attach_sharded(
     The first weights, and buffers, are those of the first host: they are broadcast from there. Error feedback and the
     like take N / R floats a rank, N values of the model on R ranks a host.
 
-    With `gather_bits`, 4 to 8, the all-gathers of parameters travel in codes, too: see `gathering`.
+    Without either, the model's shards span all ranks, and FSDP's reduce-scatters go by the compressor's codes: each
+    rank encodes the shards of others, and adds up its own in float32 (`averagers.ReduceScatter`). That takes
+    quantizers whose codes are unbiased, and float32. Error feedback, where it is asked for, takes N (W - 1) / W floats
+    a rank of W. Which ranks share a host is found; hosts of as many ranks each, two or more, average in two levels
+    (`hierarchical`, `ranks_per_host`), else one line says what the hosts' links carry.
 
-    `others` are arguments of `attach` that have no use here.
+    With `gather_bits`, 4 to 8, all-gathers of parameters travel in codes there, too: see `gathering`.
+
+    `others` are the other arguments of `attach`, most of which have no use here.
 
     Raises ValueError, on all ranks alike, where the ranks' arguments differ, where one of them has no use, and where
     the groups are not those of the model's shards. Attach before the model's first forward.

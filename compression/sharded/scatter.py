@@ -52,6 +52,10 @@ class BindingOfPieces(Binding):
         ranks = self.collectives.world_size
         return (ranks - 1) / ranks * 4 * sum(sum(pieces.values) for pieces in self._pieces.values())
 
+    def encoded_bytes_by(self, compressor: Compressor) -> dict[str, int]:
+        """Raises ValueError: shards are averaged by one compressor, and there are no routes to choose."""
+        raise ValueError(f"shards are averaged by one compressor, and {compressor.name} would be one of several")
+
     def _over_all(self, compressor: Compressor, network: Collectives, seed: int) -> Averager:
         return compressor.reduce_scatter(self.layers, self._pieces, network, seed)
 

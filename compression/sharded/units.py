@@ -45,11 +45,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Unit:
-    """An FSDP module, and the pieces of its parameters: of those that no FSDP module inside it has."""
+    """An FSDP module, and the pieces of its parameters: of those that no FSDP module inside it has.
+
+    `given`: the modules that were given to `fully_shard` at once, by name, of which `module` is the first.
+    """
 
     name: str
     module: FSDPModule
     pieces: tuple[Piece, ...]
+    given: tuple[tuple[str, nn.Module], ...]
     arrived: set[str] = field(default_factory=set)
     """Parameters whose gradients are there, and have not travelled."""
 
@@ -80,21 +84,32 @@ def units_of(model: nn.Module) -> list[Unit]:
     Raises ValueError for what cannot be: trained parameters outside of any unit, or not sharded over one dimension.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    given: dict[int, list[tuple[str, Any]]] = {}  # by the state that modules given at once share
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            given.setdefault(id(module._get_fsdp_state()), []).append((name, module))
     taken: set[int] = set()
     units = []
-    for name, module in reversed(modules):  # inner ones first
-        own = [each for each in module.parameters() if id(each) not in taken]
+    for together in given.values():
+        name, first = together[0]
+        own = _in_order_of_buffers(first)
         taken.update(map(id, own))
         if pieces := tuple(_piece(names[id(each)], each) for each in own):
-            units.append(Unit(name, module, pieces))
+            units.append(Unit(name, first, pieces, tuple(together)))
     outside = [name for name, each in model.named_parameters() if each.requires_grad and id(each) not in taken]
     if outside:
         raise ValueError(
             f"parameter {outside[0]} is outside of any module that was given to fully_shard: its ranks would train it "
-            "apart; give the whole model to fully_shard as well"
+            "apart; give the whole model to fully_shard as well, and freeze what it ignores"
         )
-    return units[::-1]
+    return units
+
+
+def _in_order_of_buffers(module: FSDPModule) -> list[nn.Parameter]:
+    """The parameters of an FSDP module in FSDP's own order, which is not the module's and nowhere public."""
+    group = module._get_fsdp_state()._fsdp_param_group
+    infos = [each._module_info for each in group.fsdp_params] if group is not None else []
+    return [info.module.get_parameter(info.param_name) for info in infos]
 
 
 def mesh_of(units: Iterable[Unit]) -> DeviceMesh:
@@ -113,20 +128,21 @@ def watch(units: Iterable[Unit]) -> list[RemovableHandle]:
     """Note which parameters of the units get gradients, in `Unit.arrived`, until the handles are removed."""
     handles: list[RemovableHandle] = []
     for unit in units:
-        names = {piece.name for piece in unit.pieces}
-        prefix = f"{unit.name}." if unit.name else ""
-        for path, module in unit.module.named_modules():  # type: ignore[attr-defined]
-            watcher = _Watcher(unit.arrived, f"{prefix}{path}." if path else prefix, names, handles)
-            handles.append(module.register_forward_pre_hook(watcher))
+        names, hooked = {piece.name for piece in unit.pieces}, set[int]()
+        for root, given in unit.given:
+            for path, module in given.named_modules(prefix=root):
+                watcher = _Watcher(unit.arrived, path, names, hooked, handles)
+                handles.append(module.register_forward_pre_hook(watcher))
     return handles
 
 
 class _Watcher:
     """A hook on one module's forward, when its parameters are whole: it hooks each of the unit's once."""
 
-    def __init__(self, arrived: set[str], prefix: str, names: set[str], handles: list[RemovableHandle]) -> None:
-        self._arrived, self._prefix, self._names, self._handles = arrived, prefix, names, handles
-        self._hooked: set[int] = set()
+    def __init__(
+        self, arrived: set[str], path: str, names: set[str], hooked: set[int], handles: list[RemovableHandle]
+    ) -> None:
+        self._arrived, self._path, self._names, self._hooked, self._handles = arrived, path, names, hooked, handles
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         for name, parameter in self._whole(module):
@@ -136,7 +152,7 @@ class _Watcher:
 
     def _whole(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         # Of modules inside, too: attention takes its output's weights, and never calls the module that has them.
-        for name, parameter in module.named_parameters(self._prefix.removesuffix(".")):
+        for name, parameter in module.named_parameters(self._path):
             new = id(parameter) not in self._hooked and not isinstance(parameter, DTensor)
             if new and name in self._names and parameter.requires_grad:
                 yield name, parameter
@@ -153,7 +169,7 @@ class _Mark:
 
 def _piece(name: str, parameter: nn.Parameter) -> Piece:
     if not isinstance(parameter, DTensor):
-        raise ValueError(f"parameter {name} of an FSDP module is not sharded; leave ignored parameters frozen")
+        raise ValueError(f"parameter {name} of an FSDP module is not sharded now; reshard the module, and attach then")
     if parameter.device_mesh.ndim != 1 or not isinstance(placement := parameter.placements[0], Shard):
         raise ValueError(
             f"parameter {name} is placed as {parameter.placements} on a mesh of {parameter.device_mesh.ndim} "

@@ -15,6 +15,7 @@ from compression.network.hosts import Hosts
 from compression.network.inside import Levels, OverNetwork
 from compression.network.threads import Counting, ThreadCollectives, ThreadLevels, run_hosts, run_ranks
 from compression.registry import with_reduce_scatter
+from tests.support import quantizers
 
 BUCKET = 64
 SHAPES = {"wide": (7, 61), "bias": (5,), "thin": (2, 130), "conv": (5, 3, 3, 3), "scale": (), "fc": (12, 40)}
@@ -218,6 +219,15 @@ def test_so_it_does_in_two_levels(name: str, options: dict[str, Any], grid: tupl
     assert sum(sent) / size == pytest.approx(promised[0].total, rel=1e-12)
 
 
+def test_a_quantizer_of_ones_own_needs_a_row_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COMPRESSORS, quantizers.NAME, quantizers.ROW)
+    test_the_mean_is_unbiased(quantizers.NAME, 2)
+    for feedback in (False, True):
+        options = {"bucket_size": BUCKET, "error_feedback": feedback}
+        test_it_sends_the_bytes_that_it_promises(quantizers.NAME, options, 3)
+        test_two_runs_give_the_same_bits_and_resuming_goes_on_with_them(quantizers.NAME, options)
+
+
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_two_levels_put_less_on_the_link_of_a_host(grid: tuple[int, int]) -> None:
     hosts, size = hosts_of(grid), grid[0] * grid[1]
@@ -378,8 +388,8 @@ def test_what_averages_no_pieces_is_refused_with_a_way_out() -> None:
     assert refused == {"sanity", "stats", "topk", "topk_rmsprop", "svd", "powersgd", "dgc"}
     for name in refused:
         assert "groups=(inside, between)" in refusal(name)
-    assert "a whole matrix" in refusal("powersgd")
-    assert "the largest of all values" in refusal("dgc")
+    assert "needs whole matrices" in refusal("powersgd")
+    assert "encodes layers as a whole" in refusal("dgc")
     with pytest.raises(ValueError, match="choose one compressor"):
         mixed({}, ("maxmin", {})).check_reduce_scatter()
 

@@ -44,6 +44,18 @@ class Network(nn.Module):
         return torch.as_tensor(self.second(hidden).relu())
 
 
+class Attending(nn.Module):
+    """Attention takes the weights of a module inside it, which it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(33, 16), nn.Linear(16, 5)
+        self.second = nn.TransformerEncoderLayer(16, 2, 40, 0.0, batch_first=True)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.as_tensor(self.last(self.second(self.first(inputs)[None]))[0])
+
+
 def mesh() -> DeviceMesh:
     if not MESHES:
         MESHES.append(init_device_mesh("cpu", (dist.get_world_size(),)))
@@ -60,7 +72,7 @@ def sharded(make: Callable[[], nn.Module] = Network, apart: str = "second", **ho
 
 
 def attached(model: nn.Module, name: str = "none", **options: Any) -> compression.Exchange:
-    how = {key: options.pop(key) for key in ("ranks_per_host", "hierarchical") if key in options}
+    how = {key: options.pop(key) for key in ("ranks_per_host", "hierarchical", "verify_wire") if key in options}
     if "bucket_size" in compression.COMPRESSORS[name].takes:
         options = {"bucket_size": 64} | options
     exchange = compression.attach(model, compression.build(name, **options), seed=5, **how)
@@ -146,6 +158,7 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[nn.Module, int], None]]] = {
     "a module that a step skips": ({}, skip_a_module),
     "checkpointing": ({"make": checkpointed}, step_once),
     "offload": ({"offload_policy": CPUOffloadPolicy(pin_memory=False)}, accumulate),
+    "attention": ({"make": Attending}, step_once),
     "no resharding": ({"reshard_after_forward": False}, step_once),
     "columns": ({"make": wide, "shard_placement_fn": by_columns}, step_once),
     "bfloat16 reduced": ({"mp_policy": MixedPrecisionPolicy(reduce_dtype=LOW)}, accumulate),
@@ -170,9 +183,9 @@ def the_same_program(rank: int, folder: Path) -> None:
         tolerance = {"rtol": 2e-2, "atol": 2e-3} if low else {"rtol": 1e-5, "atol": 1e-6}
         torch.testing.assert_close(got, expected, **tolerance, msg=lambda text, case=case: f"{case}: {text}")
         runs = []
-        for _ in range(2):
+        for checked in (False, True):
             model = sharded(**how)
-            with attached(model, "maxmin", bits=6):
+            with attached(model, "maxmin", bits=6, verify_wire=checked):
                 runs.append(train(model, backward))
         assert torch.equal(*runs), case
         assert not torch.equal(runs[0], got), case
@@ -324,7 +337,8 @@ def levels(rank: int, folder: Path) -> None:
     for name in ("none", "maxmin"):
         for hierarchical in (None, False):
             model = sharded()
-            with attached(model, name, ranks_per_host=2, hierarchical=hierarchical) as exchange:
+            how = {"ranks_per_host": 2, "hierarchical": hierarchical, "verify_wire": name == "maxmin"}
+            with attached(model, name, **how) as exchange:
                 assert (exchange.levels is None) == (hierarchical is False)
                 weights = train(model)
                 sent[name, hierarchical] = exchange.report()
