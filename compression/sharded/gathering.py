@@ -237,7 +237,7 @@ class AllGather:
         if layout.row.values != values.numel():
             raise RuntimeError(
                 f"FSDP gathers {values.numel()} values a rank of {unit}, and its parameters have {layout.row.values}; "
-                "attach once all parameters are there, and give fully_shard one module at a time"
+                "attach once all parameters are there"
             )
         return layout
 

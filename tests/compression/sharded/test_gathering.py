@@ -1,6 +1,7 @@
 """All-gathers in codes: all ranks compute with the same decoded values, and the owners' weights stay exact."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 import compression
+from compression.codecs.nearest import Nearest
 from compression.sharded.exchange import ShardedExchange
-from compression.sharded.gathering import BLOCK
+from compression.sharded.gathering import BLOCK, AllGather
+from compression.sharded.units import mesh_of, units_of
 from tests.support.gloo_ranks import as_rank, run
 
 WIDTH, HIDDEN = 64, 131  # rows that neither two nor four ranks divide
@@ -168,7 +171,7 @@ def waiting(rank: int) -> None:
 
 
 def layouts(rank: int) -> None:
-    """Half precision, columns, and weights of which one rank holds nothing."""
+    """Half precision, columns, modules given to FSDP at once, and weights of which one rank holds nothing."""
     for dtype, precision in ((torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10)):
         model = sharded(mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
         with in_codes(model):
@@ -180,6 +183,13 @@ def layouts(rank: int) -> None:
     with in_codes(model):
         model(torch.ones(1, 128, requires_grad=True)).sum().backward()
         check_close(check_seen(model, (2,))[0], exact(model.weight), 8, dim=1)
+    twins = [Seen(WIDTH, WIDTH), Seen(WIDTH, WIDTH)]
+    fully_shard(twins, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))  # which travel together
+    model = sharded(nn.Sequential(*twins))
+    with in_codes(model):
+        model(batch().requires_grad_()).sum().backward()
+        for decoded, layer in zip(check_seen(model, (2, 2)), twins, strict=True):
+            check_close(decoded, exact(layer.weight), 8)
     model = sharded(Seen(1024, 1, bias=False))
     with in_codes(model):
         model(torch.ones(1, 1024, requires_grad=True)).sum().backward()
@@ -279,11 +289,13 @@ def refused(rank: int) -> None:
     mesh = DeviceMesh("cpu", torch.arange(dist.get_world_size()).view(-1, 1), mesh_dim_names=("hosts", "ranks"))
     with pytest.raises(ValueError, match="FSDP gathers parameters inside each host"):
         compression.attach(model, "maxmin", mesh=mesh, gather_bits=8)
-    twins = [Seen(WIDTH, WIDTH), Seen(WIDTH, WIDTH)]
-    fully_shard(twins, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    model = sharded(nn.Sequential(*twins))
-    with in_codes(model), pytest.raises(RuntimeError, match="give fully_shard one module at a time"):
-        model(batch())
+    with in_codes(model) as exchange:
+        assert exchange.gathering is not None
+        unit = units_of(model)[1]
+        short = AllGather(exchange.gathering, replace(unit, pieces=unit.pieces[:1]), Nearest(8), 0)
+        row = torch.zeros(99)
+        with pytest.raises(RuntimeError, match="FSDP gathers 99 values a rank of blocks.0, and its parameters have"):
+            short(row.repeat(2), row, mesh_of([unit]).get_group())
 
 
 def levels(rank: int) -> None:
