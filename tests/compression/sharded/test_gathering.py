@@ -294,7 +294,7 @@ def refused(rank: int) -> None:
         unit = units_of(model)[1]
         short = AllGather(exchange.gathering, replace(unit, pieces=unit.pieces[:1]), Nearest(8), 0)
         row = torch.zeros(99)
-        with pytest.raises(RuntimeError, match="FSDP gathers 99 values a rank of blocks.0, and its parameters have"):
+        with pytest.raises(RuntimeError, match=r"FSDP gathers 99 values a rank of blocks\.0, and its parameters have"):
             short(row.repeat(2), row, mesh_of([unit]).get_group())
 
 
