@@ -187,8 +187,8 @@ def layouts(rank: int) -> None:
     fully_shard(twins, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))  # which travel together
     model = sharded(nn.Sequential(*twins))
     with in_codes(model):
-        model(batch().requires_grad_()).sum().backward()
-        for decoded, layer in zip(check_seen(model, (2, 2)), twins, strict=True):
+        model(batch())
+        for decoded, layer in zip(check_seen(model, (1, 1)), twins, strict=True):
             check_close(decoded, exact(layer.weight), 8)
     model = sharded(Seen(1024, 1, bias=False))
     with in_codes(model):
