@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
@@ -171,7 +171,7 @@ def waiting(rank: int) -> None:
 
 
 def layouts(rank: int) -> None:
-    """Half precision, columns, modules given to FSDP at once, and weights of which one rank holds nothing."""
+    """Half precision, shards kept on a CPU, columns, modules given at once, weights of which one rank holds nothing."""
     for dtype, precision in ((torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10)):
         model = sharded(mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
         with in_codes(model):
@@ -179,6 +179,11 @@ def layouts(rank: int) -> None:
             for decoded, layer in zip(check_seen(model, RECOMPUTED), layers(model), strict=True):
                 assert decoded.dtype == dtype
                 check_close(decoded, exact(layer.weight), 8, more=precision)
+    model = sharded(offload_policy=CPUOffloadPolicy(pin_memory=False))
+    with in_codes(model):
+        model(batch()).square().sum().backward()
+        for decoded, layer in zip(check_seen(model, RECOMPUTED), layers(model), strict=True):
+            check_close(decoded, exact(layer.weight), 8)
     model = sharded(Seen(128, 48, bias=False), shard_placement_fn=lambda parameter: Shard(1))
     with in_codes(model):
         model(torch.ones(1, 128, requires_grad=True)).sum().backward()
