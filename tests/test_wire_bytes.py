@@ -19,6 +19,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import compression
@@ -110,13 +112,17 @@ def test_reported_bytes_are_the_kernels(name: str, sent: list[dict[str, dict[str
 
 @dataclass(frozen=True)
 class Case:
-    """A compressor, flat or in two levels, and the sizes of the gradients; `messages` as the tests say."""
+    """A compressor, flat or in two levels, and the sizes of the gradients; `messages` as the tests say.
+
+    `sharded` by FSDP2: over the ranks of a host ("inside"), or over all ("everywhere").
+    """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     hierarchical: bool = False
     arch: str | None = "resnet50"
     messages: int = 0
+    sharded: str = ""
 
     def __str__(self) -> str:
         return f"{self.name} {'in two levels' if self.hierarchical else 'flat'}"
@@ -147,13 +153,23 @@ def host_bytes_of(case: Case) -> dict[str, float]:
     else:
         with torch.device("meta"):
             shapes = [parameter.shape for parameter in models.build(case.arch).parameters()]
-    wrapped = DistributedDataParallel(Parameters(shapes))
     compressor = compression.build(case.name, **case.options)
-    exchange = compression.attach(wrapped, compressor, hierarchical=case.hierarchical)
-    world_size, hosts = dist.get_world_size(), exchange.hosts.count
-    sent = exchange.averager.sent(exchange.layers, world_size)
-    ranks = world_size / hosts
-    promised = ranks * sent.total if case.hierarchical else sent.from_host(world_size, ranks)
+    world_size = dist.get_world_size()
+    wrapped: nn.Module
+    if case.sharded == "inside":
+        mesh = DeviceMesh("cpu", torch.arange(world_size).view(2, -1), mesh_dim_names=("hosts", "ranks"))
+        wrapped = fully_shard(Parameters(shapes), mesh=mesh["ranks"])
+        exchange = compression.attach(wrapped, compressor, mesh=mesh)
+        promised = 2 * (exchange.averager.sent(exchange.layers, 2).total + 4)  # and whether all are finite
+    else:
+        whole = Parameters(shapes)
+        wrapped = fully_shard(whole) if case.sharded else DistributedDataParallel(whole)
+        exchange = compression.attach(wrapped, compressor, hierarchical=case.hierarchical)
+        if isinstance(wrapped, FSDPModule):  # what is gathered once is kept
+            wrapped.set_reshard_after_forward(False)
+            wrapped.set_reshard_after_backward(False)
+        sent, ranks = exchange.averager.sent(exchange.layers, world_size), world_size / exchange.hosts.count
+        promised = ranks * sent.total if case.hierarchical else sent.from_host(world_size, ranks)
     steps = 1 if case.arch else 10
 
     def step() -> None:
@@ -249,6 +265,41 @@ def test_the_bytes_of_a_host_follow_from_where_the_ranks_are(ranks_per_host: Any
     for rank in measured:
         assert rank[1]["dense"] == pytest.approx(ring * edges / 2)
     assert sum(rank[1]["reported"] for rank in measured) / world_size == pytest.approx(ring * edges / 2)
+
+
+@pytest.mark.skipif(WHY_NOT is not None, reason=f"no network namespaces here: {WHY_NOT}")
+def test_what_hosts_of_shards_send_is_their_averages() -> None:
+    """What FSDP sends stays inside a host."""
+    cases = [Case(*QUANTIZED, arch="resnet18", sharded="inside"), Case(*DENSE, arch="resnet18", sharded="inside")]
+    measured = on_two_hosts(cases, ranks_per_host=2)
+    for number in range(len(cases)):
+        ranks = [rank[number] for rank in measured]
+        check_against_the_kernel([[0, 1], [2, 3]], ranks)
+        assert sum(rank["reported"] for rank in ranks) == pytest.approx(sum(rank["promised"] for rank in ranks))
+    quantized, dense = (measured[0][number]["reported"] for number in range(2))
+    assert dense == pytest.approx(measured[0][1]["dense"], rel=1e-3)
+    assert quantized < 0.14 * dense
+
+
+@pytest.mark.skipif(WHY_NOT is not None, reason=f"no network namespaces here: {WHY_NOT}")
+def test_reduce_scatters_send_what_they_promise() -> None:
+    """In float32 a value once, where gloo's own sends it twice; in two levels once a host."""
+    cases = [
+        Case(*kind, levels, arch="resnet18", sharded="everywhere")
+        for kind in (QUANTIZED, DENSE) for levels in (False, True)
+    ]  # fmt: skip
+    measured = on_two_hosts(cases, ranks_per_host=2)
+    for number in range(len(cases)):
+        ranks = [rank[number] for rank in measured]
+        check_against_the_kernel([[0, 1], [2, 3]], ranks)
+        reported = sum(rank["reported"] for rank in ranks) / 4
+        assert reported == pytest.approx(ranks[0]["promised"], rel=1e-4)  # and whether all are finite
+    flat, in_levels, dense_flat, dense_in_levels = (measured[0][number]["promised"] for number in range(4))
+    values = sum(parameter.numel() for parameter in models.build("resnet18").parameters())
+    assert in_levels == pytest.approx(flat / 2, rel=1e-3)
+    assert dense_in_levels == pytest.approx(4 * values / 2)
+    assert dense_flat == pytest.approx(4 * values)
+    assert flat < 0.14 * dense_flat
 
 
 def rank_main() -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..codecs.base import Codec, decoded
+from ..gradients import Gradients
 from ..layers import Layer
 from ..network.collectives import Metered, Solo
 from ..network.threads import Counting, run_ranks
@@ -673,6 +674,43 @@ def grouping(subject: Subject) -> Outcome:
         return None
 
     return first_broken(_worlds(subject, (1, 2, 3), ("constant", "heavy tails")), measure)
+
+
+@_holds("padding", "layers may lie apart in their buffer: zeros between them stay, and averages are the same")
+def padding(subject: Subject) -> Outcome:
+    if subject.needs_full_gradient:
+        return "all layers come at once, side by side"
+
+    def measure(world: World) -> str | None:
+        layers = layers_in(subject, world)
+        starts = offsets(layers)
+        names, apart = tuple(layer.name for layer in layers), tuple(at + 3 * turn for turn, at in enumerate(starts))
+        spans = [(layer.name, at, layer.numel) for layer, at in zip(layers, apart, strict=True)]
+        between = torch.ones(apart[-1] + layers[-1].numel + 3, dtype=torch.bool)
+        for _, at, count in spans:
+            between[at : at + count] = False
+
+        def work(rank: Rank, padded: bool) -> tuple[Tensor, Tensor]:
+            values = gradient(world, layers, rank.network.rank, 0)
+            if not padded:
+                return rank.average(values, 0), values[:0]
+            flat = torch.zeros(len(between))
+            flat[~between] = values
+            rank.bound.average_(Gradients(flat, names, apart), subject.first_step)
+            return flat[~between], flat[between]
+
+        packed = on_ranks(subject, world, lambda rank: work(rank, False))
+        padded = on_ranks(subject, world, lambda rank: work(rank, True))
+        for (expected, _), (found, zeros) in zip(packed, padded, strict=True):
+            if zeros.any():
+                return "what lies between layers is no longer zero"
+            for (name, _, count), at in zip(spans, starts, strict=True):
+                off = float((expected - found)[at : at + count].abs().max())
+                if not off <= 1e-5 * float(expected.abs().max()):
+                    return f"where layers lie apart the average of {name} is off by {_number(off)}"
+        return None
+
+    return first_broken(_worlds(subject, (1, 2)), measure)
 
 
 @_holds("resume", "an averager that loads the state of another goes on with the same bits")

@@ -1,7 +1,7 @@
 """Arguments of `attach` and `averaging`, which all ranks give alike: from compressors and groups to an arrangement."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -53,7 +53,7 @@ def arranged(
         members, collectives = dist.get_process_group_ranks(process_group), TorchDistributed(process_group)
     collectives = collectives or Solo()
     check_equal(
-        collectives,
+        collectives.collect,
         compressor,
         hierarchical=hierarchical,
         ranks_per_host=ranks_per_host,
@@ -86,17 +86,13 @@ def check_messages(compressor: Compressor) -> None:
         )
 
 
-class Known(Protocol):
-    """Ranks that can tell one another what they know."""
+def check_equal(collect: Callable[[Any], list[Any]], compressor: Compressor, **others: Any) -> None:
+    """Raise ValueError, on all ranks alike, where the compressor or another choice differs from rank 0's.
 
-    def collect(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order, on every rank."""
-
-
-def check_equal(ranks: Known, compressor: Compressor, **others: Any) -> None:
-    """Raise ValueError, on all ranks alike, where the compressor or another choice differs from rank 0's."""
+    `collect` gives every rank's value, in rank order, on every rank.
+    """
     choices = {"compressor": compressor.name, **compressor.option_values, **others}
-    first, *rest = ranks.collect(choices)
+    first, *rest = collect(choices)
     for rank, theirs in enumerate(rest, start=1):
         for name in {**first, **theirs}:
             if first.get(name) != theirs.get(name):

@@ -128,7 +128,7 @@ def _between_hosts(
     everyone = Grid(inside, Metered(between, traffic))
     pieces = _trained_pieces(model, {piece.name: piece for unit in units for piece in unit.pieces})
     check_equal(
-        everyone,
+        everyone.collect,
         compressor,
         seed=seed,
         verify_wire=verify_wire,

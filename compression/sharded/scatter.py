@@ -92,7 +92,7 @@ def scattering(
         raise ValueError("this model is sharded over one rank, and no gradient travels; start several ranks")
     ranks = TorchDistributed(shards.get_group())
     check_equal(
-        ranks,
+        ranks.collect,
         compressor,
         seed=seed,
         hierarchical=hierarchical,

@@ -5,7 +5,7 @@ one after the other in the order of parameters, each padded with zeros to the lo
 buffer is its row, [S]. All-gathers carry all parameters of a unit; reduce-scatters those that have a gradient.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,13 +47,15 @@ class Piece:
 class Unit:
     """An FSDP module, and the pieces of its parameters: of those that no FSDP module inside it has.
 
-    `given`: the modules that were given to `fully_shard` at once, by name, of which `module` is the first.
+    `given`: the modules that were given to `fully_shard` at once, of which `module` is the first. `holders`: the module
+    and the attribute that hold each piece, or now and then the whole parameter.
     """
 
     name: str
     module: FSDPModule
     pieces: tuple[Piece, ...]
-    given: tuple[tuple[str, nn.Module], ...]
+    given: tuple[nn.Module, ...]
+    holders: tuple[tuple[nn.Module, str], ...]
     arrived: set[str] = field(default_factory=set)
     """Parameters whose gradients are there, and have not travelled."""
 
@@ -92,10 +94,11 @@ def units_of(model: nn.Module) -> list[Unit]:
     units = []
     for together in given.values():
         name, first = together[0]
-        own = _in_order_of_buffers(first)
+        holders = _in_order_of_buffers(first)
+        own = [module.get_parameter(attribute) for module, attribute in holders]
         taken.update(map(id, own))
         if pieces := tuple(_piece(names[id(each)], each) for each in own):
-            units.append(Unit(name, first, pieces, tuple(together)))
+            units.append(Unit(name, first, pieces, tuple(module for _, module in together), tuple(holders)))
     outside = [name for name, each in model.named_parameters() if each.requires_grad and id(each) not in taken]
     if outside:
         raise ValueError(
@@ -105,11 +108,11 @@ def units_of(model: nn.Module) -> list[Unit]:
     return units
 
 
-def _in_order_of_buffers(module: FSDPModule) -> list[nn.Parameter]:
-    """The parameters of an FSDP module in FSDP's own order, which is not the module's and nowhere public."""
+def _in_order_of_buffers(module: FSDPModule) -> list[tuple[nn.Module, str]]:
+    """What holds the parameters of an FSDP module, in FSDP's own order: it is not the module's, and nowhere public."""
     group = module._get_fsdp_state()._fsdp_param_group
     infos = [each._module_info for each in group.fsdp_params] if group is not None else []
-    return [info.module.get_parameter(info.param_name) for info in infos]
+    return [(info.module, info.param_name) for info in infos]
 
 
 def mesh_of(units: Iterable[Unit]) -> DeviceMesh:
@@ -128,34 +131,29 @@ def watch(units: Iterable[Unit]) -> list[RemovableHandle]:
     """Note which parameters of the units get gradients, in `Unit.arrived`, until the handles are removed."""
     handles: list[RemovableHandle] = []
     for unit in units:
-        names, hooked = {piece.name for piece in unit.pieces}, set[int]()
-        for root, given in unit.given:
-            for path, module in given.named_modules(prefix=root):
-                watcher = _Watcher(unit.arrived, path, names, hooked, handles)
-                handles.append(module.register_forward_pre_hook(watcher))
+        watcher = _Watcher(unit, handles)
+        modules = {id(module): module for module in (*unit.given, *(holder for holder, _ in unit.holders))}
+        handles.extend(module.register_forward_pre_hook(watcher) for module in modules.values())
     return handles
 
 
 class _Watcher:
-    """A hook on one module's forward, when its parameters are whole: it hooks each of the unit's once."""
+    """A hook on forwards of a unit, when its parameters are whole: it hooks each of them once.
 
-    def __init__(
-        self, arrived: set[str], path: str, names: set[str], hooked: set[int], handles: list[RemovableHandle]
-    ) -> None:
-        self._arrived, self._path, self._names, self._hooked, self._handles = arrived, path, names, hooked, handles
+    All at the first forward of any of its modules: some are used without their own module's forward.
+    """
+
+    def __init__(self, unit: Unit, handles: list[RemovableHandle]) -> None:
+        self._unit, self._handles = unit, handles
+        self._hooked: set[int] = set()
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        for name, parameter in self._whole(module):
-            self._hooked.add(id(parameter))
-            mark = _Mark(self._arrived, name)
-            self._handles.append(parameter.register_post_accumulate_grad_hook(mark))
-
-    def _whole(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        # Of modules inside, too: attention takes its output's weights, and never calls the module that has them.
-        for name, parameter in module.named_parameters(self._path):
-            new = id(parameter) not in self._hooked and not isinstance(parameter, DTensor)
-            if new and name in self._names and parameter.requires_grad:
-                yield name, parameter
+        for piece, (holder, attribute) in zip(self._unit.pieces, self._unit.holders, strict=True):
+            parameter = holder.get_parameter(attribute)
+            if parameter.requires_grad and not isinstance(parameter, DTensor) and id(parameter) not in self._hooked:
+                self._hooked.add(id(parameter))
+                mark = _Mark(self._unit.arrived, piece.name)
+                self._handles.append(parameter.register_post_accumulate_grad_hook(mark))
 
 
 @dataclass(frozen=True)

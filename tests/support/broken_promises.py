@@ -1,5 +1,6 @@
 """Compressors that break one promise each, and keep all others."""
 
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,6 +158,14 @@ class Regrouping(SignsInOneHop):
         super().average_(gradients, step)
 
 
+class Packing(SignsInOneHop):
+    """It takes layers to lie side by side."""
+
+    def average_(self, gradients: Gradients, step: int) -> None:
+        ends = list(itertools.accumulate((self._sizes[name] for name in gradients.names), initial=0))
+        super().average_(Gradients(gradients.flat, gradients.names, tuple(ends[:-1])), step)
+
+
 class Forgetful(SignsInOneHop):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pass
@@ -188,6 +197,7 @@ BROKEN: dict[str, object] = {
     "telescoping": row_of(Decaying),
     "no trace": row_of(Rash),
     "grouping": row_of(Regrouping),
+    "padding": row_of(Packing),
     "resume": row_of(Forgetful),
 }
 """By the name of the promise."""

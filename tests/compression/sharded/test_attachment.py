@@ -26,7 +26,6 @@ from compression.sharded.exchange import ShardedExchange
 from tests.support.gloo_ranks import as_rank, run
 
 STEPS = 3
-HALVES = (torch.bfloat16, torch.float16)
 
 
 class Network(nn.Module):
@@ -213,6 +212,7 @@ def compressor(name: str) -> None:
 PROGRAMS: dict[str, tuple[Callable[[Any, int], None], dict[str, Any]]] = {
     "a step": (one_backward, {}),
     "one unit": (one_backward, {"make": One, "apart": ""}),
+    "a rank without pieces": (one_backward, {"make": lambda: nn.Sequential(nn.Linear(33, 1)), "apart": ""}),
     "many units": (one_backward, {"apart": "first second last"}),
     "modules given at once": (one_backward, {"apart": "last+second"}),
     "outputs in an object": (one_backward, {"make": partial(Network, hidden_output=True)}),
@@ -223,7 +223,14 @@ PROGRAMS: dict[str, tuple[Callable[[Any, int], None], dict[str, Any]]] = {
     "checkpoints": (one_backward, {"make": partial(Network, reentrant=False)}),
     "reentrant checkpoints": (one_backward, {"make": partial(Network, reentrant=True)}),
     "parameters that stay whole": (one_backward, {"reshard_after_forward": False}),
-    "columns": (one_backward, {"make": One, "apart": "", "shard_placement_fn": lambda p: Shard(p.ndim - 1)}),
+    "columns": (
+        one_backward,
+        {
+            "make": lambda: nn.Sequential(nn.Linear(33, 64), nn.ReLU(), nn.Linear(64, 6)),
+            "apart": "",
+            "shard_placement_fn": lambda parameter: Shard(int(parameter.shape[-1] == 64 and parameter.ndim == 2)),
+        },
+    ),
     "offload": (one_backward, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}),
     "divide factors": (divided, {}),
     "bfloat16 parameters": (
@@ -231,16 +238,14 @@ PROGRAMS: dict[str, tuple[Callable[[Any, int], None], dict[str, Any]]] = {
         {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
     ),
     **{
-        f"{str(dtype).removeprefix('torch.')} reduced": (
-            backward,
-            {"mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype)},
-        )
-        for dtype in HALVES
-        for backward in (one_backward,)
+        f"{name} reduced": (one_backward, {"mp_policy": MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=kind)})
+        for name, kind in {"bfloat16": torch.bfloat16, "float16": torch.float16}.items()
     },
+    "float32 parameters, bfloat16 reduced": (
+        micro_batches,
+        {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.bfloat16)},
+    ),
 }
-PROGRAMS["columns"][1]["make"] = lambda: nn.Sequential(nn.Linear(33, 64), nn.ReLU(), nn.Linear(64, 6))
-PROGRAMS["columns"][1]["shard_placement_fn"] = lambda p: Shard(int(p.ndim == 2 and p.shape[1] % 2 == 0))
 
 
 def program(name: str) -> None:
@@ -258,7 +263,7 @@ def program(name: str) -> None:
         weights = train(model, backward)
         assert equal(weights)
         assert near(weights, expected, start)
-        assert exchange.step == STEPS * (2 if name == "micro-batches" else 1) - 1
+        assert exchange.step == STEPS * (2 if backward is micro_batches else 1) - 1
     assert equal(expected)
     if name == "clipping":
         torch.testing.assert_close(expected, by_one_process(0.05))
@@ -455,7 +460,7 @@ def refused() -> None:
     }.items():  # fmt: skip
         refusal(f"`{name}` has no use for a sharded model: .*; leave it out", **{name: value})
     refusal("groups and a mesh say the same", groups=(inside, between))
-    refusal("this model's parameters are sharded", mesh=None)
+    refusal("this model is sharded over 2 of 4 ranks", mesh=None)
     refusal("groups are .inside, between.", mesh=None, groups=(between, inside))
     refusal("`between` is a group of one rank", mesh=None, groups=(inside, compression.Solo()))
     refusal("`verify_wire` puts checksums on messages", "none", verify_wire=True)

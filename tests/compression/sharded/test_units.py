@@ -13,6 +13,17 @@ from compression.sharded.units import Unit, is_sharded, mesh_of, units_of, watch
 from tests.support.gloo_ranks import as_rank, run
 
 
+class Inner(nn.Sequential):
+    """Like attention, it uses a layer's parameters without the layer's forward."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 8))
+
+    def forward(self, values: Tensor) -> Tensor:
+        last = self[2]
+        return nn.functional.linear(self[1](self[0](values)), last.weight, last.bias)
+
+
 class Network(nn.Module):
     """A shared weight, a layer that no step uses, and sizes that two ranks do not divide."""
 
@@ -20,7 +31,7 @@ class Network(nn.Module):
         super().__init__()
         self.embedding, self.last = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False)
         self.last.weight = self.embedding.weight
-        self.inner = nn.Sequential(nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 8))
+        self.inner = Inner()
         self.idle = nn.Linear(3, 3)
         self.own = nn.Parameter(torch.rand(5, 8))  # of the module itself: before those of its modules, not in buffers
         self.norm, self.shift = nn.LayerNorm(8), nn.Linear(8, 8)  # given to fully_shard at once
