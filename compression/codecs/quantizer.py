@@ -224,6 +224,10 @@ class ScalarQuantizer(Quantizer):
     def levels(self, scales_MS: Tensor, codes_MK: Tensor) -> Tensor:
         """The values that codes stand for."""
 
+    def thresholds(self, draws: Draws, count: int) -> Tensor:
+        """Integers below 2^32 that decide whether positions go up, [M, count] or one for all: random ones."""
+        return draws.of_values(count)
+
     @property
     def scale_count(self) -> int:
         """Float32 scales of a record."""
@@ -232,7 +236,7 @@ class ScalarQuantizer(Quantizer):
     def encode_vectors(self, vectors_MK: Tensor, draws: Draws, contraction: bool) -> Tensor:
         scales = self.fit(vectors_MK)
         positions = self.positions(vectors_MK, scales).clamp(0, self.top)
-        codes = arithmetic.round_at_random(positions, draws.of_values(vectors_MK.shape[1]))
+        codes = arithmetic.round_at_random(positions, self.thresholds(draws, vectors_MK.shape[1]))
         if contraction and self.projects:
             scales = self._project(vectors_MK, scales, codes)
         return torch.cat([scales.contiguous().view(torch.uint8), self.pack(codes)], dim=1)

@@ -36,6 +36,7 @@ def attach(
     groups: tuple[Group, Group] | None = None,
     mesh: DeviceMesh | None = None,
     verify_wire: bool = False,
+    gather_bits: int | None = None,
     **options: Any,
 ) -> Attached:
     """Average the model's gradients through a compressor, from the next backward on.
@@ -61,7 +62,7 @@ def attach(
     it is used on another thread.
 
     A model that FSDP2 shards (`fully_shard`) gets hooks on the gradients of every module that was given to it; see
-    `sharded.attachment.attach_sharded`.
+    `sharded.attachment.attach_sharded`. With `gather_bits` its parameters travel in codes of so many bits, too.
 
     With `verify_wire` messages carry checksums (`network.verified`): one that arrives damaged raises an OSError that
     names its sender, where its average is waited for.
@@ -81,12 +82,18 @@ def attach(
             groups=groups,
             mesh=mesh,
             verify_wire=verify_wire,
+            gather_bits=gather_bits,
             collectives=collectives,
             barrier_fraction=barrier_fraction,
             late_steps=late_steps,
             record=record,
             hierarchical=hierarchical,
             ranks_per_host=ranks_per_host,
+        )
+    if gather_bits is not None:
+        raise ValueError(
+            "`gather_bits` encodes parameters where FSDP2 gathers them, and no module of this model was given to "
+            "fully_shard: its ranks have them whole; leave it out"
         )
     if collectives is None:
         check_ranks(model)

@@ -24,7 +24,8 @@ class Report:
     nothing is sent, encoded bytes over 4 bytes a value. `host_bytes` are those that a host puts on its link, the mean
     over hosts, and `host_bytes_dense` those that a ring all-reduce in float32, over the same ranks in order, would:
     0 on one host. `exposed_seconds` are those from the last gradient of backward
-    to the last average: what backward did not hide of the exchange. On a GPU they are the host's.
+    to the last average: what backward did not hide of the exchange. On a GPU they are the host's. `gathered_bytes` and
+    `host_gathered_bytes` are beside `bytes_sent` and `host_bytes`: a sharded model's parameters, gathered in codes.
     """
 
     steps: float = 0
@@ -36,9 +37,11 @@ class Report:
     exposed_seconds: float = 0.0
     host_bytes: float = 0.0
     host_bytes_dense: float = 0.0
+    gathered_bytes: float = 0.0
+    host_gathered_bytes: float = 0.0
 
     def mean(self, sum_over_ranks: Callable[[Tensor], Tensor], world_size: int, device: torch.device) -> Report:
-        """The mean over ranks, each of which calls it: one sum of a float64 tensor [9] on `device`."""
+        """The mean over ranks, each of which calls it: one sum of a float64 tensor [11] on `device`."""
         import torch
 
         own = torch.tensor(self._sums(), dtype=torch.float64, device=device)
@@ -52,6 +55,10 @@ class Report:
         """Metrics by name, per step; none where there was no step."""
         if self.steps == 0:
             return {}
+        gathered = {
+            "comm.gathered_bytes": self.gathered_bytes / self.steps,
+            "comm.host_gathered_bytes": self.host_gathered_bytes / self.steps,
+        }
         host_ratio = {"comm.host_ratio": self.host_bytes / self.host_bytes_dense} if self.host_bytes_dense else {}
         return {
             "comm.bytes_sent": self.bytes_sent / self.steps,
@@ -60,6 +67,7 @@ class Report:
             "comm.host_bytes": self.host_bytes / self.steps,
             "comm.host_bytes_dense": self.host_bytes_dense / self.steps,
             **host_ratio,
+            **(gathered if self.gathered_bytes else {}),
             "comm.time": self.comm_seconds / self.steps,
             "comm.exposed_time": self.exposed_seconds / self.steps,
             "codec.time": self.codec_seconds / self.steps,

@@ -13,6 +13,7 @@ import torch
 
 from . import cpu, reference
 from .cpu import eden as eden_cpu
+from .cpu import nearest as nearest_cpu
 from .cpu import sparse as sparse_cpu
 from .protocols import Definition, Kernels, SparseKernels
 from .reference import sparse as sparse_reference
@@ -31,6 +32,8 @@ def for_device(device: torch.device, family: str | None) -> Kernels:
             return cpu
         if family in eden_cpu.FAMILIES:
             return eden_cpu
+        if family in nearest_cpu.FAMILIES:
+            return nearest_cpu
     elif device.type == "cuda" and _triton_runs():
         from . import cuda
         from .cuda import eden as eden_cuda

@@ -17,6 +17,7 @@ from ..network.collectives import Collectives, Metered, Traffic
 from ..network.hosts import Hosts
 from ..registry import Compressor
 from .exchange import ShardedExchange
+from .gathering import check_bits
 from .grid import Grid
 from .hooks import ShardedHooks
 from .scatter import scattering
@@ -49,6 +50,7 @@ def attach_sharded(
     groups: tuple[Group, Group] | None = None,
     mesh: DeviceMesh | None = None,
     verify_wire: bool = False,
+    gather_bits: int | None = None,
     **others: Any,
 ) -> ShardedExchange:
     """Average a sharded model's gradients through a compressor, from the next backward on.
@@ -67,6 +69,8 @@ def attach_sharded(
     a rank of W. Which ranks share a host is found; hosts of as many ranks each, two or more, average in two levels
     (`hierarchical`, `ranks_per_host`), else one line says what the hosts' links carry.
 
+    With `gather_bits`, 4 to 8, all-gathers of parameters travel in codes there, too: see `gathering`.
+
     `others` are the other arguments of `attach`, most of which have no use here.
 
     Raises ValueError, on all ranks alike, where the ranks' arguments differ, where one of them has no use, and where
@@ -81,12 +85,21 @@ def attach_sharded(
             f"compressor {compressor.name} takes all gradients at once here, and those of a sharded model come module "
             "by module; leave out big_grad and clip, and clip what is averaged (clip_grad_norm_)"
         )
+    if gather_bits is not None:
+        check_bits(gather_bits)
+        if networks is not None:
+            raise ValueError(
+                "`gather_bits` is for models whose shards span hosts: with groups or a mesh of hosts x ranks FSDP "
+                "gathers parameters inside each host, and codes would lose precision and save nothing on a link; leave "
+                "it out"
+            )
     if networks is None:
         units = units_of(model)
         shards = mesh_of(units)
         pieces = _trained_pieces(model, {piece.name: piece for unit in units for piece in unit.pieces})
         device, levels = device_of(shards), {name: others.get(name) for name in _LEVELS}
-        return scattering(model, units, pieces, shards, device, compressor, seed, verify_wire=verify_wire, **levels)
+        how: dict[str, Any] = {"verify_wire": verify_wire, "gather_bits": gather_bits, **levels}
+        return scattering(model, units, pieces, shards, device, compressor, seed, **how)
     return _between_hosts(model, compressor, seed, *networks, verify_wire)
 
 

@@ -14,6 +14,7 @@ from ..exchange.exchange import Exchange
 from ..exchange.hooks import Catch
 from ..exchange.report import Report
 from ..registry import Compressor
+from .gathering import Gathering
 
 
 class Everyone(Protocol):
@@ -32,6 +33,8 @@ class ShardedExchange(Exchange):
     Whether averages are finite is agreed on by all ranks at the end of every backward, so that the owners of all
     pieces settle alike. A backward after which the loop does not step, one of several micro-batches, is a step of its
     own: its averages add up in .grad.
+
+    Where `gathering` is set, parameters are gathered in codes until the exchange is closed.
 
     States of ranks have no key in common but the step's, so that all of them are one state, too.
     """
@@ -56,6 +59,7 @@ class ShardedExchange(Exchange):
         self._everyone, self._key, self._names, self._ranks_per_link = everyone, key, names, ranks_per_link
         self._ended = False  # some backward of the step under way
         self._finite = torch.ones((), dtype=torch.bool, device=device)  # the averages of this step so far
+        self.gathering: Gathering | None = None
         super().__init__(catch, parameters, compressor, bind, record=False, device=device)
 
     def begin_backward(self) -> None:
@@ -123,9 +127,19 @@ class ShardedExchange(Exchange):
     def report(self) -> Report:
         """Bytes sent over hosts, and seconds, since the last report; a host's are this rank's times its ranks."""
         report, ranks = super().report(), self._ranks_per_link
+        gathered, on_link = self.gathering.take_bytes() if self.gathering is not None else (0.0, 0.0)
         return replace(
-            report, host_bytes=report.host_bytes * ranks, host_bytes_dense=report.host_bytes_dense * ranks
+            report,
+            host_bytes=report.host_bytes * ranks,
+            host_bytes_dense=report.host_bytes_dense * ranks,
+            gathered_bytes=gathered,
+            host_gathered_bytes=on_link,
         )
+
+    def close(self) -> None:
+        if self.gathering is not None:
+            self.gathering.close(self.pipeline.failure is None)
+        super().close()
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from ..network.inside import Levels
 from ..network.torch_distributed import TorchDistributed
 from ..registry import Compressor
 from .exchange import ShardedExchange
+from .gathering import Gathering
 from .hooks import Backward, Switches, unsynchronized
 from .units import Piece, Unit, watch
 
@@ -74,11 +75,13 @@ def scattering(
     hierarchical: bool | None,
     ranks_per_host: int | None,
     verify_wire: bool,
+    gather_bits: int | None = None,
 ) -> ShardedExchange:
     """The exchange of a model whose shards span all ranks: it reduce-scatters by the compressor's codes.
 
-    `pieces` are those of trained parameters, in the model's order. Raises ValueError, on all ranks alike, where the
-    ranks' arguments differ, where there are no two levels, and for a compressor that averages no pieces.
+    With `gather_bits` it gathers parameters in codes as well. `pieces` are those of trained parameters, in the model's
+    order. Raises ValueError, on all ranks alike, where the ranks' arguments differ, where there are no two levels, and
+    for a compressor that averages no pieces.
     """
     if shards.size() != dist.get_world_size():
         raise ValueError(
@@ -95,6 +98,7 @@ def scattering(
         hierarchical=hierarchical,
         ranks_per_host=ranks_per_host,
         verify_wire=verify_wire,
+        gather_bits=gather_bits,
         tensors=[(piece.name, piece.shapes) for piece in pieces],
         units=[(unit.name, [piece.name for piece in unit.pieces]) for unit in units],
     )
@@ -141,6 +145,8 @@ def scattering(
     except BaseException:
         arrangement.close(True)
         raise
+    if gather_bits is not None:
+        exchange.gathering = Gathering(units, gather_bits, ranks, device, arrangement)
     if ranks.rank == 0:
         _say_what_feedback_costs(exchange)
         _say_what_flat_costs(exchange)

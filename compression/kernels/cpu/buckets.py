@@ -10,6 +10,7 @@ from ...limits import HUGE
 from ..reference.arithmetic import FRACTION_BITS, TREE
 from .compiling import inlined, jit
 from .families import (
+    MAXMIN,
     ONEBIT,
     axis,
     clamp,
@@ -34,6 +35,7 @@ _TREE = np.int64(TREE)  # a numpy integer, as `sums.START` is
 _LEAST_UNIT = np.float32(2.0**-100)  # in fixed point it is no denormal number yet
 _NO, _YES = np.bool_(False), np.bool_(True)  # numpy bools, likewise
 _HUGE, _ZERO, _ONE = np.float32(HUGE), np.float32(0.0), np.float32(1.0)
+_HALF_WAY = np.uint32(1 << 31)  # in place of a random word
 _FIXED, _FRACTION, _UNUSED = np.float32(2.0**FRACTION_BITS), np.uint32(FRACTION_BITS), np.uint32(32 - FRACTION_BITS)
 
 Arrays = tuple[np.ndarray, ...]  # the fields of a `scratch.Scratch`
@@ -352,6 +354,44 @@ def recode(
             sums, keys, wire, residual, pending, feedback, values, position, _YES, scratch,
         )  # fmt: skip
         first = last
+
+
+@jit
+def encode_nearest(
+    start: int,
+    stop: int,
+    position: np.ndarray,
+    count: np.ndarray,
+    bits: np.ndarray,
+    wire_at: np.ndarray,
+    values: np.ndarray,
+    wire: np.ndarray,
+    scratch: Arrays,
+) -> None:
+    """As `_encode`, for records of max-min whose codes are the nearest: a pass without hashes, and no feedback."""
+    codes, words, _, scales, bins, terms, sums, _, _ = scratch
+    for m in range(start, stop):
+        n, b, record, at = count[m], bits[m], wire_at[m], position[m]
+        if b >= BFLOAT16:
+            put_floats(values, at, n, b, wire, record)
+            continue
+        finite = fit(MAXMIN, values, at, n, b, scales, terms, sums, bins)
+        low, unit, _ = axis(MAXMIN, b, scales)
+        spread, top = finite and unit > 0, np.float32(top_code(MAXMIN, b))
+        for tile in range(0, n, TILE):
+            length = min(TILE, n - tile)
+            if spread:
+                for i in range(length):
+                    place = (load(values, at + tile + i) - low) / unit
+                    store(words, i, _code(place * _FIXED, top * _FIXED, _HALF_WAY))
+            else:
+                for i in range(length):
+                    store(words, i, np.uint32(0))
+            for i in range(0, length, NARROWED):
+                narrow(words, i, codes, i)
+            pack(codes, length, b, words, wire, record + 8 + tile * b // 8)
+        store_float(wire, record, scales[0])
+        store_float(wire, record + 4, scales[1])
 
 
 @jit
