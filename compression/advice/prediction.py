@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from ..averagers import Averager
-from ..costs import Cluster, Prediction, StepModel, bound
+from ..costs import Cluster, Prediction, Promise, StepModel, bound
 from ..layers import Layer, layers_of
 from ..registry import build
 from .choices import Choice
@@ -42,9 +41,9 @@ class Predictor:
 
     def step(self, choice: Choice, link_mbit: float | None = None) -> Prediction:
         """The step of a choice, perhaps over another link."""
+        model, promise = self._promised(choice)
         cluster = self.cluster if link_mbit is None else replace(self.cluster, link_mbit=link_mbit)
-        model = self.model(choice)
-        return model.on(cluster).predict(self._averager(choice, model), choice.codec)
+        return model.on(cluster).predict(promise, choice.codec)
 
     def model(self, choice: Choice) -> StepModel:
         """The step model, with the layers as the choice's compressor takes them, and the buffers that it gets."""
@@ -57,14 +56,15 @@ class Predictor:
     def _layers(self, choice: Choice) -> tuple[Layer, ...]:
         return layers_of(self.measured.shapes.items(), choice.compressor.bucket_size)
 
-    def _averager(self, choice: Choice, model: StepModel) -> Averager:
-        if choice not in self._averagers:
-            own = bound(choice.compressor, self._layers(choice), self.cluster, choice.hierarchical)
-            self._averagers[choice] = own
-        return self._averagers[choice]
+    def _promised(self, choice: Choice) -> tuple[StepModel, Promise]:
+        if choice not in self._promises:
+            model = self.model(choice)
+            averager = bound(choice.compressor, self._layers(choice), self.cluster, choice.hierarchical)
+            self._promises[choice] = model, model.promise(averager)
+        return self._promises[choice]
 
     @cached_property
-    def _averagers(self) -> dict[Choice, Averager]:
+    def _promises(self) -> dict[Choice, tuple[StepModel, Promise]]:
         return {}
 
     def forecast(self, choice: Choice) -> Forecast:

@@ -1,5 +1,6 @@
 """Codecs, measured: seconds and errors of every choice on a model's gradient, while all ranks do the same."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +20,11 @@ from ..routes import squared_error
 from .choices import Choice
 from .echo import Echo
 
-PATIENCE = 0.2
-"""Seconds that a choice's codec gets, but for one buffer in any case; what is left out is taken to be as fast."""
+PATIENCE = 0.08
+"""Seconds of a turn of a codec: on as many buffers, one at least, as it can have in that time; others are as fast."""
+
+MOST_RANKS = 4
+"""Ranks among which codecs are timed; with more, what grows with the ranks is bytes to decode."""
 
 SAMPLE = 2**18
 """Values on which an error is measured, at least one layer."""
@@ -41,27 +45,31 @@ class Codecs:
         return {name: self._speed(compressor, world_size) for name, compressor in compressors.items()}
 
     def _speed(self, compressor: Compressor, world_size: int) -> CodecCosts:
-        echo = Echo(max(world_size, 2))
+        echo = Echo(min(max(world_size, 2), MOST_RANKS))
         layers = {layer.name: layer for layer in layers_of(self.shapes.items(), compressor.bucket_size)}
         averager = compressor.averager(tuple(layers.values()), echo, 0)  # type: ignore[arg-type]
         device = next(iter(self.gradient.values())).device
         buffers = [[layers[name] for name in names] for names in self.buffers]
         if compressor.needs_full_gradient:
             buffers = [[layer for buffer in buffers for layer in buffer]]
-        by_size = sorted(buffers, key=lambda buffer: sum(layer.numel for layer in buffer))
-        before = after = 0.0
-        done: list[list[Layer]] = []
-        pipeline = Pipeline(averager, tuple(layers.values()), device, needs_full_gradient=False)
+        by_size = sorted(buffers, key=lambda buffer: numel([buffer]))
+        pipeline = Pipeline(averager, tuple(layers.values()), device)
+
+        def turn(buffers: Sequence[Sequence[Layer]]) -> tuple[float, float]:
+            times = [self._turn(pipeline, echo, averager, buffer, next(steps)) for buffer in buffers]
+            return sum(before for before, _ in times), sum(after for _, after in times)
+
+        steps = itertools.count()
         try:
-            self._turn(pipeline, echo, averager, by_size[0], 0)  # compiles
+            turn(by_size[:1])  # compiles
+            rate = sum(turn(by_size[:1])) / numel(by_size[:1])
+            count = 1
+            while count < len(by_size) and rate * numel(by_size[: count + 1]) < PATIENCE:
+                count += 1
+            done = by_size[:count]
+            turn(done)  # gets memory
             self.network.collect(None)
-            began = time.perf_counter()
-            for step, buffer in enumerate(by_size, start=1):
-                encoding, decoding = self._turn(pipeline, echo, averager, buffer, step)
-                before, after = before + encoding, after + decoding
-                done.append(buffer)
-                if time.perf_counter() - began > PATIENCE:
-                    break
+            before, after = min(turn(done), turn(done), key=sum)
         finally:
             pipeline.close()
         load = load_of(averager, done, Cluster(echo.world_size))
@@ -115,6 +123,11 @@ class Codecs:
             error, norm = (math.fsum(part) for part in zip(*ranks, strict=True))
             found[codec] = math.sqrt(error / norm) if norm else 0.0
         return found
+
+
+def numel(buffers: Sequence[Sequence[Layer]]) -> int:
+    """Values of all layers of some buffers."""
+    return sum(layer.numel for buffer in buffers for layer in buffer)
 
 
 def _sample(gradient: Mapping[str, Tensor], values: int) -> list[str]:

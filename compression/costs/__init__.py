@@ -16,7 +16,7 @@ from .exchanges import (
     in_buffers,
     load_of,
 )
-from .steps import Compute, Prediction, StepModel, Transfer
+from .steps import Compute, Prediction, Promise, StepModel, Transfer
 
 __all__ = [
     "FREE",
@@ -27,6 +27,7 @@ __all__ = [
     "Load",
     "Parts",
     "Prediction",
+    "Promise",
     "Run",
     "StepModel",
     "Transfer",

@@ -22,9 +22,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ..averagers import Averager
+from ..averagers import Averager, Hierarchical
 from ..layers import Layer
-from .exchanges import Cluster, Costs, Parts, Run, load_of
+from .exchanges import Cluster, Costs, Load, Parts, Run, load_of
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,6 @@ class Transfer(NamedTuple):
     release: float
     parts: Parts
 
-    @property
-    def processor(self) -> float:
-        """Seconds of the rank's processor, codec and messages."""
-        return self.parts.encoding + self.parts.processor + self.parts.decoding
-
 
 class Prediction(NamedTuple):
     """A step in seconds. `exposed`: what the exchange adds to the rank's own work. `codec`, `network`: seconds of the
@@ -82,6 +77,16 @@ class Prediction(NamedTuple):
     codec: float
     network: float
     host_bytes: float
+
+
+class Promise(NamedTuple):
+    """What an averager promises to send of a step: the load of each buffer, in order, and whether buffers overlap.
+
+    It holds for clusters of as many ranks on as many hosts, whatever joins them.
+    """
+
+    loads: tuple[Load, ...]
+    overlaps: bool
 
 
 @dataclass(frozen=True)
@@ -97,33 +102,42 @@ class StepModel:
         """The same on another cluster."""
         return replace(self, cluster=cluster)
 
-    def predict(self, averager: Averager, codec: str | None) -> Prediction:
-        """The step with an averager's promises, whose codec has one of the costs' speeds, or none."""
-        transfers = self.transfers(averager, codec)
-        exposed = self.exposed(transfers, averager.overlaps)
+    def promise(self, averager: Averager) -> Promise:
+        """The loads of all buffers, flat or in two levels."""
+        loads = tuple(load_of(averager, [buffer], self.cluster) for buffer in self.buffers)
+        if isinstance(averager, Hierarchical):
+            return Promise(loads, averager.inner.overlaps)
+        return Promise(loads, averager.overlaps)
+
+    def predict(self, promised: Averager | Promise, codec: str | None) -> Prediction:
+        """The step with an averager, whose codec has one of the costs' speeds, or none.
+
+        A promise, which takes longer to make than what it is asked here, can be used again.
+        """
+        promise = promised if isinstance(promised, Promise) else self.promise(promised)
+        transfers = self.transfers(promise, codec)
+        exposed = self.exposed(transfers, promise.overlaps)
         return Prediction(
             self.compute.seconds + exposed,
             exposed,
             sum(each.parts.encoding + each.parts.decoding for each in transfers),
             sum(each.parts.network for each in transfers),
-            load_of(averager, self.buffers, self.cluster).link,
+            sum(load.link for load in promise.loads),
         )
 
-    def transfers(self, averager: Averager, codec: str | None) -> list[Transfer]:
+    def transfers(self, promise: Promise, codec: str | None) -> list[Transfer]:
         """The exchange of each buffer, in order."""
-        return [self.transfer(averager, codec, buffer) for buffer in self.buffers]
-
-    def transfer(self, averager: Averager, codec: str | None, buffer: Sequence[Layer]) -> Transfer:
-        """The exchange of one buffer of layers."""
-        run = Run(self.cluster, load_of(averager, [buffer], self.cluster), codec)
-        return Transfer(self.compute.release(buffer), self.costs.parts(run))
+        return [
+            Transfer(self.compute.release(buffer), self.costs.parts(Run(self.cluster, load, codec)))
+            for buffer, load in zip(self.buffers, promise.loads, strict=True)
+        ]
 
     def exposed(self, transfers: Sequence[Transfer], overlaps: bool) -> float:
         """Seconds that exchanges add to a step's own work. `overlaps`: whether they overlap one another."""
         backward, contention = self.compute.backward, self.compute.contention
         if not transfers:
             return 0.0
-        paid = 0.0  # of the exchanges so far, delaying backward
+        paid = 0.0  # by backward, for the exchanges so far
         thread = encoded = arrived = decoded = 0.0  # when each is through with the buffers so far
         for release, parts in transfers:
             handed_over = release + paid
