@@ -1,0 +1,45 @@
+"""Choices: the whole registry, at its usual settings."""
+
+from dataclasses import replace
+
+from compression import COMPRESSORS
+from compression.advice.choices import WIDTHS, choices, settings
+
+
+def test_every_compressor_that_trains_is_a_choice() -> None:
+    names = {choice.compressor.name for choice in choices()}
+    assert names == set(COMPRESSORS) - {"sanity", "stats"}
+
+
+def test_float32_and_bfloat16_come_first() -> None:
+    assert [str(choice) for choice in choices()][:2] == ["float32", "bfloat16"]
+    assert "bfloat16" not in [str(choice) for choice in choices(all_reduces_bfloat16=False)]
+
+
+def test_every_width_that_a_compressor_has_is_tried() -> None:
+    for name, row in COMPRESSORS.items():
+        bits = [choice.compressor.options.bits for choice in choices() if choice.compressor.name == name and row.has_bits]
+        assert bits == [width for width in WIDTHS if row.has_bits and width >= row.min_bits]
+
+
+def test_two_levels_are_tried_of_all_but_float32() -> None:
+    both = choices(two_levels=True)
+    flat, levels = ({each.codec for each in both if each.hierarchical == it} for it in (False, True))
+    assert flat - levels == {"float32"}
+
+
+def test_names_are_told_apart() -> None:
+    names = [str(choice) for choice in choices(two_levels=True)]
+    assert len(set(names)) == len(names)
+
+
+def test_error_feedback_is_on_where_it_can_be() -> None:
+    for choice in choices():
+        if "error_feedback" in choice.compressor.option_values and not COMPRESSORS[choice.compressor.name].needs_feedback:
+            assert choice.given["error_feedback"] is True
+
+
+def test_a_new_compressor_appears_by_itself() -> None:
+    row = replace(COMPRESSORS["maxmin"], min_bits=3)
+    assert [each["bits"] for each in settings(row)] == [3, 4, 8]
+    assert {choice.compressor.name for choice in choices(rows={"maxmin": row})} == {"maxmin"}
