@@ -67,7 +67,8 @@ def test_of_choices_that_are_as_fast_the_one_that_errs_least_is_advised() -> Non
 
 def test_a_break_even_is_where_the_steps_are_equal() -> None:
     predictor = Predictor(measured(), Cluster(2, 1, 1_000))
-    choice, bfloat16 = Choice(build("maxmin", bits=4, error_feedback=True)), Choice(build("none", dense_dtype="bfloat16"))
+    choice = Choice(build("maxmin", bits=4, error_feedback=True))
+    bfloat16 = Choice(build("none", dense_dtype="bfloat16"))
     link = predictor.break_even(choice)
     assert 0 < link < math.inf
     assert predictor.step(choice, link).seconds == pytest.approx(predictor.step(bfloat16, link).seconds, rel=1e-3)

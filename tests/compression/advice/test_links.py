@@ -61,7 +61,7 @@ def measured(
 @pytest.mark.parametrize("mbit", [50.0, 100.0, 1_000.0, 25_000.0])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_link_is_what_it_was_throttled_to(monkeypatch: pytest.MonkeyPatch, mbit: float, ranks: int) -> None:
-    cluster, costs, network = measured(monkeypatch, Hosts.separate(ranks), mbit, 1e-3, busy=1e-11)
+    cluster, costs, _ = measured(monkeypatch, Hosts.separate(ranks), mbit, 1e-3, busy=1e-11)
     assert cluster.link_mbit == pytest.approx(mbit, rel=0.01)
     assert cluster.latency == pytest.approx(1e-3, rel=0.01)
     assert costs.per_byte == pytest.approx(1e-11)

@@ -66,7 +66,7 @@ def test_coding_is_one_threads_work_even_where_buffers_overlap() -> None:
 
 def test_a_step_is_its_own_work_and_what_is_not_hidden() -> None:
     layers = layers_of(SHAPES.items(), 512)
-    compute = Compute(0.1, 0.2, 0.05, {name: 0.2 for name in SHAPES}, contention=1.0)
+    compute = Compute(0.1, 0.2, 0.05, dict.fromkeys(SHAPES, 0.2), contention=1.0)
     found = StepModel(COSTS, compute, Cluster(2, link_mbit=8), [layers]).predict(
         bound(build("none"), layers, Cluster(2)), None
     )
@@ -90,7 +90,7 @@ def test_times_that_cannot_be_are_refused(values: tuple[float, float, float]) ->
 
 
 def test_a_contention_is_a_fraction() -> None:
-    with pytest.raises(ValueError, match="from 0 to 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"from 0 to 1, got 1.5"):
         Compute(1, 1, 1, {}, contention=1.5)
 
 
