@@ -1,4 +1,4 @@
-"""Costs: the model by hand, its fit, and a prediction for every compressor, flat and in two levels."""
+"""Costs of exchanges: the model by hand, its fit, and a prediction for every compressor, flat and in two levels."""
 
 import dataclasses
 import itertools
@@ -36,7 +36,7 @@ def test_a_ring_in_one_level_by_hand() -> None:
     """Three hosts of two: every rank passes on 2 x 5/6 of the gradient, in ten rounds; one of two crosses the link."""
     found = load("none", Cluster(3, 2))
     sent = 2 * 5 / 6 * 4 * VALUES
-    assert found == pytest.approx(Load(10, 10, sent, VALUES, 0, link=sent, beside=sent))
+    assert found == pytest.approx(Load(10, 10, sent, VALUES, 0, link=sent, beside=sent, circulated=sent))
 
 
 def test_two_hops_in_one_level_by_hand() -> None:
@@ -198,4 +198,4 @@ def test_only_a_fit_needs_scipy() -> None:
         "try: Costs.fit({run: 1.0})\n"
         "except ImportError: sys.exit(7)\n"
     )
-    assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2]).returncode == 7
+    assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[3]).returncode == 7
