@@ -1,108 +1,193 @@
 """The least time of a step within an error: widths where they shorten it, and none where backward hides the bytes.
 
-A network passes one buffer of gradients on after the other, each once backward has released it:
+Backward releases buffers of gradients one after the other, and each is encoded, sent and decoded while backward goes
+on. Predicted seconds of a step are the longest of many chains of waiting: from the release of some buffer on, through
+the encoding, the network and the decoding of it and those that follow. Every chain is a sum, linear in the layers'
+choices, and the longest is to be least.
 
-    finish_j = max(finish_(j - 1), release_j) + fixed_j + (seconds of the layers in buffer j)
-
-and the step takes as long as the last one. Written out, that is the greatest of J sums, over k, of release_k and all
-that follows it: each of them linear in the layers' choices, and the greatest of them is to be least.
+A timeline knows no ranks and no codecs, only what their seconds are; `compression.costs` predicts them, and this
+module's arithmetic is that of its steps.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .hulls import merge_edges
-from .knapsack import EFFORT, EPS, FRONTIER, PROOF, Certified, Rest, check_reachable
+from .knapsack import EFFORT, EPS, PROOF, Certified, Rest, check_reachable, within_error
 from .objective import gap
 from .tables import Floats, Ints, Tables
 
+PARTS = ("encoding", "network", "processor", "decoding")
+"""What seconds of a buffer are spent on; `processor` are those of the network's in which the rank's processor works."""
+
+FRONTIER = 20_000
+RELAXED = 1e-7  # relative distance of the relaxed problem's bounds at which it counts as solved
+ROUNDS = 300  # of finding one more chain and one more assignment for it
+CHAINS = 16  # of the relaxed problem that bound each partial assignment one by one, too
 CANDIDATES = 8  # partial assignments that are completed after each layer, those of least bounds
-ROUNDING = 1e-12  # of sums of times, relative
-NEWTON = 100  # steps to the relaxed optimum; a handful are enough
+ROUNDINGS = 16  # of the relaxed problem's mixture to whole assignments
+TRIALS = 400  # of groups of layers whose error might be less at equal time
+GOLDEN = (math.sqrt(5) - 1) / 2
+EQUAL = 1e-9  # relative difference of equal times
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """A chain of waiting: its seconds at some parts [J, P], and how often each of them counts in it.
+
+    It adds up and compares as its seconds do, so that what is written for seconds finds their chain.
+    """
+
+    seconds: float
+    weight: Floats
+    constant: float = 0.0
+
+    def __call__(self, parts_JP: Floats) -> float:
+        """The seconds at other parts."""
+        return self.constant + float((self.weight * parts_JP).sum())
+
+    def of_part(self, seconds: float, buffer: int, part: int) -> "Chain":
+        """The chain of one part alone."""
+        weight = np.zeros_like(self.weight)
+        weight[buffer, part] = 1.0
+        return Chain(float(seconds), weight)
+
+    def __add__(self, more: "Chain | float") -> "Chain":
+        if isinstance(more, Chain):
+            return Chain(self.seconds + more.seconds, self.weight + more.weight, self.constant + more.constant)
+        return Chain(self.seconds + more, self.weight, self.constant + more)
+
+    def __mul__(self, factor: float) -> "Chain":
+        return Chain(self.seconds * factor, self.weight * factor, self.constant * factor)
+
+    def __gt__(self, other: "Chain") -> bool:
+        return self.seconds > other.seconds
+
+
+Number = TypeVar("Number", float, Chain)
+
+
+def mean_of(chains: Sequence[Chain], weights: Floats) -> Chain:
+    """The mean of chains, of weights that add up to 1."""
+    first, *others = (chain * float(weight) for chain, weight in zip(chains, weights, strict=True))
+    return sum(others, first)
 
 
 @dataclass(frozen=True, eq=False)
 class Timeline:
-    """What the seconds of a step are made of, validated on construction. L layers, K widths, J buffers in their order.
+    """What the seconds of a step are made of, validated on construction.
 
-    release     [J], when each buffer can begin at the soonest, in seconds from the step's begin
-    fixed       [J], seconds of each buffer whatever its layers' widths: latency, and what is never compressed
+    L layers, K widths, J buffers in the order of their release, P parts (`PARTS`).
+
+    own         seconds of a step in which nothing is exchanged
+    backward    those of its backward
+    release     [J], seconds from backward's begin until each buffer is there
     buffer      [L], each layer's buffer
-    seconds     [L, K], what a layer adds to its buffer: its bytes on the network, and its encoding where that waits
-    after       seconds of a step after the last buffer
+    fixed       [J, P], seconds of each buffer whatever its layers' widths
+    a_byte      [J, K, P], seconds of each of a layer's encoded bytes at each width
+    start       seconds until an exchange begins
+    contention  seconds by which a second of the processor's work delays backward
+    overlaps    whether a buffer is encoded or decoded while another travels
 
     Raises ValueError where a shape or a value makes no sense, and names it.
     """
 
+    own: float
+    backward: float
     release: Floats
-    fixed: Floats
     buffer: Ints
-    seconds: Floats
-    after: float = 0.0
+    fixed: Floats
+    a_byte: Floats
+    start: float = 0.0
+    contention: float = 0.0
+    overlaps: bool = False
 
     def __post_init__(self) -> None:
-        for field, dtype in (("release", float), ("fixed", float), ("buffer", np.int64), ("seconds", float)):
+        for field, dtype in (("release", float), ("buffer", np.int64), ("fixed", float), ("a_byte", float)):
             own: NDArray = np.array(getattr(self, field), dtype=dtype)
             own.setflags(write=False)
             object.__setattr__(self, field, own)
-            if own.ndim != (2 if field == "seconds" else 1) or not own.size:
-                raise ValueError(f"a timeline's {field} must not be empty, got the shape {own.shape}")
-            if not (np.isfinite(own) & (own >= 0)).all():
-                raise ValueError(f"a timeline's {field} must be finite and not negative, got {own.min()}")
-        if not 0 <= self.after < math.inf:
-            raise ValueError(f"a timeline's after must be finite and not negative, got {self.after}")
-        if len(self.fixed) != len(self.release):
+        for field in ("own", "backward", "start", "contention", "release", "buffer", "fixed", "a_byte"):
+            values = np.asarray(getattr(self, field))
+            if not (np.isfinite(values) & (values >= 0)).all():
+                raise ValueError(f"a timeline's {field} must be finite and not negative, got {values.min()}")
+        buffers, shape = self.release.size, self.a_byte.shape
+        if not buffers or self.fixed.shape != (buffers, len(PARTS)) or shape != (buffers, *shape[1:2], len(PARTS)):
             raise ValueError(
-                f"a timeline has one release and one fixed cost a buffer, got {len(self.release)} and {len(self.fixed)}"
+                f"a timeline's release, fixed and a_byte must be [J], [J, P] and [J, K, P] of P = {len(PARTS)}, got "
+                f"{self.release.shape}, {self.fixed.shape} and {shape}"
             )
-        if len(self.buffer) != len(self.seconds) or self.buffer.max() >= len(self.release):
-            raise ValueError(
-                f"a timeline places each of {len(self.seconds)} layers in one of {len(self.release)} buffers, "
-                f"got {len(self.buffer)} layers and a buffer {self.buffer.max()}"
-            )
+        if self.buffer.ndim != 1 or not self.buffer.size or self.buffer.max() >= buffers:
+            raise ValueError(f"a timeline's layers are in one of {buffers} buffers each, got {self.buffer.tolist()}")
 
     def check(self, tables: Tables) -> None:
         """Raise ValueError where the timeline is not of these tables' layers and widths."""
-        if self.seconds.shape != tables.error.shape:
-            raise ValueError(
-                f"a timeline's seconds must be [layers, widths] = {tables.error.shape}, got {self.seconds.shape}"
-            )
+        found = (len(self.buffer), self.a_byte.shape[1])
+        if found != tables.error.shape:
+            raise ValueError(f"a timeline must be of the tables' {tables.error.shape} layers and widths, got {found}")
 
-    @property
-    def alone(self) -> float:
-        """Seconds of a step whose averages take no time."""
-        return float(self.release.max()) + self.after
+    def parts(self, tables: Tables, bits: Sequence[int]) -> Floats:
+        """Seconds of every buffer's parts [J, P] under one assignment."""
+        columns_L = tables.columns(bits)
+        rows = np.arange(len(columns_L))
+        return self._summed(tables.nbytes[rows, columns_L, None] * self.a_byte[self.buffer, columns_L])
 
-    def step(self, columns_L: Ints) -> float:
+    def seconds(self, tables: Tables, bits: Sequence[int]) -> float:
         """Seconds of a step under one assignment."""
-        return float(self._ends(columns_L).max()) + self.after
+        return self.seconds_of(self.parts(tables, bits))
 
-    def hidden(self, columns_L: Ints) -> NDArray[np.bool_]:
-        """Which layers [L] are in buffers that backward hides: the step would not be shorter without their bytes."""
-        ends_J = self._ends(columns_L)
-        return np.asarray(self.buffer < int((ends_J >= (1 - 1e-9) * ends_J.max()).argmax()))
+    def hidden(self, tables: Tables, bits: Sequence[int]) -> NDArray[np.bool_]:
+        """Which layers [L] backward hides: the step's longest chain of waiting passes them by."""
+        weight_J = self.longest(self.parts(tables, bits)).weight.sum(axis=1)
+        return np.asarray(weight_J[self.buffer] <= 0)
 
-    def _ends(self, columns_L: Ints) -> Floats:
-        """For each buffer [J], when the last one ends if the network is idle until that buffer's release."""
-        seconds_L = self.seconds[np.arange(len(self.buffer)), columns_L]
-        seconds_J = self.fixed + np.bincount(self.buffer, seconds_L, len(self.fixed))
-        return np.asarray(self.release + _following(seconds_J))
+    def seconds_of(self, parts_JP: Floats) -> float:
+        """Seconds of a step whose buffers' parts [J, P] take so many."""
+        return float(self._step(parts_JP.tolist(), 0.0))
+
+    def longest(self, parts_JP: Floats) -> "Chain":
+        """The longest chain at such parts: below or at the seconds of a step at any others."""
+        none = Chain(0.0, np.zeros_like(parts_JP))
+        rows = [[none.of_part(each, buffer, part) for part, each in enumerate(row)] for buffer, row in enumerate(parts_JP)]
+        found = self._step(rows, none)
+        assert isinstance(found, Chain)
+        return found
+
+    def _summed(self, parts_LP: Floats) -> Floats:
+        sums = [np.bincount(self.buffer, parts_L, len(self.release)) for parts_L in parts_LP.T]
+        return np.asarray(self.fixed + np.stack(sums, axis=1))
+
+    def _step(self, parts: Sequence[Sequence[Number]], none: Number) -> Number:
+        """A step's seconds, or the chain that they are: as `StepModel` of the costs has them."""
+        paid = thread = encoded = arrived = decoded = none
+        for release, (encoding, network, processor, decoding) in zip(self.release.tolist(), parts, strict=True):
+            handed_over = paid + release
+            if self.overlaps:
+                encoded = max(handed_over, encoded) + encoding
+                arrived = max(encoded, arrived) + network
+                decoded = max(arrived, decoded) + decoding
+                thread = max(handed_over, thread) + encoding + decoding + processor * self.contention
+            else:
+                thread = max(handed_over, thread) + encoding + network + decoding
+            paid = paid + (encoding + processor + decoding) * self.contention
+        return max(thread, decoded, paid + self.backward) + (self.start + self.own - self.backward)
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers."""
-        arrays = {name: getattr(self, name).tolist() for name in ("release", "fixed", "buffer", "seconds")}
-        return {**arrays, "after": self.after}
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in plain.items()}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Timeline":
         """The timeline that `to_json` wrote. Raises ValueError where it is none."""
-        if not isinstance(content, Mapping) or set(content) != set(cls.__dataclass_fields__):
-            raise ValueError(f"a timeline holds {', '.join(cls.__dataclass_fields__)}, got {list(content)}")
+        names = [field.name for field in fields(cls)]
+        if not isinstance(content, Mapping) or set(content) != set(names):
+            raise ValueError(f"a timeline holds {', '.join(names)}, got {list(content)}")
         return cls(**content)
 
 
@@ -119,16 +204,17 @@ class Timed(Certified):
 
 
 def soonest(tables: Tables, timeline: Timeline, limit: float, frontier: int = FRONTIER) -> Timed:
-    """The assignment of least step time whose total error is at most `limit`; of equals, the one of least error.
+    """The assignment of least step time whose total error is at most `limit`; of equals, one of less error.
 
-    Layers are decided in the order in which the network has them, those of one buffer by their error, the most first. A
-    partial assignment is a time at which the network is free and an error so far. It goes on only if
-    * no other is free as soon with as little error (a later release makes many equal), and
-    * its bound is not above the best time so far.
-    The bound weighs the J sums, any weights that add up to 1: their mean is not above the greatest. A mean is a sum over
-    layers, so that the undecided ones' hull bounds it, as in `within_error`. The weights are those of the relaxed
-    problem (`_prices`), for which the bound is tight. Where the work ends early, the least bound of those that would go
-    on is the certificate, as there.
+    1. Relaxed, where layers may be mixtures of widths, it is a game of two: one names an assignment, the other a chain
+       that is long under it. A mean of chains, of weights that add up to 1, is not above the longest; and it is a sum
+       over layers, whose least within the error is an ordinary knapsack. The best mean bounds all assignments.
+    2. Layers are then decided one after the other, as in `within_error`. A partial assignment goes on only if its bound
+       is below the best time so far: of the mean, with the undecided layers' hull at the error left, and of each of its
+       chains. The least bound of those left behind is the certificate; where none was, there is no better assignment.
+    3. Layers whose error can be less at equal time get it. Where backward hides all bytes, that is the least error.
+
+    What was found is not above the time of fewest bytes (`within_error`), which is looked at first.
 
     Raises ValueError where even the least total error is above the limit, naming it, and where the timeline is of
     other tables.
@@ -136,186 +222,220 @@ def soonest(tables: Tables, timeline: Timeline, limit: float, frontier: int = FR
     timeline.check(tables)
     check_reachable(tables, limit)
     problem = _Problem(tables, timeline, limit)
-    columns_L, bound = problem.solve(frontier)
-    bits, seconds = tables.bits(columns_L), timeline.step(columns_L)
-    bound = seconds if bound is None else bound
+    bound = problem.solve(frontier)
+    bits = tables.bits(problem.refined())
+    seconds = timeline.seconds(tables, bits)
     return Timed(
         error=tables.total_error(bits),
         bits=bits,
         bits_a_value=tables.bits_a_value(bits),
         nbytes=tables.encoded_bytes(bits),
         minimized="seconds",
-        lower_bound=min(bound, seconds),
+        lower_bound=seconds if bound >= (1 - EQUAL) * seconds else bound,
         seconds=seconds,
     )
 
 
 class _Problem:
-    """Seconds of layers count from their least, which are in the buffers' own; errors likewise, out of `room`."""
+    """The best assignment so far, `best_L`, which takes `best` seconds; and what makes it better."""
 
     def __init__(self, tables: Tables, timeline: Timeline, limit: float) -> None:
         self.tables, self.timeline, self.limit = tables, timeline, limit
         self.rows = np.arange(len(tables.layers))
-        least_L = timeline.seconds.min(axis=1)
-        self.release_J, self.buffer_L = timeline.release, timeline.buffer
-        self.own_J = timeline.fixed + np.bincount(timeline.buffer, least_L, len(timeline.fixed))
-        self.seconds_LK = timeline.seconds - least_L[:, None]
-        self.error_LK = tables.error - tables.error.min(axis=1)[:, None]
-        self.room = limit - math.fsum(tables.error.min(axis=1))
-        sizes = math.fsum(np.abs(tables.error).min(axis=1)) + abs(limit)
-        self.slack = EPS * (tables.error.size + 8) * sizes
+        self.parts_LKP = tables.nbytes[..., None] * timeline.a_byte[timeline.buffer]
+        self.least_L = tables.error.argmin(axis=1)
+        self.best_L, self.best = self.least_L, math.inf
+        self.offer(self.least_L)
+        self.offer(tables.columns(within_error(tables, limit).bits))
 
-    def key(self, columns_L: Ints) -> tuple[float, float, int]:
-        """The time, the error and the bytes of an assignment, in the order of their importance."""
-        error = math.fsum(self.tables.error[self.rows, columns_L])
-        return self.timeline.step(columns_L), error, int(self.tables.nbytes[self.rows, columns_L].sum())
+    def offer(self, columns_L: Ints) -> bool:
+        """Take an assignment where it is within the limit and the fastest so far; says whether it is within."""
+        if math.fsum(self.tables.error[self.rows, columns_L].tolist()) > self.limit:
+            return False
+        if (seconds := self.timeline.seconds_of(self.parts(columns_L))) < self.best:
+            self.best_L, self.best = columns_L, seconds
+        return True
 
-    def fits(self, columns_L: Ints) -> bool:
-        return math.fsum(self.tables.error[self.rows, columns_L]) <= self.limit
+    def parts(self, columns_L: Ints) -> Floats:
+        return self.timeline._summed(self.parts_LKP[self.rows, columns_L])
 
-    def solve(self, frontier: int) -> tuple[Ints, float | None]:
-        """Columns [L] of the best assignment, and a lower bound of the seconds where it may not be the best."""
-        tables, widths = self.tables, len(self.tables.widths)
-        timeline, buffers = self.timeline, len(self.release_J)
-        best_L = np.lexsort((tables.nbytes, timeline.seconds, tables.error), axis=-1)[:, 0]
-        best = self.key(best_L)
-        least = timeline.step(timeline.seconds.argmin(axis=1))
-        if best[0] <= least:
-            return best_L, None  # no assignment is faster, and none has less error
-        price_J = self._prices()
-        weight_J = np.diff(price_J, prepend=0.0)
-        edges = merge_edges(self.error_LK, price_J[self.buffer_L, None] * self.seconds_LK)
-        # What is still to come after each buffer: weighted, and at the least.
-        tail_J = _following(weight_J * self.release_J + price_J * self.own_J) - (
-            weight_J * self.release_J + price_J * self.own_J
-        )
-        rest_J = _following(self.own_J) - self.own_J
-        order = np.lexsort((-np.ptp(self.error_LK, axis=1), self.buffer_L))
-        lower_bound = math.inf
-        trail: list[tuple[Ints, Ints]] = []
+    def weighted(self, chain: "Chain") -> tuple[float, Floats]:
+        """A chain as what the layers' columns [L, K] add to a constant."""
+        seconds_LK = np.einsum("lkp,lp->lk", self.parts_LKP, chain.weight[self.timeline.buffer])
+        return chain.constant + float((chain.weight * self.timeline.fixed).sum()), seconds_LK
+
+    def relax(self) -> tuple[list["Chain"], Floats]:
+        """Chains and their weights, whose mean is the best bound found."""
+        from scipy.optimize import linprog
+
+        error_LK, limit = self.tables.error, self.limit
+        scale = max(abs(limit), float(np.abs(error_LK).max()))
+        chains: list[Chain] = []
+        found: list[tuple[Ints, Floats, float]] = []
+
+        def answer(columns_L: Ints) -> None:
+            parts_JP = self.parts(columns_L)
+            found.append((columns_L, parts_JP, math.fsum(error_LK[self.rows, columns_L].tolist())))
+            chains.append(self.timeline.longest(parts_JP))
+
+        answer(self.least_L)
+        answer(self.best_L)
+        answer(self.parts_LKP.sum(axis=2).argmin(axis=1))
+        best, best_chains, best_weights = -math.inf, chains[:1], np.ones(1)
+        for _ in range(ROUNDS):
+            # min t: every chain's mean over the assignments is at most t, their mean error at most the limit.
+            times = np.array([[chain(parts) for _, parts, _ in found] for chain in chains])
+            errors = np.array([(error - limit) / scale for *_, error in found])
+            unit = float(times.max())
+            solved = linprog(
+                np.append(np.zeros(len(found)), 1.0),
+                A_ub=np.block([[times / unit, np.full((len(chains), 1), -1.0)], [errors, np.zeros(1)]]),
+                b_ub=np.zeros(len(chains) + 1),
+                A_eq=np.append(np.ones(len(found)), 0.0)[None],
+                b_eq=np.ones(1),
+                bounds=[(0, None)] * len(found) + [(None, None)],
+            )
+            if solved.status != 0:
+                break
+            weights = np.maximum(-solved.ineqlin.marginals[:-1], 0.0)
+            weights /= weights.sum()
+            price = max(0.0, -float(solved.ineqlin.marginals[-1])) * unit / scale
+            mean = mean_of(chains, weights)
+            constant, seconds_LK = self.weighted(mean)
+            columns_L = (seconds_LK + price * error_LK).argmin(axis=1)
+            least = (seconds_LK + price * error_LK)[self.rows, columns_L]
+            bound = constant + math.fsum(least.tolist()) - price * limit
+            mixture = np.maximum(solved.x[:-1], 0.0)
+            mixed_JP = sum(share * parts for share, (_, parts, _) in zip(mixture, found, strict=True))
+            longest = self.timeline.longest(np.asarray(mixed_JP))
+            self.mixture, self.mixed = mixture, [columns for columns, *_ in found]
+            if bound > best:
+                best, best_chains, best_weights = bound, list(chains), weights
+            if longest.seconds - best <= RELAXED * abs(longest.seconds):
+                break
+            chains.append(longest)
+            answer(columns_L)
+        kept = np.flatnonzero(best_weights > 0)
+        return [best_chains[row] for row in kept], best_weights[kept]
+
+    def round(self) -> None:
+        """Offer whole assignments that are near the relaxed problem's mixture, at equal error or less."""
+        shares = self.mixture.cumsum() / self.mixture.sum()
+        columns_VL = np.stack(self.mixed)
+        for turn in range(ROUNDINGS):
+            # Evenly spread over the layers, each time other ones.
+            place_L = ((self.rows + turn * len(self.rows) / ROUNDINGS) * GOLDEN + turn / ROUNDINGS) % 1.0
+            self.offer(self.within(columns_VL[np.searchsorted(shares, place_L).clip(max=len(shares) - 1), self.rows]))
+
+    def within(self, columns_L: Ints) -> Ints:
+        """The assignment, or where it is above the limit one that is within: the cheapest ways to less error first."""
+        columns_L = columns_L.copy()
+        for _ in range(len(self.tables.widths)):
+            own_L = self.tables.error[self.rows, columns_L]
+            excess = math.fsum(own_L.tolist()) - self.limit
+            if excess <= 0:
+                break
+            gain_LK = own_L[:, None] - self.tables.error
+            cost_LK = self.seconds_LK - self.seconds_LK[self.rows, columns_L][:, None]
+            worth_LK = np.where(gain_LK > 0, gain_LK / np.maximum(cost_LK, 1e-30), -1.0)
+            to_L = worth_LK.argmax(axis=1)
+            order = np.argsort(-worth_LK[self.rows, to_L], kind="stable")
+            gain_L = np.maximum(gain_LK[self.rows, to_L][order], 0.0).cumsum()
+            order = order[: int(np.searchsorted(gain_L, excess)) + 1]
+            columns_L[order] = to_L[order]
+        return columns_L
+
+    def solve(self, frontier: int) -> float:
+        """Look for the best assignment; the lower bound of all assignments' seconds."""
+        tables, widths, limit = self.tables, len(self.tables.widths), self.limit
+        chains, weights = self.relax()
+        constant, self.seconds_LK = self.weighted(mean_of(chains, weights))
+        self.round()
+        self.refine_time()
+        least_error_L = tables.error.min(axis=1)
+        error_LK = tables.error - least_error_L[:, None]
+        room = limit - math.fsum(least_error_L.tolist())
+        slack = EPS * (tables.error.size + 8) * (math.fsum(np.abs(least_error_L).tolist()) + abs(limit))
+        base = constant + math.fsum(self.seconds_LK.min(axis=1).tolist())
+        seconds_LK = self.seconds_LK - self.seconds_LK.min(axis=1)[:, None]
+        edges = merge_edges(error_LK, seconds_LK)
+        # Each chain by itself: what the layers add to it at least, and what a column adds to that.
+        alone = [self.weighted(chains[row]) for row in np.argsort(-weights, kind="stable")[:CHAINS]]
+        base_Q = np.array([start + least_LK.min(axis=1).sum() for start, least_LK in alone])
+        alone_LKQ = np.stack([least_LK - least_LK.min(axis=1)[:, None] for _, least_LK in alone], axis=2)
+
+        order = np.argsort(-np.ptp(error_LK, axis=1), kind="stable")
         undecided_L = np.ones(len(order), dtype=bool)
-        free_S, error_S, nbytes_S = np.full(1, -math.inf), np.zeros(1), np.zeros(1, dtype=np.int64)
-        cells, begun = 0, 0
+        error_S, seconds_S, chains_SQ = np.zeros(1), np.zeros(1), np.zeros((1, len(alone)))
+        trail: list[tuple[Ints, Ints]] = []
+        lower_bound, cells = math.inf, 0
         for layer in order:
-            buffer = int(self.buffer_L[layer])
-            free_S = self._through(free_S, begun, buffer + 1)
-            begun = buffer + 1
-            free_S = (free_S[:, None] + self.seconds_LK[layer]).ravel()
-            error_S = (error_S[:, None] + self.error_LK[layer]).ravel()
-            nbytes_S = (nbytes_S[:, None] + tables.nbytes[layer]).ravel()
+            error_S = (error_S[:, None] + error_LK[layer]).ravel()
+            seconds_S = (seconds_S[:, None] + seconds_LK[layer]).ravel()
+            chains_SQ = (chains_SQ[:, None] + alone_LKQ[layer]).reshape(-1, len(alone))
             undecided_L[layer] = False
             rest = Rest(edges, undecided_L)
-            left_S = self.room - error_S
-            bound_S = np.interp(left_S + self.slack, rest.weight_P, rest.value_P)
-            bound_S += price_J[buffer] * free_S + tail_J[buffer]
-            bound_S = (1 - ROUNDING) * (np.maximum(bound_S, free_S + rest_J[buffer]) + timeline.after)
-
-            going = np.flatnonzero((left_S >= -self.slack) & (bound_S <= best[0]))
-            going = going[np.lexsort((nbytes_S[going], error_S[going], free_S[going]))]
-            going = going[np.diff(np.minimum.accumulate(error_S[going]), prepend=math.inf) < 0]
-            by_bound = going[np.lexsort((error_S[going], bound_S[going]))]
-            undecided = bool(undecided_L.any())
-            if not undecided:  # of all that are left, by what counts
-                ends_S = self._through(free_S[going], begun, buffers)
-                by_bound = going[np.lexsort((error_S[going], ends_S))]
-            for state in by_bound[:CANDIDATES]:
-                corner = int(np.searchsorted(rest.weight_P, left_S[state] - undecided * self.slack, side="right")) - 1
-                if corner < 0 and undecided:
-                    continue
+            left_S = room - error_S
+            bound_S = base + seconds_S + np.interp(left_S + slack, rest.weight_P, rest.value_P)
+            bound_S = np.maximum(bound_S, (base_Q + chains_SQ).max(axis=1))
+            going = np.flatnonzero((left_S >= -slack) & (bound_S < (1 - EQUAL) * self.best))
+            going = going[np.argsort(bound_S[going], kind="stable")]
+            for state in going[: None if not undecided_L.any() else CANDIDATES]:
                 columns_L = edges.start_L.copy()
                 parent, columns_L[layer] = divmod(int(state), widths)
                 for decided, (parent_S, column_S) in zip(order[len(trail) - 1 :: -1], trail[::-1], strict=False):
                     columns_L[decided], parent = column_S[parent], parent_S[parent]
-                columns_L = rest.complete(columns_L, max(corner, 0))
-                if self.fits(columns_L) and (key := self.key(columns_L)) < best:
-                    best_L, best = columns_L, key
+                corner = int(np.searchsorted(rest.weight_P, left_S[state] - slack, side="right")) - 1
+                self.offer(rest.complete(columns_L, max(corner, 0)))
+            going = going[bound_S[going] < (1 - EQUAL) * self.best]
             if len(going) > frontier:
-                lower_bound = min(lower_bound, float(bound_S[by_bound[frontier]]))
-                going = np.sort(by_bound[:frontier])
-            if not len(going) or not undecided:
+                lower_bound = min(lower_bound, float(bound_S[going[frontier]]))
+                going = going[:frontier]
+            if not len(going) or not undecided_L.any():
                 break
-            cells += len(free_S) + len(rest.value_P)
-            ahead = min(lower_bound, float(bound_S[going].min()))
-            if cells > 20 * EFFORT or (cells > EFFORT and gap(best[0], ahead) <= PROOF):
+            cells += len(bound_S) + len(rest.value_P)
+            ahead = min(lower_bound, float(bound_S[going[0]]))
+            if cells > 20 * EFFORT or (cells > EFFORT and gap(self.best, ahead) <= PROOF):
                 lower_bound = ahead
                 break
             trail.append((going // widths, (going % widths).astype(np.int8)))
-            free_S, error_S, nbytes_S = free_S[going], error_S[going], nbytes_S[going]
-        return best_L, (None if lower_bound >= best[0] else lower_bound)
+            error_S, seconds_S, chains_SQ = error_S[going], seconds_S[going], chains_SQ[going]
+        return lower_bound
 
-    def _through(self, free_S: Floats, begin: int, end: int) -> Floats:
-        """When the network is free after some buffers, all of whose layers take their least."""
-        for buffer in range(begin, end):
-            free_S = np.maximum(free_S, self.release_J[buffer]) + self.own_J[buffer]
-        return free_S
-
-    def _prices(self) -> Floats:
-        """What a second in each buffer [J] adds to the relaxed step, from 0 where backward hides it to 1.
-
-        Relaxed, layers may be between two widths of their hull. The least error for a given time T is then found
-        greedily: along all layers' hulls, the steepest edges first, every edge goes into its buffer while that is open,
-        and once the sum from some k on is full the buffers from k on close: for such nested limits that is optimal
-        (Federgruen and Groenevelt 1986). A second of a buffer is worth the slope at which it closed. The least error
-        is a convex function of T, whose slope is the last buffer's, so that Newton's steps rise to the least T that
-        keeps the limit and end there.
-        """
-        edges = merge_edges(self.seconds_LK, self.error_LK)
-        least = math.fsum(self.error_LK[self.rows, edges.start_L])
-        slope_M = -edges.y_M / edges.x_M
-        ends_J = self.release_J + _following(self.own_J)
-        time, worth_J = float(ends_J.max()), np.zeros(len(ends_J))
-        buffer_M = self.buffer_L[edges.layer_M]
-        for step in range(NEWTON):
-            error, found_J = _relaxed(edges.x_M, -edges.y_M, slope_M, buffer_M, time - ends_J)
-            error = least - error
-            if error <= self.room and step == 0:  # no error keeps anything from the least time
-                return np.asarray(np.arange(len(ends_J)) >= ends_J.argmax(), dtype=np.float64)
-            if found_J[-1] > 0:
-                worth_J = found_J
-            if error <= self.room or found_J[-1] == 0:
+    def refine_time(self) -> None:
+        """Use what error is left to shorten the longest chain, the most seconds for it first."""
+        for _ in range(ROUNDINGS):
+            before = self.best
+            columns_L = self.best_L
+            left = self.limit - math.fsum(self.tables.error[self.rows, columns_L].tolist())
+            _, seconds_LK = self.weighted(self.timeline.longest(self.parts(columns_L)))
+            gain_LK = seconds_LK[self.rows, columns_L][:, None] - seconds_LK
+            cost_LK = self.tables.error - self.tables.error[self.rows, columns_L][:, None]
+            gain_LK[cost_LK > left] = 0.0
+            to_L = gain_LK.argmax(axis=1)
+            layer = int(gain_LK[self.rows, to_L].argmax())
+            if gain_LK[layer, to_L[layer]] <= 0:
                 break
-            further = time + (error - self.room) / found_J[-1]
-            if further <= time:
+            columns_L = columns_L.copy()
+            columns_L[layer] = to_L[layer]
+            self.offer(columns_L)
+            if self.best >= before:
                 break
-            time = further
-        return np.asarray(worth_J / worth_J[-1])
 
-
-def _relaxed(
-    seconds_M: Floats, gain_M: Floats, slope_M: Floats, buffer_M: Ints, room_J: Floats
-) -> tuple[float, Floats]:
-    """The most that edges gain within the room [J] of all buffers from each on, and what a second of each is worth."""
-    room_J, worth_J = np.maximum(room_J, 0.0), np.zeros(len(room_J))
-    open_until, gained = len(room_J), 0.0
-    left = np.arange(len(seconds_M))
-    while len(left) and open_until:
-        used_J = np.bincount(buffer_M[left], seconds_M[left], len(room_J))
-        if (_following(used_J) <= room_J).all():
-            gained += float(gain_M[left].sum())
-            break
-        # The first edge too many: all before `low` fit, and with that at `high - 1` they do not.
-        low, high = 0, len(left)
-        while high - low > 1:
-            middle = (low + high) // 2
-            part = left[low:middle]
-            more_J = _following(np.bincount(buffer_M[part], seconds_M[part], len(room_J)))
-            if (more_J <= room_J).all():
-                low, room_J, gained = middle, room_J - more_J, gained + float(gain_M[part].sum())
-            else:
-                high = middle
-        edge = left[low]
-        reached = buffer_M[edge] + 1
-        tightest = int(room_J[:reached].argmin())
-        taken = min(room_J[tightest], seconds_M[edge])
-        gained += float(slope_M[edge] * taken)
-        room_J = room_J - taken * (np.arange(len(room_J)) < reached)
-        worth_J[tightest:open_until] = slope_M[edge]
-        open_until = tightest
-        left = left[low + 1 :]
-        left = left[buffer_M[left] < open_until]
-    return gained, worth_J
-
-
-def _following(seconds_J: Floats) -> Floats:
-    """The sum from each buffer [J] on."""
-    return np.asarray(seconds_J[::-1].cumsum()[::-1])
+    def refined(self) -> Ints:
+        """The best assignment with less error where that takes no more time, found by halving groups of layers."""
+        columns_L, most = self.best_L.copy(), (1 + EQUAL) * self.best
+        waiting, trials = [np.argsort(self.timeline.buffer, kind="stable")], 0
+        while waiting and trials < TRIALS:
+            group = waiting.pop()
+            group = group[columns_L[group] != self.least_L[group]]
+            if not len(group):
+                continue
+            trials += 1
+            tried_L = columns_L.copy()
+            tried_L[group] = self.least_L[group]
+            if self.timeline.seconds_of(self.parts(tried_L)) <= most:
+                columns_L = tried_L
+            elif len(group) > 1:
+                waiting += [group[len(group) // 2 :], group[: len(group) // 2]]
+        return columns_L
