@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .hulls import merge_edges
-from .knapsack import EFFORT, EPS, PROOF, Certified, Rest, check_reachable, within_error
+from .knapsack import EFFORT, EPS, Certified, Rest, check_reachable, within_error
 from .objective import gap
 from .tables import Floats, Ints, Tables
 
 PARTS = ("encoding", "network", "processor", "decoding")
 """What seconds of a buffer are spent on; `processor` are those of the network's in which the rank's processor works."""
 
-FRONTIER = 20_000
+FRONTIER = 16_000
 RELAXED = 1e-7  # relative distance of the relaxed problem's bounds at which it counts as solved
 ROUNDS = 300  # of finding one more chain and one more assignment for it
 CHAINS = 16  # of the relaxed problem that bound each partial assignment one by one, too
@@ -142,9 +142,9 @@ class Timeline:
         return self.seconds_of(self.parts(tables, bits))
 
     def hidden(self, tables: Tables, bits: Sequence[int]) -> NDArray[np.bool_]:
-        """Which layers [L] backward hides: the step's longest chain of waiting passes them by."""
-        weight_J = self.longest(self.parts(tables, bits)).weight.sum(axis=1)
-        return np.asarray(weight_J[self.buffer] <= 0)
+        """Which layers [L] have bytes that backward hides: the step's longest chain waits for other ones."""
+        weight_JP = self.longest(self.parts(tables, bits)).weight
+        return np.asarray(weight_JP[self.buffer, PARTS.index("network")] <= 0)
 
     def seconds_of(self, parts_JP: Floats) -> float:
         """Seconds of a step whose buffers' parts [J, P] take so many."""
@@ -395,7 +395,7 @@ class _Problem:
                 break
             cells += len(bound_S) + len(rest.value_P)
             ahead = min(lower_bound, float(bound_S[going[0]]))
-            if cells > 20 * EFFORT or (cells > EFFORT and gap(self.best, ahead) <= PROOF):
+            if cells > EFFORT:
                 lower_bound = ahead
                 break
             trail.append((going // widths, (going % widths).astype(np.int8)))
