@@ -1,4 +1,4 @@
-"""Costs: seconds and bytes of one exchange of gradients on a cluster. Arithmetic on promises; nothing is sent.
+"""One exchange of gradients on a cluster, in seconds and bytes. Arithmetic on promises; nothing is sent.
 
 The model adds up the work of the busiest rank:
 
@@ -7,7 +7,7 @@ The model adds up the work of the busiest rank:
 
 Start: until all ranks are awake and have begun, once. Rounds wait for one another, messages of one round are under way
 together and cost the sender some time each, whatever their length. Rounds, messages and bytes are those that averagers
-promise (`Averager.sent`), buffer by buffer; nothing overlaps. Bytes take as long as the slowest of the rank's
+promise (`Averager.sent`), buffer by buffer; here nothing overlaps, and in `steps` it does. Bytes take as long as the slowest of the rank's
 processor, the host's link and the host's inside. Where ranks share a core, all that the processor does takes as many
 times as long, but for the start.
 
@@ -30,12 +30,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .averagers import Averager, Hierarchical
-from .averagers.base import Sent
-from .layers import Layer
-from .network.collectives import Solo
-from .network.inside import Levels, OverNetwork
-from .registry import Compressor
+from ..averagers import Averager, Hierarchical
+from ..averagers.base import Sent
+from ..layers import Layer
+from ..network.collectives import Solo
+from ..network.inside import Levels, OverNetwork
+from ..registry import Compressor
 
 BUFFER_BYTES, FIRST_BUFFER_BYTES = 25 * 2**20, 2**20  # at which DDP closes a buffer
 FREE = float("inf")  # Mbit/s of what never is the slowest
@@ -102,6 +102,18 @@ class Run:
     codec: str | None = None
 
 
+class Parts(NamedTuple):
+    """Seconds of an exchange: of work before its messages leave, of the network, and of work after they have come.
+
+    `processor` are those of the network's seconds in which the rank's processor is busy with messages.
+    """
+
+    encoding: float
+    network: float
+    processor: float
+    decoding: float
+
+
 @dataclass(frozen=True)
 class CodecCosts:
     """Seconds to encode a value, and to decode a byte of another rank."""
@@ -146,11 +158,17 @@ class Costs:
         return cls(start, per_round, per_message, per_byte, per_copied_byte, codecs)
 
     def seconds(self, run: Run) -> float:
-        """The seconds of an exchange. Raises ValueError where its codec has no known speed."""
+        """The seconds of an exchange in which nothing overlaps. Raises ValueError as `parts` does."""
+        parts = self.parts(run)
+        return self.start + parts.encoding + parts.network + parts.decoding
+
+    def parts(self, run: Run) -> "Parts":
+        """The seconds of an exchange but for the start. Raises ValueError where its codec has no known speed."""
         cluster, load = run.cluster, run.load
         sharing, ranks = cluster.ranks_per_core, cluster.ranks_per_host
+        processor = sharing * load.sent * self.per_byte
         bytes_take = max(
-            sharing * load.sent * self.per_byte,
+            processor,
             load.link * _SECONDS_OF_A_BYTE / cluster.link_mbit,
             load.beside * _SECONDS_OF_A_BYTE / cluster.inside_mbit,
         )
@@ -158,26 +176,37 @@ class Costs:
             sharing * load.copied * self.per_copied_byte,
             ranks * load.copied * _SECONDS_OF_A_BYTE / cluster.inside_mbit,
         )
-        return self.start + self.seconds_of_messages(run) + bytes_take + copies_take + self._seconds_of_codec(run)
+        encoding, decoding = self._seconds_of_codec(run)
+        return Parts(
+            encoding + copies_take / 2,
+            self.seconds_of_messages(run) + bytes_take,
+            self._seconds_of_handling(run) + processor,
+            decoding + copies_take / 2,
+        )
 
     def seconds_of_messages(self, run: Run) -> float:
         """The part of `seconds` that grows with the rounds and messages, and not with their bytes."""
         cluster, load = run.cluster, run.load
         on_the_way = cluster.latency if cluster.hosts > 1 else cluster.inside_latency
-        busy = (load.rounds + load.meetings) * self.per_round + load.messages * self.per_message
-        return cluster.ranks_per_core * busy + load.rounds * on_the_way + load.meetings * cluster.inside_latency
+        return self._seconds_of_handling(run) + load.rounds * on_the_way + load.meetings * cluster.inside_latency
 
-    def _seconds_of_codec(self, run: Run) -> float:
+    def _seconds_of_handling(self, run: Run) -> float:
+        """The part of that which the rank's processor is busy with."""
+        load = run.load
+        busy = (load.rounds + load.meetings) * self.per_round + load.messages * self.per_message
+        return run.cluster.ranks_per_core * busy
+
+    def _seconds_of_codec(self, run: Run) -> tuple[float, float]:
+        """Seconds before the messages of a run leave, and after they have come."""
         if run.codec is None:
-            return 0.0
+            return 0.0, 0.0
         if run.codec not in self.codecs:
             raise ValueError(
                 f"the speed of {run.codec!r} is not known; fit the costs to a run of it, "
                 f"or take one of {', '.join(self.codecs) or 'none'}"
             )
-        codec = self.codecs[run.codec]
-        busy = run.load.encoded * codec.per_value + run.load.decoded * codec.per_byte
-        return run.cluster.ranks_per_core * busy
+        codec, sharing = self.codecs[run.codec], run.cluster.ranks_per_core
+        return sharing * run.load.encoded * codec.per_value, sharing * run.load.decoded * codec.per_byte
 
 
 def _terms(run: Run, codecs: Sequence[str]) -> Iterator[float]:

@@ -1,0 +1,198 @@
+"""The advisor: measures a model, a batch and some ranks, and advises on what to send."""
+
+import contextlib
+import logging
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..costs import Cluster, Compute, in_buffers
+from ..exchange.arguments import Group, arranged
+from ..exchange.models import check_ranks, trained_parameters, unwrapped
+from ..layers import layers_of
+from ..network.arrangement import Arrangement
+from ..network.collectives import Collectives
+from ..network.hosts import names_of_this_host
+from ..network.world import usable_cores
+from ..registry import build
+from .advice import Advice, advice_on
+from .choices import Choice, choices
+from .links import measure_links, measure_this_machine, with_codecs
+from .measured import Measured
+from .profile import Profile, Step, with_copies
+from .simulated import cluster_of
+from .speeds import Codecs
+
+_log = logging.getLogger(__name__)
+
+STEP_SECONDS = 2.0
+"""Seconds that the steps of a model get, three steps at least."""
+
+ALONE = "nothing travels: advice needs the number of ranks, or a cluster to `simulate`"
+
+
+def advise(
+    model: nn.Module,
+    step: Step,
+    collectives: Collectives | None = None,
+    *,
+    simulate: str | Cluster | None = None,
+    update: Callable[[], object] | None = None,
+    hierarchical: bool | None = None,
+    ranks_per_host: int | None = None,
+    groups: tuple[Group, Group] | None = None,
+    all_reduces_bfloat16: bool = True,
+) -> Advice:
+    """Predict the step of every compressor on this model, and say which one to take.
+
+    `step` runs one forward and backward of the model, on a batch of its own; it is called some times, and nothing is
+    averaged, stepped or kept. `update` does what a loop does after backward, such as the optimizer's step, in a way
+    that changes nothing; without it that counts as no time. Ranks, `collectives`, `hierarchical`, `ranks_per_host` and
+    `groups` are as `attach` takes them, and all ranks call it. `hierarchical` False leaves out two levels.
+
+    `simulate` is a cluster that is not there, in words (`simulated.cluster_of`): links are then not measured, and one
+    process is enough. `all_reduces_bfloat16`: whether the network adds up bfloat16.
+
+    Raises ValueError, on all ranks alike, for one rank without a cluster, for what `attach` refuses of a model, and
+    where a step fails.
+    """
+    cluster = cluster_of(simulate) if isinstance(simulate, str) else simulate
+    model = unwrapped(model)
+    if collectives is None:
+        check_ranks(model)
+    parameters = trained_parameters(model)
+    arrangement = arranged(
+        build("maxmin"),
+        parameters,
+        collectives,
+        model.process_group if isinstance(model, DistributedDataParallel) else None,
+        hierarchical=hierarchical,
+        ranks_per_host=ranks_per_host,
+        groups=groups,
+        mesh=None,
+        verify_wire=False,
+    )
+    try:
+        if arrangement.collectives.world_size == 1 and cluster is None:
+            raise ValueError(ALONE)
+        return _Measuring(model, parameters, arrangement, step, update).advice(
+            cluster, all_reduces_bfloat16, hierarchical is not False
+        )
+    finally:
+        arrangement.close(True)
+
+
+class _Measuring:
+    """One advice on this rank: its model and ranks, and what is measured of them, in order."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        arrangement: Arrangement,
+        step: Step,
+        update: Callable[[], object] | None,
+    ) -> None:
+        self.arrangement, self.network = arrangement, arrangement.collectives
+        self.parameters, self.step, self.update = parameters, step, update
+        self.device = next(iter(parameters.values())).device
+        self.copies_of_ddp = isinstance(model, DistributedDataParallel)
+        no_sync = model.no_sync if isinstance(model, DistributedDataParallel) else contextlib.nullcontext
+        self.profile = Profile(model, parameters, self.network, no_sync)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+
+    def advice(self, simulated: Cluster | None, all_reduces_bfloat16: bool, levels: bool) -> Advice:
+        began = time.perf_counter()
+        machines = self.network.collect(names_of_this_host().get("machine", platform.node()))
+        on_machine = max(machines.count(machine) for machine in machines)
+        sharing = max(1.0, on_machine / usable_cores()) if self.device.type == "cpu" else 1.0
+        if self.network.world_size > 1:
+            there, costs, adding = measure_links(self.arrangement, self.device, sharing)
+        else:
+            costs, adding = measure_this_machine()
+            there = Cluster(1)
+        cluster = simulated or there
+        several = levels and cluster.hosts > 1 and cluster.ranks_per_host > 1
+        two_levels = several and (simulated is not None or self.arrangement.levels is not None)
+        ways = choices(two_levels, all_reduces_bfloat16=all_reduces_bfloat16)
+
+        compute = self.profile.run(self.step, STEP_SECONDS)
+        buffers = self._buffers(compute)
+        codecs = Codecs(self.profile.gradient(), self.shapes, buffers, self.network)
+        compute = replace(compute, contention=self.profile.contention(self.step, codecs.work(), compute))
+        if self.copies_of_ddp:
+            compute = with_copies(compute, self._slowest(self._copying(codecs.gradient)))
+        compute = replace(compute, after=compute.after + self._slowest(self._updating(codecs.gradient)))
+        measured = Measured(
+            self.shapes,
+            buffers,
+            compute,
+            cluster,
+            with_codecs(costs, codecs.speeds(ways, cluster.ranks), adding),
+            codecs.errors(ways),
+            machine=f"{platform.machine()}, {usable_cores()} cores, {torch.get_num_threads()} threads a rank",
+            ranks_on_machine=on_machine,
+            seconds=time.perf_counter() - began,
+        )
+        measured = self.network.broadcast(measured)
+        return advice_on(measured, cluster, ways)
+
+    def _buffers(self, compute: Compute) -> tuple[tuple[str, ...], ...]:
+        """Names of the layers that travel together: DDP groups them in the order in which they are ready."""
+        late_first = sorted(self.shapes, key=lambda name: -compute.ready[name])
+        layers = layers_of(((name, self.shapes[name]) for name in late_first), 1)
+        return tuple(tuple(layer.name for layer in buffer) for buffer in in_buffers(layers))
+
+    def _slowest(self, seconds: float) -> float:
+        return float(max(self.network.collect(seconds)))
+
+    def _copying(self, gradient: Mapping[str, Tensor]) -> float:
+        """Seconds to copy all gradients once."""
+        into = {name: torch.empty_like(values) for name, values in gradient.items()}
+        took = []
+        for _ in range(3):
+            start = self._now()
+            for name, values in gradient.items():
+                into[name].copy_(values)
+            took.append(self._now() - start)
+        return min(took)
+
+    def _updating(self, gradient: Mapping[str, Tensor]) -> float:
+        """Seconds of what a loop does after backward: of its second time, for the first has memory to get."""
+        if self.update is None:
+            return 0.0
+        took = []
+        for _ in range(3):
+            for name, parameter in self.parameters.items():
+                parameter.grad = torch.zeros_like(parameter)
+            self.network.collect(None)
+            start = self._now()
+            self.update()
+            took.append(self._now() - start)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return sorted(took)[1]
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def on_paper(measured: Measured, simulate: str | Cluster, *, all_reduces_bfloat16: bool = True) -> Advice:
+    """The advice for a cluster that is not there, from what was measured elsewhere; nothing runs."""
+    cluster = cluster_of(simulate) if isinstance(simulate, str) else simulate
+    several = cluster.hosts > 1 and cluster.ranks_per_host > 1
+    ways = [
+        choice
+        for choice in choices(several, all_reduces_bfloat16=all_reduces_bfloat16)
+        if choice.codec in measured.errors
+    ]
+    return advice_on(replace(measured, cluster=cluster), cluster, ways)
+
+

@@ -1,0 +1,223 @@
+"""Links, measured: latency and bandwidth of the very collectives that averagers use, without filling a slow link."""
+
+import contextlib
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+
+from ..averagers.base import all_reduced
+from ..costs import Cluster, CodecCosts, Costs, Load, Run
+from ..layers import shard
+from ..network.arrangement import Arrangement
+from ..network.collectives import Collectives
+from ..network.inside import Inside
+from ..streams import POLL_SECONDS, Meanwhile, Until
+
+SIZES = (1, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24)
+"""Bytes of a message to each of the others, tried in turn."""
+
+MOST_BYTES = 2**25
+"""Bytes of all messages of a rank in one exchange, at most."""
+
+LONGEST = 0.25
+"""Seconds of an exchange after which no larger one is tried."""
+
+TURN_SECONDS, MOST_TURNS = 0.1, 15  # of each size
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One exchange: seconds of the slowest rank, and seconds of the processor that a rank spent, the mean."""
+
+    seconds: float
+    processor: float
+
+
+def measure_links(
+    arrangement: Arrangement, device: torch.device, sharing: float = 1.0
+) -> tuple[Cluster, Costs, dict[str, float]]:
+    """The cluster of these ranks, the costs of messages, and what adding up costs a value, by the type's name.
+
+    `sharing`: ranks for each core of the machine, 1 at least. Every rank calls it and gets the same.
+    """
+    network, hosts = arrangement.collectives, arrangement.hosts
+    size, ranks_per_host = network.world_size, max(hosts.sizes)
+    cluster = Cluster(hosts.count, ranks_per_host)
+    times = dict(_exchanges(network, device))
+    least, most = min(times), max(times)
+    before = max(each for each in times if each < most)
+    others = size - 1
+
+    def slope(of: Callable[[Timed], float]) -> float:
+        return max((of(times[most]) - of(times[before])) / (most - before), 1e-13)
+
+    handling = min(sharing * times[least].processor, times[least].seconds) / others
+    latency = times[least].seconds - others * handling
+    per_byte = min(sharing * slope(lambda each: each.processor), slope(lambda each: each.seconds)) / others
+    # In one exchange, of one byte a message:
+    crossing, beside = ranks_per_host * (size - ranks_per_host), ranks_per_host * (ranks_per_host - 1)
+    rate = 8e-6 / slope(lambda each: each.seconds)
+    if cluster.hosts > 1:
+        cluster = replace(cluster, link_mbit=crossing * rate, latency=latency)
+    else:
+        cluster = replace(cluster, inside_mbit=beside * rate, inside_latency=latency)
+    costs = Costs(0.0, 0.0, handling, per_byte, 0.0, {})
+
+    sums = _Sums(network, device, cluster, costs)
+    costs = replace(costs, per_round=sums.seconds_of_a_round())
+    adding = {name: replace(sums, costs=costs).per_value(dtype) for name, dtype in ADDED.items()}
+    if arrangement.levels is not None:
+        meeting, per_byte = _inside(arrangement.levels.inside, network, device)
+        cluster, costs = replace(cluster, inside_latency=meeting), replace(costs, per_copied_byte=per_byte)
+    return cluster, costs, adding
+
+
+ADDED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Types of numbers that all-reduces add up."""
+
+
+def _exchanges(network: Collectives, device: torch.device) -> Iterator[tuple[int, Timed]]:
+    """(bytes of a message, times) of exchanges among all ranks, shorter ones first."""
+    others = network.world_size - 1
+    for number, nbytes in enumerate(SIZES):
+        messages = torch.zeros(others * nbytes, dtype=torch.uint8, device=device)
+        sizes = [nbytes] * network.world_size
+        found = timed(network, device, lambda m=messages, s=sizes: network.exchange(m, s))  # type: ignore[misc]
+        yield nbytes, found
+        larger = SIZES[min(number + 1, len(SIZES) - 1)]
+        if found.seconds > LONGEST or others * larger > MOST_BYTES:
+            return
+
+
+def timed(network: Collectives, device: torch.device, exchange: Callable[[], object]) -> Timed:
+    """The median of some turns of an exchange, which every rank begins at the same time."""
+    turns: list[Timed] = []
+    began = time.perf_counter()
+    while True:
+        late = time.perf_counter() - began > TURN_SECONDS
+        if len(turns) >= MOST_TURNS or any(network.collect(late)):
+            break
+        busy, start = time.process_time(), time.perf_counter()
+        exchange()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        turns.append(Timed(time.perf_counter() - start, time.process_time() - busy))
+    kept = turns[1:] or turns  # the first has connections to make and memory to get
+    own = Timed(*(statistics.median(part) for part in zip(*((t.seconds, t.processor) for t in kept), strict=True)))
+    ranks: list[Timed] = network.collect(own)
+    return Timed(max(each.seconds for each in ranks), statistics.fmean(each.processor for each in ranks))
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """All-reduces, against what the same bytes take as messages."""
+
+    network: Collectives
+    device: torch.device
+    cluster: Cluster
+    costs: Costs
+
+    def seconds_of_a_round(self) -> float:
+        """Seconds of a round of an all-reduce beyond those of a message on its way."""
+        found = timed(self.network, self.device, lambda: self.network.sum_(torch.zeros(1, device=self.device)))
+        rounds = 2 * (self.network.world_size - 1)
+        return max(0.0, (found.seconds - self._as_messages(4)) / rounds)
+
+    def per_value(self, dtype: torch.dtype) -> float:
+        """Seconds of a value in an all-reduce, beyond those of its bytes: of adding up."""
+        nbytes = 2**12
+        while nbytes < 2**24 and self._as_messages(2 * nbytes) < LONGEST:
+            nbytes *= 2
+        values = torch.zeros(nbytes // dtype.itemsize, dtype=dtype, device=self.device)
+        found = timed(self.network, self.device, lambda: self.network.sum_(values))
+        return max(0.0, found.seconds - self._as_messages(nbytes)) / len(values)
+
+    def _as_messages(self, nbytes: int) -> float:
+        cluster = self.cluster
+        sent = all_reduced(nbytes, cluster.ranks)
+        link = sent.from_host(cluster.ranks, cluster.ranks_per_host)
+        beside = cluster.ranks_per_host * sent.total - link
+        return self.costs.seconds(Run(cluster, Load(sent.rounds, sent.messages, sent.total, 0, 0, link, beside)))
+
+
+def _inside(inside: Inside, network: Collectives, device: torch.device) -> tuple[float, float]:
+    """Seconds of a meeting of a host's ranks, and of a byte that each of them copies into what they share or out."""
+
+    def times(values: int) -> float:
+        flat = torch.zeros(values, device=device)
+        first = shard(values, 1, inside.world_size, 0)
+        posted = [[span] for span in first]
+
+        def both() -> None:
+            exchange = inside.post(values, posted)
+            _finish(exchange.hand_out(_finish(exchange.add_up(flat)), flat))
+
+        return timed(network, device, both).seconds
+
+    few, many = inside.world_size, 2**21
+    short, long = times(few), times(many)
+    return short / 2, max(0.0, long - short) / (2 * 4 * many)
+
+
+def _finish(phases: Generator[Meanwhile | Until, None, Result]) -> Result:
+    """Run phases to their end, and return what they do."""
+    while True:
+        try:
+            meanwhile = next(phases)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        while isinstance(meanwhile, Until) and not meanwhile.ready():
+            time.sleep(POLL_SECONDS)
+
+
+def with_codecs(costs: Costs, codecs: dict[str, CodecCosts], adding: dict[str, float]) -> Costs:
+    """The costs with speeds of codecs, of which some have values to add up in the network."""
+    added = {
+        name: replace(each, per_value=each.per_value + adding.get(name, 0.0)) for name, each in codecs.items()
+    }
+    return replace(costs, codecs=added)
+
+
+def measure_this_machine() -> tuple[Costs, dict[str, float]]:
+    """The costs of messages, and of adding up by the type's name, of a process that is alone: over its own loopback."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        sender = stack.enter_context(socket.create_connection(listener.getsockname()))
+        receiver = stack.enter_context(listener.accept()[0])
+
+        def takes(nbytes: int) -> float:
+            """Seconds of the processor to send and receive so many bytes."""
+            found, payload, into = [], bytes(nbytes), bytearray(nbytes)
+            for _ in range(MOST_TURNS):
+                busy = time.process_time()
+                thread = threading.Thread(target=sender.sendall, args=(payload,))
+                thread.start()
+                left = memoryview(into)
+                while left:
+                    left = left[receiver.recv_into(left) :]
+                thread.join()
+                found.append(time.process_time() - busy)
+            return statistics.median(found)
+
+        few, many = 1, 2**23
+        handling, long = takes(few), takes(many)
+
+    def per_value(dtype: torch.dtype) -> float:
+        one, other = torch.ones(2**20, dtype=dtype), torch.ones(2**20, dtype=dtype)
+        start = time.perf_counter()
+        for _ in range(MOST_TURNS):
+            one.add_(other)
+        return (time.perf_counter() - start) / (MOST_TURNS * len(one))
+
+    adding = {name: per_value(dtype) for name, dtype in ADDED.items()}
+    per_byte = max(0.0, long - handling) / many
+    return Costs(0.0, 0.0, handling, per_byte, per_byte, {}), adding

@@ -1,0 +1,148 @@
+"""Codecs, measured: seconds and errors of every choice on a model's gradient, while all ranks do the same."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..averagers import Averager
+from ..costs import Cluster, CodecCosts, load_of
+from ..exchange.pipeline import Pipeline
+from ..gradients import Gradients
+from ..layers import Layer, layers_of
+from ..network.collectives import Collectives
+from ..registry import Compressor, build
+from ..routes import squared_error
+from .choices import Choice
+from .echo import Echo
+
+PATIENCE = 0.08
+"""Seconds of a turn of a codec: on as many buffers, one at least, as it can have in that time; others are as fast."""
+
+MOST_RANKS = 4
+"""Ranks among which codecs are timed; with more, what grows with the ranks is bytes to decode."""
+
+SAMPLE = 2**18
+"""Values on which an error is measured, at least one layer."""
+
+
+@dataclass(frozen=True)
+class Codecs:
+    """The codecs of some choices on a gradient: `gradient` by name, flat, which travels in `buffers` of names."""
+
+    gradient: Mapping[str, Tensor]
+    shapes: Mapping[str, tuple[int, ...]]
+    buffers: Sequence[Sequence[str]]
+    network: Collectives
+
+    def speeds(self, choices: Sequence[Choice], world_size: int) -> dict[str, CodecCosts]:
+        """Seconds of each codec among so many ranks, by its name; the slowest rank's. Every rank calls it."""
+        compressors = {choice.codec: choice.compressor for choice in choices}
+        return {name: self._speed(compressor, world_size) for name, compressor in compressors.items()}
+
+    def _speed(self, compressor: Compressor, world_size: int) -> CodecCosts:
+        echo = Echo(min(max(world_size, 2), MOST_RANKS))
+        layers = {layer.name: layer for layer in layers_of(self.shapes.items(), compressor.bucket_size)}
+        averager = compressor.averager(tuple(layers.values()), echo, 0)  # type: ignore[arg-type]
+        device = next(iter(self.gradient.values())).device
+        buffers = [[layers[name] for name in names] for names in self.buffers]
+        if compressor.needs_full_gradient:
+            buffers = [[layer for buffer in buffers for layer in buffer]]
+        by_size = sorted(buffers, key=lambda buffer: numel([buffer]))
+        pipeline = Pipeline(averager, tuple(layers.values()), device)
+
+        def turn(buffers: Sequence[Sequence[Layer]]) -> tuple[float, float]:
+            times = [self._turn(pipeline, echo, averager, buffer, next(steps)) for buffer in buffers]
+            return sum(before for before, _ in times), sum(after for _, after in times)
+
+        steps = itertools.count()
+        try:
+            turn(by_size[:1])  # compiles
+            rate = sum(turn(by_size[:1])) / numel(by_size[:1])
+            count = 1
+            while count < len(by_size) and rate * numel(by_size[: count + 1]) < PATIENCE:
+                count += 1
+            done = by_size[:count]
+            turn(done)  # gets memory
+            self.network.collect(None)
+            before, after = min(turn(done), turn(done), key=sum)
+        finally:
+            pipeline.close()
+        load = load_of(averager, done, Cluster(echo.world_size))
+        if load.decoded == 0:  # of what the network adds up
+            own = CodecCosts((before + after) / load.encoded, 0.0)
+        else:
+            own = CodecCosts(before / load.encoded, after / load.decoded)
+        ranks: list[CodecCosts] = self.network.collect(own)
+        return CodecCosts(max(each.per_value for each in ranks), max(each.per_byte for each in ranks))
+
+    def _turn(
+        self, pipeline: Pipeline, echo: Echo, averager: Averager, buffer: Sequence[Layer], step: int
+    ) -> tuple[float, float]:
+        """Seconds of the exchange of one buffer before something is sent, and after that."""
+        gradients = Gradients.packed({layer.name: self.gradient[layer.name] for layer in buffer})
+        device = gradients.flat.device
+        echo.restart()
+        pipeline.clear()
+        start = _now(device)
+        pipeline.submit(gradients, step).wait()
+        end = _now(device)
+        pipeline.wait()
+        pipeline.check()
+        averager.settle(True)
+        sent = echo.first_sent or end
+        return sent - start, max(0.0, end - sent)
+
+    def work(self) -> Callable[[], object]:
+        """Some work of a codec, of some milliseconds, as a communication thread has it."""
+        compressor, echo = build("maxmin"), Echo(2)
+        names = _sample(self.gradient, SAMPLE)
+        layers = layers_of(((name, self.shapes[name]) for name in names), compressor.bucket_size)
+        averager = compressor.averager(layers, echo, 0)  # type: ignore[arg-type]
+        gradients = Gradients.packed({name: self.gradient[name] for name in names})
+        return lambda: averager.average_(gradients, 0)
+
+    def errors(self, choices: Sequence[Choice]) -> dict[str, float]:
+        """Error of one encoding over the gradient's norm, by codec; over all ranks' gradients. Every rank calls it.
+
+        Expected where that has a closed form; of a sample of the layers, the smallest of which the codec takes.
+        """
+        found = {}
+        for codec, compressor in {choice.codec: choice.compressor for choice in choices}.items():
+            layers = {layer.name: layer for layer in layers_of(self.shapes.items(), compressor.bucket_size)}
+            error = norm = 0.0
+            for name in _sample({n: g for n, g in self.gradient.items() if layers[n].compressed}, SAMPLE):
+                values = self.gradient[name]
+                error += squared_error(compressor, layers[name], values)
+                norm += float(values.double().square().sum())
+            ranks = self.network.collect((error, norm))
+            error, norm = (math.fsum(part) for part in zip(*ranks, strict=True))
+            found[codec] = math.sqrt(error / norm) if norm else 0.0
+        return found
+
+
+def numel(buffers: Sequence[Sequence[Layer]]) -> int:
+    """Values of all layers of some buffers."""
+    return sum(layer.numel for buffer in buffers for layer in buffer)
+
+
+def _sample(gradient: Mapping[str, Tensor], values: int) -> list[str]:
+    """Names of layers with about so many values, or of the smallest one; small layers and large ones by turns."""
+    by_size = sorted(gradient, key=lambda name: gradient[name].numel())
+    names: list[str] = []
+    total = 0
+    for name in by_size[::-1]:
+        if total + gradient[name].numel() <= values:
+            names.append(name)
+            total += gradient[name].numel()
+    return names or by_size[:1]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
