@@ -8,6 +8,7 @@ The one entry of the program, to be read from top to bottom. Its sections:
     cross-checks  which flags go together
     plan          from flags to what a run depends on, complete before anything starts
     builders      from flags to objects: compressor, model, data, logs
+    advice        what to send, measured and predicted before a training
     run           one run: four steps that build it, and the loop over epochs
     resume        a run's checkpoint, and how a run goes on from one
     entry         ranks join, run, and fail together
@@ -30,6 +31,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import logging
 import math
 import os
@@ -90,6 +92,7 @@ START = {
 }
 
 PROGRAM = "gradwire"
+ADVICE = "advice.json"  # in the workspace, of --advise
 STATISTICS = "gradient_stats.jsonl"  # in the workspace, of --compression-type stats
 
 
@@ -201,6 +204,15 @@ def families(value: str) -> str:
     if not set(names) <= set(known) or len(set(names)) < len(names):
         rule = f"each at most once, some of {', '.join(known)}, with commas between them"
         raise argparse.ArgumentTypeError(f"expected {rule}, got {value!r}")
+    return value
+
+
+def cluster(value: str) -> str:
+    """An argparse type: a cluster in words."""
+    try:
+        compression.cluster_of(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return value
 
 
@@ -430,6 +442,15 @@ def build_parser() -> argparse.ArgumentParser:
     extension(encoding, "--dense-dtype", choices=("float32", "bfloat16"), default="float32",
               help="numbers as which values travel that are not encoded: all with --compression-type none, those of "
               "small layers with the others")
+    extension(encoding, "--advise", action="store_true",
+              help="train nothing: measure this model, batch and network for about ten seconds, predict the step of every "
+              "compressor, and say which flags to use; writes advice.json and advice.png")
+    extension(encoding, "--simulate", metavar="CLUSTER", type=cluster,
+              help="with --advise: for a cluster that is not there, as in 'hosts=16 ranks=8 link=25gbit latency=50us'; "
+              f"keys: {', '.join(compression.CLUSTER_KEYS)}")
+    extension(encoding, "--advise-from", metavar="FILE", type=text,
+              help="with --simulate: take the times of a model and of codecs from an advice.json that was written "
+              "elsewhere, and measure nothing")
     extension(widths, "--compression-scheme", metavar="FILE", type=text,
               help="train with the widths of a compress_scheme_N.json that a search wrote")
     extension(widths, "--search-calibration-steps", metavar="STEPS", type=count, default=20,
@@ -582,6 +603,16 @@ def check(flags: argparse.Namespace, changed: set[str], launched: bool) -> None:
     goes_with("bb_num_parallel_steps", flags.bb_ratio, "--bb-ratio")
     only_one("bb_ratio big_grad")
     goes_with("ranks_per_host", flags.hierarchical != "off", "two levels; drop --hierarchical off")
+
+    # advice
+    goes_with("simulate", flags.advise, "--advise")
+    goes_with("advise_from", flags.advise and flags.simulate, "--advise and --simulate")
+    for name in ("evaluate", "search", "resume", "compression_scheme", "bb_ratio", "save_weights"):
+        refuse(flags.advise and name in changed, f"--advise trains nothing, and {spelled(name)} is of no use to it; "
+                                                 "drop one")
+    refuse(flags.advise and not launched and not flags.simulate,
+           "nothing travels: advice needs the number of ranks or --simulate; start some, as with torchrun "
+           "--nproc_per_node 2")
 
     # run control
     only_one("evaluate training_only")
@@ -740,6 +771,7 @@ def check_files(flags: argparse.Namespace) -> None:
         "--resume": None if flags.resume == "auto" else flags.resume,
         "--pretrained-weights": flags.pretrained_weights,
         "--compression-scheme": flags.compression_scheme,
+        "--advise-from": flags.advise_from,
     }
     folders = {"--workspace": flags.workspace, "--tensorboard-dir": flags.tensorboard_dir}
     for name, path in (files | folders).items():
@@ -756,6 +788,8 @@ def check_world(flags: argparse.Namespace, world_size: int) -> None:
 
     Raises ValueError where `--optimizer-batch-size` is no multiple of ranks x batch.
     """
+    refuse(flags.advise and world_size == 1 and not flags.simulate,
+           "nothing travels: advice needs the number of ranks or --simulate; start two or more")
     batch, total = world_size * flags.batch_size, flags.optimizer_batch_size
     refuse(total != -1 and total % batch,
            f"--optimizer-batch-size {total} is no multiple of ranks x --batch-size = {world_size} x "
@@ -795,6 +829,14 @@ TRAINING = (
 )
 """Flags that count in training alone."""
 
+NOT_ADVISED = (
+    "epochs run_epochs lr_schedule warmup print_freq gather_checkpoints no_checkpoints checkpoint_filename prof "
+    "training_only raport_file tensorboard_dir compression_type quantization_bits second_hop_bits bucket_size "
+    "error_feedback efx_bits efx_randk topk_ratio big_grad dgc dgc_clip compressor_warmup_steps powersgd_rank "
+    "dense_dtype check_replicas verify_wire"
+)
+"""Flags that count in training, and not in an advice, which tries all compressors at their usual settings."""
+
 CALIBRATION = "crop_scale hflip label_smoothing compression_type bucket_size error_feedback dense_dtype"
 """Flags that count in training, and where a search passes over training images."""
 
@@ -823,6 +865,7 @@ def without_effect(flags: argparse.Namespace) -> dict[str, str]:
     idle("compression_type", flags.dgc, "with --dgc, which is a top-k")
     idle("error_feedback", compressor.needs_feedback, "with a compressor that always has it")
     idle(TRAINING, flags.evaluate, "with --evaluate")
+    idle(NOT_ADVISED, flags.advise, "with --advise")
     idle("checkpoint_filename", flags.evaluate and flags.resume != "auto", "with --evaluate")
     idle(CALIBRATION, flags.evaluate and not flags.search, "with --evaluate")
     idle("lr", flags.evaluate and flags.search_measure != "loss", "with --evaluate")
@@ -993,6 +1036,108 @@ def build_logger(
     # Last: it takes the place of an earlier run's, which must not happen where another sink fails.
     sinks.append(logs.Raport(Path(flags.workspace) / flags.raport_file, start))
     return logs.Logger(*sinks)
+
+
+# Advice
+
+
+def advise_among(flags: Plan, ranks: compression.World) -> int:
+    """Measure, predict and say what to send; rank 0 prints and writes. Returns the exit status.
+
+    Nothing in the workspace is touched before all is known, and nothing is trained.
+    """
+    if flags.advise_from:
+        with ranks.fail_together():
+            measured = advice_of_file(flags.advise_from)
+            found = compression.on_paper(measured, flags.simulate)
+    else:
+        found = measured_advice(flags, ranks)
+    in_words = functools.partial(flags_of, several=found.cluster.hosts > 1 and found.cluster.ranks_per_host > 1)
+    if ranks.rank == 0:
+        print(found.in_words(in_words), flush=True)
+    with ranks.fail_together():
+        if ranks.rank == 0:
+            workspace = Path(flags.workspace)
+            workspace.mkdir(parents=True, exist_ok=True)
+            content = json.dumps(found.to_json(in_words), indent=1).encode() + b"\n"
+            written = {workspace / ADVICE: content, workspace / "advice.png": found.plot()}
+            for path, content in written.items():
+                with classification.atomic.replacing(path) as file:
+                    file.write(content)
+            print("wrote " + " ".join(map(str, written)), flush=True)
+    return 0
+
+
+def measured_advice(flags: Plan, ranks: compression.World) -> compression.Advice:
+    """The advice on this model, with real batches and the optimizer at a learning rate of 0, which changes nothing."""
+    seed = flags.seed if flags.seed is not None else ranks.control.broadcast(secrets.randbelow(2**32))
+    with ranks.fail_together():
+        loader, val_loader = build_data(flags, seed, ranks)
+        val_loader.close()
+        module = build_model(flags, seed)
+        module.train()
+        classification.models.check_input_shape(module, flags.batch_size, flags.image_size)
+        classification.training.last_iteration(len(loader))
+    classification.reproducibility.seed_everything(seed + ranks.rank)
+    precision = build_precision(flags, ranks)
+    precision.convert(module, flags.memory_format)
+    if flags.compile:
+        module.compile()
+    model = ranks.replicate(module)
+    optimizer = build_optimizer(flags, module, precision, frozenset())
+    optimizer.set_lr(0.0)
+    finite = next(module.parameters()).detach().new_ones(()).bool()
+    loss = classification.losses.training_loss(flags.label_smoothing)
+    batches = itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count())
+
+    def step() -> None:
+        images, labels = next(batches)
+        optimizer.scaled(loss(precision.logits(model, images), labels)).backward()
+
+    try:
+        return compression.advise(
+            model,
+            step,
+            ranks.gradients,
+            simulate=flags.simulate,
+            update=lambda: optimizer.step(finite),
+            hierarchical={"auto": None, "on": True, "off": False}[flags.hierarchical],
+            ranks_per_host=None if ranks.groups else flags.ranks_per_host,
+            groups=ranks.groups,
+            all_reduces_bfloat16=not flags.hvd,
+        )
+    except ValueError as error:  # of all ranks alike
+        raise compression.Failure(compression.one_line(error)) from error
+    finally:
+        loader.close()
+
+
+def advice_of_file(path: str) -> compression.Measured:
+    """What an advice.json says was measured. Raises ValueError where it is none."""
+    try:
+        content = json.loads(Path(path).read_text())
+        return compression.Measured.from_json(content["measured"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"--advise-from {path} is no advice.json ({type(error).__name__}); choose another") from error
+
+
+def flags_of(choice: compression.Choice, several: bool) -> list[str]:
+    """The flags that train with a choice. `several`: whether there are hosts of several ranks each."""
+    compressor = choice.compressor
+    options, words = dict(choice.given), []
+    if compressor.name not in CHOSEN_BY:
+        words += ["--compression-type", compressor.name]
+    elif compressor.name == "dgc":
+        words += ["--dgc"]
+    for name in ("bits", "rank", "ratio"):
+        if name in compressor.option_values:
+            options.setdefault(name, compressor.option_values[name])
+    for name, value in options.items():
+        flag = spelled(FLAG_OF.get(name, name))
+        words += [flag] if value is True else [flag, str(value)]
+    if several and compressor.encodes:
+        words += ["--hierarchical", "on" if choice.hierarchical else "off"]
+    return words
 
 
 # Run
@@ -1909,6 +2054,9 @@ def run_among(ranks: compression.World, flags: Plan) -> int:
         print("no --compression-type given: widths of maxmin are chosen", file=sys.stderr)
     if flags.idle and ranks.rank == 0:
         print(in_one_line(flags.idle), file=sys.stderr)
+    if flags.advise:
+        with shown_on_the_first(ranks), sole_user_of_workspace(flags, ranks):
+            return advise_among(flags, ranks)
     with shown_on_the_first(ranks), sole_user_of_workspace(flags, ranks), contextlib.closing(Run(flags, ranks)) as run:
         return run.execute()
 

@@ -22,6 +22,11 @@ ARITHMETIC = 2
 """Version of what compressors compute of the same gradients and seed. CHANGELOG.md says what each changed."""
 
 if TYPE_CHECKING:
+    from .advice.advice import Advice
+    from .advice.advisor import advise, on_paper
+    from .advice.choices import Choice
+    from .advice.measured import Measured
+    from .advice.simulated import CLUSTER_KEYS, cluster_of
     from .averagers.observed import observe
     from .exchange.attached import Attached
     from .exchange.attachment import attach
@@ -41,6 +46,13 @@ if TYPE_CHECKING:
     from .routes import Mixed, mixed
 
 _MODULE_OF = {
+    "Advice": "advice.advice",
+    "CLUSTER_KEYS": "advice.simulated",
+    "Choice": "advice.choices",
+    "Measured": "advice.measured",
+    "advise": "advice.advisor",
+    "cluster_of": "advice.simulated",
+    "on_paper": "advice.advisor",
     "COMPRESSORS": "registry",
     "DENSE": "layers",
     "Attached": "exchange.attached",
@@ -76,19 +88,23 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "CLUSTER_KEYS",
     "COMPRESSORS",
     "DENSE",
     "HOROVODRUN",
     "TORCHRUN",
+    "Advice",
     "Attached",
     "Averaging",
     "BrokenBarrier",
+    "Choice",
     "Collectives",
     "Compressor",
     "Exchange",
     "Failure",
     "Launcher",
     "Layer",
+    "Measured",
     "Metered",
     "Mixed",
     "Recorder",
@@ -97,14 +113,17 @@ __all__ = [
     "TorchDistributed",
     "Watch",
     "World",
+    "advise",
     "attach",
     "averaging",
     "build",
+    "cluster_of",
     "codec",
     "first_difference",
     "join_ranks",
     "mixed",
     "observe",
+    "on_paper",
     "one_line",
     "with_bits",
     "with_stale_updates",

@@ -3,12 +3,3 @@
 `profile`, `links` and `speeds` measure; `prediction` asks the one cost model (`compression.costs`) what every choice of
 the registry would take; `advice` says it. Where nothing can be measured, `simulated` reads a cluster's description.
 """
-
-from .advice import Advice
-from .advisor import advise, on_paper
-from .choices import Choice, choices
-from .measured import Measured
-from .prediction import Forecast, Predictor
-from .simulated import cluster_of
-
-__all__ = ["Advice", "Choice", "Forecast", "Measured", "Predictor", "advise", "choices", "cluster_of", "on_paper"]

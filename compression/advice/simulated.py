@@ -2,10 +2,12 @@
 
 import math
 import re
+from typing import TYPE_CHECKING
 
-from ..costs import FREE, Cluster
+if TYPE_CHECKING:
+    from ..costs import Cluster
 
-KEYS = {
+CLUSTER_KEYS = {
     "hosts": "hosts, 1 or more",
     "ranks": "ranks of each host (default: 1)",
     "link": "rate of a host's link each way, as in 25gbit",
@@ -20,16 +22,18 @@ TIMES = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 MOST_RANKS = 2**16
 
 
-def cluster_of(text: str) -> Cluster:
+def cluster_of(text: str) -> "Cluster":
     """The cluster of a description: words KEY=VALUE, with spaces or commas between them.
 
     Raises ValueError, one line, for a word that makes no sense, and where hosts or their link are missing.
     """
+    from ..costs import FREE, Cluster  # loads torch, which the keys do not need
+
     given: dict[str, str] = {}
     for word in text.replace(",", " ").split():
         key, equals, value = word.partition("=")
-        if not equals or key not in KEYS:
-            raise ValueError(f"a cluster is told as KEY=VALUE with the keys {', '.join(KEYS)}, got {word!r}")
+        if not equals or key not in CLUSTER_KEYS:
+            raise ValueError(f"a cluster is told as KEY=VALUE with the keys {', '.join(CLUSTER_KEYS)}, got {word!r}")
         if key in given:
             raise ValueError(f"a cluster has one {key}, got {given[key]!r} and {value!r}")
         given[key] = value
