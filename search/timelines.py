@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from .hulls import merge_edges
 from .knapsack import EFFORT, EPS, Certified, Rest, check_reachable, within_error
 from .objective import gap
+from .pins import Bounds, bounded, column_bounds, moved_into
 from .tables import Floats, Ints, Tables
 
 PARTS = ("encoding", "network", "processor", "decoding")
@@ -135,7 +136,7 @@ class Timeline:
         """Seconds of every buffer's parts [J, P] under one assignment."""
         columns_L = tables.columns(bits)
         rows = np.arange(len(columns_L))
-        return self._summed(tables.nbytes[rows, columns_L, None] * self.a_byte[self.buffer, columns_L])
+        return self.summed(tables.nbytes[rows, columns_L, None] * self.a_byte[self.buffer, columns_L])
 
     def seconds(self, tables: Tables, bits: Sequence[int]) -> float:
         """Seconds of a step under one assignment."""
@@ -153,12 +154,15 @@ class Timeline:
     def longest(self, parts_JP: Floats) -> "Chain":
         """The longest chain at such parts: below or at the seconds of a step at any others."""
         none = Chain(0.0, np.zeros_like(parts_JP))
-        rows = [[none.of_part(each, buffer, part) for part, each in enumerate(row)] for buffer, row in enumerate(parts_JP)]
+        rows = [
+            [none.of_part(each, buffer, part) for part, each in enumerate(row)] for buffer, row in enumerate(parts_JP)
+        ]
         found = self._step(rows, none)
         assert isinstance(found, Chain)
         return found
 
-    def _summed(self, parts_LP: Floats) -> Floats:
+    def summed(self, parts_LP: Floats) -> Floats:
+        """Seconds of every buffer's parts [J, P] from those of the layers [L, P]."""
         sums = [np.bincount(self.buffer, parts_L, len(self.release)) for parts_L in parts_LP.T]
         return np.asarray(self.fixed + np.stack(sums, axis=1))
 
@@ -203,7 +207,13 @@ class Timed(Certified):
         return gap(self.seconds, self.lower_bound)
 
 
-def soonest(tables: Tables, timeline: Timeline, limit: float, frontier: int = FRONTIER) -> Timed:
+def soonest(
+    tables: Tables,
+    timeline: Timeline,
+    limit: float,
+    bounds: Mapping[str, Bounds] | None = None,
+    frontier: int = FRONTIER,
+) -> Timed:
     """The assignment of least step time whose total error is at most `limit`; of equals, one of less error.
 
     1. Relaxed, where layers may be mixtures of widths, it is a game of two: one names an assignment, the other a chain
@@ -214,16 +224,24 @@ def soonest(tables: Tables, timeline: Timeline, limit: float, frontier: int = FR
        chains. The least bound of those left behind is the certificate; where none was, there is no better assignment.
     3. Layers whose error can be less at equal time get it. Where backward hides all bytes, that is the least error.
 
-    What was found is not above the time of fewest bytes (`within_error`), which is looked at first.
+    What was found is not above the time of fewest bytes (`within_error`), which is looked at first. `bounds` are least
+    and largest widths of pinned layers.
 
     Raises ValueError where even the least total error is above the limit, naming it, and where the timeline is of
     other tables.
     """
     timeline.check(tables)
-    check_reachable(tables, limit)
-    problem = _Problem(tables, timeline, limit)
+    bounds = bounds or {}
+    within = bounded(tables, bounds)
+    check_reachable(within, limit)
+    columns_LK = np.broadcast_to(np.arange(len(tables.widths)), tables.error.shape)
+    low_L, high_L = column_bounds(tables, bounds)
+    nearest_LK = np.clip(columns_LK, low_L[:, None], high_L[:, None])
+    parts_LKP = tables.nbytes[..., None] * timeline.a_byte[timeline.buffer]
+    parts_LKP = np.take_along_axis(parts_LKP, nearest_LK[..., None], axis=1)
+    problem = _Problem(within, timeline, parts_LKP, limit)
     bound = problem.solve(frontier)
-    bits = tables.bits(problem.refined())
+    bits = moved_into(tables, bounds, tables.bits(problem.refined()))
     seconds = timeline.seconds(tables, bits)
     return Timed(
         error=tables.total_error(bits),
@@ -239,10 +257,9 @@ def soonest(tables: Tables, timeline: Timeline, limit: float, frontier: int = FR
 class _Problem:
     """The best assignment so far, `best_L`, which takes `best` seconds; and what makes it better."""
 
-    def __init__(self, tables: Tables, timeline: Timeline, limit: float) -> None:
-        self.tables, self.timeline, self.limit = tables, timeline, limit
+    def __init__(self, tables: Tables, timeline: Timeline, parts_LKP: Floats, limit: float) -> None:
+        self.tables, self.timeline, self.parts_LKP, self.limit = tables, timeline, parts_LKP, limit
         self.rows = np.arange(len(tables.layers))
-        self.parts_LKP = tables.nbytes[..., None] * timeline.a_byte[timeline.buffer]
         self.least_L = tables.error.argmin(axis=1)
         self.best_L, self.best = self.least_L, math.inf
         self.offer(self.least_L)
@@ -257,7 +274,7 @@ class _Problem:
         return True
 
     def parts(self, columns_L: Ints) -> Floats:
-        return self.timeline._summed(self.parts_LKP[self.rows, columns_L])
+        return self.timeline.summed(self.parts_LKP[self.rows, columns_L])
 
     def weighted(self, chain: "Chain") -> tuple[float, Floats]:
         """A chain as what the layers' columns [L, K] add to a constant."""
@@ -269,7 +286,7 @@ class _Problem:
         from scipy.optimize import linprog
 
         error_LK, limit = self.tables.error, self.limit
-        scale = max(abs(limit), float(np.abs(error_LK).max()))
+        scale = max(abs(limit), float(np.abs(error_LK).max())) or 1.0
         chains: list[Chain] = []
         found: list[tuple[Ints, Floats, float]] = []
 
