@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..costs import FREE, Cluster
-from ..registry import build
 from .choices import Choice
 from .measured import Measured
 from .prediction import ACCURACY, Forecast, Predictor, advised
@@ -35,7 +34,7 @@ class Advice:
         return advised(self.choices)
 
     def to_json(self, in_words: InWords = as_arguments) -> dict[str, Any]:
-        """Plain lists, dicts and numbers: what was measured, the cluster, `choices`, fastest first, and the advised one.
+        """Plain lists, dicts and numbers: what was measured, the cluster, `choices`, fastest first, and the advised.
 
         A break-even is in Mbit/s, or one of the words never and always.
         """
@@ -140,9 +139,6 @@ def advice_on(measured: Measured, cluster: Cluster, choices: Sequence[Choice]) -
     return Advice(
         measured, cluster, tuple(sorted(forecasts, key=lambda each: (each.step.seconds, order[each.choice])))
     )
-
-
-BFLOAT16 = Choice(build("none", dense_dtype="bfloat16"))
 
 
 def seconds_in_words(seconds: float) -> str:

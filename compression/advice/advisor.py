@@ -1,10 +1,9 @@
 """The advisor: measures a model, a batch and some ranks, and advises on what to send."""
 
 import contextlib
-import logging
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -21,14 +20,12 @@ from ..network.hosts import names_of_this_host
 from ..network.world import usable_cores
 from ..registry import build
 from .advice import Advice, advice_on
-from .choices import Choice, choices
+from .choices import choices
 from .links import measure_links, measure_this_machine, with_codecs
 from .measured import Measured
 from .profile import Profile, Step, with_copies
 from .simulated import cluster_of
 from .speeds import Codecs
-
-_log = logging.getLogger(__name__)
 
 STEP_SECONDS = 2.0
 """Seconds that the steps of a model get, three steps at least."""
@@ -168,7 +165,7 @@ class _Measuring:
             return 0.0
         took = []
         for _ in range(3):
-            for name, parameter in self.parameters.items():
+            for parameter in self.parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
             self.network.collect(None)
             start = self._now()

@@ -73,7 +73,7 @@ def measure_links(
 
     sums = _Sums(network, device, cluster, costs)
     costs = replace(costs, per_round=sums.seconds_of_a_round())
-    adding = {name: replace(sums, costs=costs).per_value(dtype) for name, dtype in ADDED.items()}
+    costs, adding = replace(sums, costs=costs).adding(per_byte * others > slope(lambda each: each.seconds) / 2)
     if arrangement.levels is not None:
         meeting, per_byte = _inside(arrangement.levels.inside, network, device)
         cluster, costs = replace(cluster, inside_latency=meeting), replace(costs, per_copied_byte=per_byte)
@@ -131,14 +131,27 @@ class _Sums:
         rounds = 2 * (self.network.world_size - 1)
         return max(0.0, (found.seconds - self._as_messages(4)) / rounds)
 
-    def per_value(self, dtype: torch.dtype) -> float:
-        """Seconds of a value in an all-reduce, beyond those of its bytes: of adding up."""
+    def adding(self, processor_bound: bool) -> tuple[Costs, dict[str, float]]:
+        """The costs with those of sums, and seconds to add up a value, by the type's name.
+
+        Where the processor is what limits the network, all that a sum takes beyond its bytes is adding. Where a link
+        is, it hides the adding, which is then taken to be as fast as torch's own; what a sum takes beyond its bytes,
+        the link takes longer for.
+        """
+        local = {name: _seconds_of_adding(dtype, self.device) for name, dtype in ADDED.items()}
+        if processor_bound:
+            return self.costs, {name: max(local[name], self._beyond(dtype)[0]) for name, dtype in ADDED.items()}
+        return replace(self.costs, slower_sums=max(1.0, self._beyond(torch.float32)[1])), local
+
+    def _beyond(self, dtype: torch.dtype) -> tuple[float, float]:
+        """What a sum takes beyond the same bytes as messages: seconds a value, and how many times as long."""
         nbytes = 2**12
         while nbytes < 2**24 and self._as_messages(2 * nbytes) < LONGEST:
             nbytes *= 2
         values = torch.zeros(nbytes // dtype.itemsize, dtype=dtype, device=self.device)
-        found = timed(self.network, self.device, lambda: self.network.sum_(values))
-        return max(0.0, found.seconds - self._as_messages(nbytes)) / len(values)
+        found = timed(self.network, self.device, lambda: self.network.sum_(values)).seconds
+        short, long = self._as_messages(0), self._as_messages(nbytes)
+        return max(0.0, found - long) / len(values), (found - short) / (long - short) if long > short else 1.0
 
     def _as_messages(self, nbytes: int) -> float:
         cluster = self.cluster
@@ -187,6 +200,18 @@ def with_codecs(costs: Costs, codecs: dict[str, CodecCosts], adding: dict[str, f
     return replace(costs, codecs=added)
 
 
+def _seconds_of_adding(dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds of a value to add one tensor to another."""
+    one, other = torch.ones(2**20, dtype=dtype, device=device), torch.ones(2**20, dtype=dtype, device=device)
+    one.add_(other)
+    start = time.perf_counter()
+    for _ in range(MOST_TURNS):
+        one.add_(other)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / (MOST_TURNS * len(one))
+
+
 def measure_this_machine() -> tuple[Costs, dict[str, float]]:
     """The costs of messages, and of adding up by the type's name, of a process that is alone: over its own loopback."""
     with contextlib.ExitStack() as stack:
@@ -211,13 +236,6 @@ def measure_this_machine() -> tuple[Costs, dict[str, float]]:
         few, many = 1, 2**23
         handling, long = takes(few), takes(many)
 
-    def per_value(dtype: torch.dtype) -> float:
-        one, other = torch.ones(2**20, dtype=dtype), torch.ones(2**20, dtype=dtype)
-        start = time.perf_counter()
-        for _ in range(MOST_TURNS):
-            one.add_(other)
-        return (time.perf_counter() - start) / (MOST_TURNS * len(one))
-
-    adding = {name: per_value(dtype) for name, dtype in ADDED.items()}
+    adding = {name: _seconds_of_adding(dtype, torch.device("cpu")) for name, dtype in ADDED.items()}
     per_byte = max(0.0, long - handling) / many
     return Costs(0.0, 0.0, handling, per_byte, per_byte, {}), adding

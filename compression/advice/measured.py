@@ -46,7 +46,9 @@ class Measured:
     def from_json(cls, content: Any) -> Self:
         """The inverse of `to_json`. Raises ValueError where it is none."""
         try:
-            cluster = {name: FREE if value is None else value for name, value in content["cluster"].items()}
+            cluster: dict[str, Any] = {
+                name: FREE if value is None else value for name, value in content["cluster"].items()
+            }
             costs = dict(content["costs"])
             costs["codecs"] = {name: CodecCosts(**each) for name, each in costs["codecs"].items()}
             return cls(

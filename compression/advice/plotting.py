@@ -1,4 +1,4 @@
-"""The picture of an advice: predicted seconds of a step by the rate of a host's link. Agg draws it, without a display."""
+"""The picture of an advice: predicted seconds of a step by the rate of a host's link. Agg draws: no display needed."""
 
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ def plot(advice: "Advice") -> bytes:
 
 
 def draw(advice: "Advice") -> Any:
-    """A figure: a line for each of `shown`, a mark at this cluster's link, and the step's own work, which is the floor."""
+    """A figure: a line for each of `shown`, a mark at this cluster's link, and the step's own work below them."""
     from matplotlib.figure import Figure
 
     from .advice import rate_in_words

@@ -98,11 +98,6 @@ class Predictor:
         return slow
 
 
-def ranked(forecasts: Sequence[Forecast]) -> list[Forecast]:
-    """The fastest first; of equally fast ones, the simpler."""
-    return sorted(forecasts, key=lambda each: (each.step.seconds, _plainness(each)))
-
-
 def advised(forecasts: Sequence[Forecast]) -> Forecast:
     """The choice to take: of those whose steps the predictions cannot tell from the fastest, the plainest.
 

@@ -49,13 +49,17 @@ def cluster_of(text: str) -> "Cluster":
     for key in ("link", "latency"):
         if hosts == 1 and key in given:
             raise ValueError(f"one host has no link to others, and {key} would have no effect; leave it out")
+
+    def quantity(key: str, units: dict[str, float], default: float) -> float:
+        return _quantity(key, given[key], units) if key in given else default
+
     return Cluster(
         hosts,
         ranks,
-        link_mbit=_quantity("link", given["link"], RATES) if hosts > 1 else FREE,
-        latency=_quantity("latency", given["latency"], TIMES) if "latency" in given else 0.0,
-        inside_mbit=_quantity("inside", given["inside"], RATES) if "inside" in given else FREE,
-        inside_latency=_quantity("inside_latency", given["inside_latency"], TIMES) if "inside_latency" in given else 0.0,
+        link_mbit=quantity("link", RATES, FREE),
+        latency=quantity("latency", TIMES, 0.0),
+        inside_mbit=quantity("inside", RATES, FREE),
+        inside_latency=quantity("inside_latency", TIMES, 0.0),
     )
 
 

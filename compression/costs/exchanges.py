@@ -7,9 +7,9 @@ The model adds up the work of the busiest rank:
 
 Start: until all ranks are awake and have begun, once. Rounds wait for one another, messages of one round are under way
 together and cost the sender some time each, whatever their length. Rounds, messages and bytes are those that averagers
-promise (`Averager.sent`), buffer by buffer; here nothing overlaps, and in `steps` it does. Bytes take as long as the slowest of the rank's
-processor, the host's link and the host's inside. Where ranks share a core, all that the processor does takes as many
-times as long, but for the start.
+promise (`Averager.sent`), buffer by buffer; here nothing overlaps, and in `steps` it does. Bytes take as long as the
+slowest of the rank's processor, the host's link and the host's inside. Where ranks share a core, all that the processor
+does takes as many times as long, but for the start.
 
 Flat, all ranks of a host share its link. In two levels (`averagers.Hierarchical`) each rank first copies its float32
 gradients into the host's memory, and last all averages out of it. In between, the ranks of each place average their
@@ -80,6 +80,7 @@ class Load(NamedTuple):
     `rounds` and `messages` are as in `Sent`, `sent` the bytes in them. A rank encodes `encoded` values, and decodes
     `decoded` bytes of other ranks. `link` and `beside` are bytes of all ranks of a host: for other hosts, and for one
     another. `meetings` and `copied` are of two levels: rounds inside a host, and bytes to and from its memory.
+    `circulated` are those of `sent` that go round in all-reduces.
     """
 
     rounds: float
@@ -91,6 +92,7 @@ class Load(NamedTuple):
     beside: float
     meetings: float = 0.0
     copied: float = 0.0
+    circulated: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ class CodecCosts:
 class Costs:
     """Seconds of a rank on a core of its own: to start, of a round, of a message, of a byte sent, of a byte copied.
 
-    `codecs` are by name.
+    `codecs` are by name. `slower_sums`: how many times as long a link takes for a byte of an all-reduce, in which
+    neighbors wait for one another, as for one of a message.
     """
 
     start: float
@@ -135,6 +138,7 @@ class Costs:
     per_byte: float
     per_copied_byte: float
     codecs: Mapping[str, CodecCosts]
+    slower_sums: float = 1.0
 
     @classmethod
     def fit(cls, seconds: Mapping[Run, float]) -> "Costs":
@@ -167,10 +171,12 @@ class Costs:
         cluster, load = run.cluster, run.load
         sharing, ranks = cluster.ranks_per_core, cluster.ranks_per_host
         processor = sharing * load.sent * self.per_byte
+        summed = load.circulated / load.sent if load.sent else 0.0
+        on_link = _SECONDS_OF_A_BYTE * (1.0 + summed * (self.slower_sums - 1.0))
         bytes_take = max(
             processor,
-            load.link * _SECONDS_OF_A_BYTE / cluster.link_mbit,
-            load.beside * _SECONDS_OF_A_BYTE / cluster.inside_mbit,
+            load.link * on_link / cluster.link_mbit,
+            load.beside * on_link / cluster.inside_mbit,
         )
         copies_take = max(
             sharing * load.copied * self.per_copied_byte,
@@ -243,6 +249,7 @@ def load_of(averager: Averager, buffers: Sequence[Sequence[Layer]], cluster: Clu
         decoded=sent.addressed,
         link=link,
         beside=cluster.ranks_per_host * sent.total - link,
+        circulated=sent.circulated,
     )
 
 
@@ -266,6 +273,7 @@ def _load_in_levels(averager: Hierarchical, buffers: Sequence[Sequence[Layer]], 
         beside=0.0,
         meetings=2 * len(buffers) if places > 1 else 0,
         copied=2 * 4 * sum(values) if places > 1 else 0,
+        circulated=max(sent.circulated for sent in by_place),
     )
 
 

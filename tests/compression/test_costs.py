@@ -36,7 +36,7 @@ def test_a_ring_in_one_level_by_hand() -> None:
     """Three hosts of two: every rank passes on 2 x 5/6 of the gradient, in ten rounds; one of two crosses the link."""
     found = load("none", Cluster(3, 2))
     sent = 2 * 5 / 6 * 4 * VALUES
-    assert found == pytest.approx(Load(10, 10, sent, VALUES, 0, link=sent, beside=sent))
+    assert found == pytest.approx(Load(10, 10, sent, VALUES, 0, link=sent, beside=sent, circulated=sent))
 
 
 def test_two_hops_in_one_level_by_hand() -> None:
