@@ -7,9 +7,15 @@ import math
 import numpy as np
 import pytest
 
+from search.__main__ import main
+from search.checking import false_claims
 from search.knapsack import within_error
+from search.report import as_text, logs
+from search.run import search
+from search.saved import load_search
 from search.tables import Tables
 from search.timelines import Timeline, soonest
+from search.wishes import Wish
 
 WIDTHS = (2, 3, 4, 6, 8)
 
@@ -162,3 +168,69 @@ def test_timelines_survive_their_json():
     assert again.seconds(tables, WIDTHS) == timeline.seconds(tables, WIDTHS)
     with pytest.raises(ValueError, match="a timeline holds own, backward"):
         Timeline.from_json({"release": [0.1]})
+
+
+def test_pinned_layers_keep_their_widths_and_the_others_make_up_for_them():
+    tables = random_tables(12, 3)
+    timeline = random_timeline(tables, 3, buffers=3)
+    pins = {"layer0": 2, "layer5": (6, 8), "layer9": 8}
+    result = search(tables, Wish.time(4), "exact", pins=pins, timeline=timeline)
+    bits = result.bits_by_layer()
+    assert (bits["layer0"], bits["layer9"]) == (2, 8)
+    assert bits["layer5"] in (6, 8)
+    assert tables.total_error(result.installed) <= uniform_error(tables, 4)
+    free = search(tables, Wish.time(4), "exact", timeline=timeline)
+    assert free.certified.lower_bound <= result.certified.seconds
+    assert result.certified.seconds == timeline.seconds(tables, result.installed)
+
+
+def written(tmp_path, link: float = 1.0):
+    """The file of a search for time, its result, and what it holds."""
+    tables = random_tables(12, 3)
+    result = search(tables, Wish.time(4), "exact", timeline=random_timeline(tables, 3, buffers=3, network=link))
+    path = tmp_path / "search_0.json"
+    path.write_bytes(logs(result, 0, [])["search_0.json"])
+    return path, result, json.loads(path.read_text())
+
+
+def test_a_search_for_time_survives_its_file_and_its_claims_are_checked(tmp_path):
+    path, result, content = written(tmp_path)
+    again = load_search(path)
+    assert again.certified == result.certified
+    assert again.wish == Wish.time(4)
+    assert false_claims(content) == []
+    for key, factor, claim in (("seconds", 0.9, "time.seconds is"), ("lower_bound", 1.1, "time.lower_bound is")):
+        false = content | {"time": content["time"] | {key: factor * content["time"][key]}}
+        assert any(claim in each for each in false_claims(false))
+    del content["timeline"]
+    with pytest.raises(ValueError, match="holds a timeline, and this one has none"):
+        false_claims(content)
+
+
+def test_a_file_is_solved_again_for_bytes_and_for_time(tmp_path, capsys):
+    path, *_ = written(tmp_path)
+    assert main([str(path), "--target-error", "4", "--objective", "bytes"]) == 0
+    assert "for the fewest bytes" in capsys.readouterr().out
+    assert main([str(path), "--target-error", "6", "--objective", "time"]) == 0
+    assert "for the least step time with at most the error of uniform 6 bits" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([str(path), "--objective", "time"])
+    assert "--objective is of what is within an error; add --target-error" in capsys.readouterr().err
+
+
+def test_the_report_says_where_fewer_bits_buy_nothing(tmp_path):
+    _, result, _ = written(tmp_path, link=1e-6)
+    assert "fewer bits buy nothing here, for all layers at 8 bits take" in as_text(result, 0)
+    _, slow, _ = written(tmp_path, link=10.0)
+    assert "buy nothing here" not in as_text(slow, 0)
+    assert "least possible" in as_text(slow, 0)
+    tables = random_tables(30, 0)
+    buffer = np.repeat([0, 1, 2], 10)
+    timeline = in_turn([0.1, 5.0, 9.0], buffer, 3.0 / tables.nbytes[:, -1].sum(), len(WIDTHS), backward=9.0)
+    result = search(tables, Wish.time(4), "exact", timeline=timeline)
+    assert "Backward hides the bytes of 20 of 30 layers" in as_text(result, 0)
+
+
+def test_the_least_time_needs_a_timeline():
+    with pytest.raises(ValueError, match="needs what a step's seconds are made of, got no timeline; give one"):
+        search(random_tables(3, 0), Wish.time(4), "exact")
