@@ -32,8 +32,9 @@ ROUNDS = 300  # of finding one more chain and one more assignment for it
 CHAINS = 16  # of the relaxed problem that bound each partial assignment one by one, too
 CANDIDATES = 8  # partial assignments that are completed after each layer, those of least bounds
 ROUNDINGS = 16  # of the relaxed problem's mixture to whole assignments
-TRIALS = 400  # of groups of layers whose error might be less at equal time
+TRIALS = 1_000  # of whole assignments in the end, and of groups of layers whose error might be less at equal time
 GOLDEN = (math.sqrt(5) - 1) / 2
+ROUNDING = 1e-12  # of sums of seconds, relative
 EQUAL = 1e-9  # relative difference of equal times
 
 
@@ -254,6 +255,16 @@ def soonest(
     )
 
 
+@dataclass(frozen=True)
+class _Relaxed:
+    """Chains and their weights, whose mean is the best bound; and assignments with their shares in a mixture."""
+
+    chains: list[Chain]
+    weights: Floats
+    assignments: list[Ints]
+    shares_V: Floats
+
+
 class _Problem:
     """The best assignment so far, `best_L`, which takes `best` seconds; and what makes it better."""
 
@@ -265,95 +276,87 @@ class _Problem:
         self.offer(self.least_L)
         self.offer(tables.columns(within_error(tables, limit).bits))
 
-    def offer(self, columns_L: Ints) -> bool:
-        """Take an assignment where it is within the limit and the fastest so far; says whether it is within."""
-        if math.fsum(self.tables.error[self.rows, columns_L].tolist()) > self.limit:
-            return False
-        if (seconds := self.timeline.seconds_of(self.parts(columns_L))) < self.best:
+    def offer(self, columns_L: Ints) -> None:
+        """Take an assignment where it is the fastest so far, and within the limit."""
+        seconds = self.timeline.seconds_of(self.parts(columns_L))
+        if seconds < self.best and self.error(columns_L) <= self.limit:
             self.best_L, self.best = columns_L, seconds
-        return True
+
+    def error(self, columns_L: Ints) -> float:
+        return math.fsum(self.tables.error[self.rows, columns_L].tolist())
 
     def parts(self, columns_L: Ints) -> Floats:
         return self.timeline.summed(self.parts_LKP[self.rows, columns_L])
 
-    def weighted(self, chain: "Chain") -> tuple[float, Floats]:
+    def weighted(self, chain: Chain) -> tuple[float, Floats]:
         """A chain as what the layers' columns [L, K] add to a constant."""
         seconds_LK = np.einsum("lkp,lp->lk", self.parts_LKP, chain.weight[self.timeline.buffer])
         return chain.constant + float((chain.weight * self.timeline.fixed).sum()), seconds_LK
 
-    def relax(self) -> tuple[list["Chain"], Floats]:
-        """Chains and their weights, whose mean is the best bound found."""
+    def relax(self) -> "_Relaxed":
+        """The relaxed problem's solution, from two sides: a mixture of assignments, and a mean of chains."""
         from scipy.optimize import linprog
 
         error_LK, limit = self.tables.error, self.limit
         scale = max(abs(limit), float(np.abs(error_LK).max())) or 1.0
-        chains: list[Chain] = []
-        found: list[tuple[Ints, Floats, float]] = []
-
-        def answer(columns_L: Ints) -> None:
-            parts_JP = self.parts(columns_L)
-            found.append((columns_L, parts_JP, math.fsum(error_LK[self.rows, columns_L].tolist())))
-            chains.append(self.timeline.longest(parts_JP))
-
-        answer(self.least_L)
-        answer(self.best_L)
-        answer(self.parts_LKP.sum(axis=2).argmin(axis=1))
-        best, best_chains, best_weights = -math.inf, chains[:1], np.ones(1)
+        starts = (self.least_L, self.best_L, self.parts_LKP.sum(axis=2).argmin(axis=1))
+        assignments = list(starts)
+        parts = [self.parts(columns_L) for columns_L in starts]
+        chains = [self.timeline.longest(parts_JP) for parts_JP in parts]
+        best: _Relaxed | None = None
+        bound = -math.inf
         for _ in range(ROUNDS):
             # min t: every chain's mean over the assignments is at most t, their mean error at most the limit.
-            times = np.array([[chain(parts) for _, parts, _ in found] for chain in chains])
-            errors = np.array([(error - limit) / scale for *_, error in found])
-            unit = float(times.max())
+            weight_CX = np.stack([chain.weight.ravel() for chain in chains])
+            parts_VX = np.stack([parts_JP.ravel() for parts_JP in parts])
+            times_CV = weight_CX @ parts_VX.T + np.array([[chain.constant] for chain in chains])
+            excess_V = np.array([self.error(columns_L) - limit for columns_L in assignments]) / scale
+            unit = float(times_CV.max())
             solved = linprog(
-                np.append(np.zeros(len(found)), 1.0),
-                A_ub=np.block([[times / unit, np.full((len(chains), 1), -1.0)], [errors, np.zeros(1)]]),
+                np.append(np.zeros(len(parts)), 1.0),
+                A_ub=np.block([[times_CV / unit, np.full((len(chains), 1), -1.0)], [excess_V, np.zeros(1)]]),
                 b_ub=np.zeros(len(chains) + 1),
-                A_eq=np.append(np.ones(len(found)), 0.0)[None],
+                A_eq=np.append(np.ones(len(parts)), 0.0)[None],
                 b_eq=np.ones(1),
-                bounds=[(0, None)] * len(found) + [(None, None)],
+                bounds=[(0, None)] * len(parts) + [(None, None)],
             )
             if solved.status != 0:
                 break
-            weights = np.maximum(-solved.ineqlin.marginals[:-1], 0.0)
-            weights /= weights.sum()
-            price = max(0.0, -float(solved.ineqlin.marginals[-1])) * unit / scale
-            mean = mean_of(chains, weights)
-            constant, seconds_LK = self.weighted(mean)
-            columns_L = (seconds_LK + price * error_LK).argmin(axis=1)
-            least = (seconds_LK + price * error_LK)[self.rows, columns_L]
-            bound = constant + math.fsum(least.tolist()) - price * limit
-            mixture = np.maximum(solved.x[:-1], 0.0)
-            mixed_JP = sum(share * parts for share, (_, parts, _) in zip(mixture, found, strict=True))
-            longest = self.timeline.longest(np.asarray(mixed_JP))
-            self.mixture, self.mixed = mixture, [columns for columns, *_ in found]
-            if bound > best:
-                best, best_chains, best_weights = bound, list(chains), weights
-            if longest.seconds - best <= RELAXED * abs(longest.seconds):
+            prices = np.maximum(-solved.ineqlin.marginals, 0.0)
+            weights, price = prices[:-1] / prices[:-1].sum(), float(prices[-1]) * unit / scale
+            shares_V = np.maximum(solved.x[:-1], 0.0)
+            constant, seconds_LK = self.weighted(mean_of(chains, weights))
+            priced_LK = seconds_LK + price * error_LK
+            if (least := constant + math.fsum(priced_LK.min(axis=1).tolist()) - price * limit) > bound:
+                bound = least
+                kept = np.flatnonzero(weights > 0)
+                best = _Relaxed([chains[row] for row in kept], weights[kept], list(assignments), shares_V)
+            longest = self.timeline.longest(np.tensordot(shares_V, np.stack(parts), 1))
+            if longest.seconds - bound <= RELAXED * longest.seconds:
                 break
-            chains.append(longest)
-            answer(columns_L)
-        kept = np.flatnonzero(best_weights > 0)
-        return [best_chains[row] for row in kept], best_weights[kept]
+            assignments.append(priced_LK.argmin(axis=1))
+            parts.append(self.parts(assignments[-1]))
+            chains += [longest, self.timeline.longest(parts[-1])]
+        return best or _Relaxed(chains[:1], np.ones(1), assignments[:1], np.ones(1))
 
-    def round(self) -> None:
-        """Offer whole assignments that are near the relaxed problem's mixture, at equal error or less."""
-        shares = self.mixture.cumsum() / self.mixture.sum()
-        columns_VL = np.stack(self.mixed)
+    def round_off(self, relaxed: "_Relaxed", seconds_LK: Floats) -> None:
+        """Offer whole assignments that are near the relaxed problem's mixture."""
+        until_V = relaxed.shares_V.cumsum() / relaxed.shares_V.sum()
+        columns_VL = np.stack(relaxed.assignments)
         for turn in range(ROUNDINGS):
-            # Evenly spread over the layers, each time other ones.
-            place_L = ((self.rows + turn * len(self.rows) / ROUNDINGS) * GOLDEN + turn / ROUNDINGS) % 1.0
-            self.offer(self.within(columns_VL[np.searchsorted(shares, place_L).clip(max=len(shares) - 1), self.rows]))
+            place_L = (self.rows * GOLDEN + turn / ROUNDINGS) % 1.0  # evenly spread over the layers
+            nearest_L = np.searchsorted(until_V, place_L).clip(max=len(until_V) - 1)
+            self.offer(self.within(columns_VL[nearest_L, self.rows], seconds_LK))
 
-    def within(self, columns_L: Ints) -> Ints:
-        """The assignment, or where it is above the limit one that is within: the cheapest ways to less error first."""
+    def within(self, columns_L: Ints, seconds_LK: Floats) -> Ints:
+        """The assignment, or one with less error that is within the limit: fewest seconds for it first."""
         columns_L = columns_L.copy()
         for _ in range(len(self.tables.widths)):
             own_L = self.tables.error[self.rows, columns_L]
-            excess = math.fsum(own_L.tolist()) - self.limit
-            if excess <= 0:
+            if (excess := self.error(columns_L) - self.limit) <= 0:
                 break
             gain_LK = own_L[:, None] - self.tables.error
-            cost_LK = self.seconds_LK - self.seconds_LK[self.rows, columns_L][:, None]
+            cost_LK = seconds_LK - seconds_LK[self.rows, columns_L][:, None]
             worth_LK = np.where(gain_LK > 0, gain_LK / np.maximum(cost_LK, 1e-30), -1.0)
             to_L = worth_LK.argmax(axis=1)
             order = np.argsort(-worth_LK[self.rows, to_L], kind="stable")
@@ -365,16 +368,17 @@ class _Problem:
     def solve(self, frontier: int) -> float:
         """Look for the best assignment; the lower bound of all assignments' seconds."""
         tables, widths, limit = self.tables, len(self.tables.widths), self.limit
-        chains, weights = self.relax()
-        constant, self.seconds_LK = self.weighted(mean_of(chains, weights))
-        self.round()
-        self.refine_time()
+        relaxed = self.relax()
+        chains, weights = relaxed.chains, relaxed.weights
+        constant, seconds_LK = self.weighted(mean_of(chains, weights))
+        self.round_off(relaxed, seconds_LK)
+        self.shorten()
         least_error_L = tables.error.min(axis=1)
         error_LK = tables.error - least_error_L[:, None]
         room = limit - math.fsum(least_error_L.tolist())
         slack = EPS * (tables.error.size + 8) * (math.fsum(np.abs(least_error_L).tolist()) + abs(limit))
-        base = constant + math.fsum(self.seconds_LK.min(axis=1).tolist())
-        seconds_LK = self.seconds_LK - self.seconds_LK.min(axis=1)[:, None]
+        base = constant + math.fsum(seconds_LK.min(axis=1).tolist())
+        seconds_LK = seconds_LK - seconds_LK.min(axis=1)[:, None]
         edges = merge_edges(error_LK, seconds_LK)
         # Each chain by itself: what the layers add to it at least, and what a column adds to that.
         alone = [self.weighted(chains[row]) for row in np.argsort(-weights, kind="stable")[:CHAINS]]
@@ -394,10 +398,14 @@ class _Problem:
             rest = Rest(edges, undecided_L)
             left_S = room - error_S
             bound_S = base + seconds_S + np.interp(left_S + slack, rest.weight_P, rest.value_P)
-            bound_S = np.maximum(bound_S, (base_Q + chains_SQ).max(axis=1))
+            bound_S = (1 - ROUNDING) * np.maximum(bound_S, (base_Q + chains_SQ).max(axis=1))
             going = np.flatnonzero((left_S >= -slack) & (bound_S < (1 - EQUAL) * self.best))
             going = going[np.argsort(bound_S[going], kind="stable")]
-            for state in going[: None if not undecided_L.any() else CANDIDATES]:
+            undecided = bool(undecided_L.any())
+            tried = CANDIDATES if undecided else TRIALS
+            for state in going[:tried]:
+                if bound_S[state] >= (1 - EQUAL) * self.best:
+                    break
                 columns_L = edges.start_L.copy()
                 parent, columns_L[layer] = divmod(int(state), widths)
                 for decided, (parent_S, column_S) in zip(order[len(trail) - 1 :: -1], trail[::-1], strict=False):
@@ -405,26 +413,26 @@ class _Problem:
                 corner = int(np.searchsorted(rest.weight_P, left_S[state] - slack, side="right")) - 1
                 self.offer(rest.complete(columns_L, max(corner, 0)))
             going = going[bound_S[going] < (1 - EQUAL) * self.best]
-            if len(going) > frontier:
-                lower_bound = min(lower_bound, float(bound_S[going[frontier]]))
-                going = going[:frontier]
-            if not len(going) or not undecided_L.any():
+            room_for = frontier if undecided else tried
+            if len(going) > room_for:
+                lower_bound = min(lower_bound, float(bound_S[going[room_for]]))
+                going = going[:room_for]
+            if not len(going) or not undecided:
                 break
             cells += len(bound_S) + len(rest.value_P)
-            ahead = min(lower_bound, float(bound_S[going[0]]))
             if cells > EFFORT:
-                lower_bound = ahead
+                lower_bound = min(lower_bound, float(bound_S[going[0]]))
                 break
             trail.append((going // widths, (going % widths).astype(np.int8)))
             error_S, seconds_S, chains_SQ = error_S[going], seconds_S[going], chains_SQ[going]
         return lower_bound
 
-    def refine_time(self) -> None:
+    def shorten(self) -> None:
         """Use what error is left to shorten the longest chain, the most seconds for it first."""
         for _ in range(ROUNDINGS):
             before = self.best
             columns_L = self.best_L
-            left = self.limit - math.fsum(self.tables.error[self.rows, columns_L].tolist())
+            left = self.limit - self.error(columns_L)
             _, seconds_LK = self.weighted(self.timeline.longest(self.parts(columns_L)))
             gain_LK = seconds_LK[self.rows, columns_L][:, None] - seconds_LK
             cost_LK = self.tables.error - self.tables.error[self.rows, columns_L][:, None]
