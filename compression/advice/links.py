@@ -28,7 +28,7 @@ MOST_BYTES = 2**25
 LONGEST = 0.25
 """Seconds of an exchange after which no larger one is tried."""
 
-TURN_SECONDS, MOST_TURNS = 0.1, 15  # of each size
+TURN_SECONDS, LEAST_TURNS, MOST_TURNS = 0.1, 3, 15  # of each size
 
 Result = TypeVar("Result")
 
@@ -103,15 +103,17 @@ def timed(network: Collectives, device: torch.device, exchange: Callable[[], obj
     began = time.perf_counter()
     while True:
         late = time.perf_counter() - began > TURN_SECONDS
-        if len(turns) >= MOST_TURNS or any(network.collect(late)):
+        if len(turns) >= MOST_TURNS or (any(network.collect(late)) and len(turns) >= LEAST_TURNS):
             break
         busy, start = time.process_time(), time.perf_counter()
         exchange()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         turns.append(Timed(time.perf_counter() - start, time.process_time() - busy))
-    kept = turns[1:] or turns  # the first has connections to make and memory to get
-    own = Timed(*(statistics.median(part) for part in zip(*((t.seconds, t.processor) for t in kept), strict=True)))
+    kept = turns[1:]  # the first has connections to make and memory to get
+    own = Timed(
+        statistics.median_low([each.seconds for each in kept]), statistics.median_low([each.processor for each in kept])
+    )
     ranks: list[Timed] = network.collect(own)
     return Timed(max(each.seconds for each in ranks), statistics.fmean(each.processor for each in ranks))
 

@@ -15,8 +15,8 @@ from .measured import Measured
 ACCURACY = 0.05
 """Share of a step's seconds that predictions are not trusted to tell apart."""
 
-LEAST_MBIT, MOST_MBIT = 0.01, 1e7
-"""Links at which a break-even is looked for."""
+LINKS = tuple(10 ** (7 - k / 5) for k in range(46))
+"""Links in Mbit/s at which a break-even is looked for, from 10 Tbit/s down to 10 kbit/s."""
 
 
 class Forecast(NamedTuple):
@@ -82,20 +82,28 @@ class Predictor:
             other = Choice(build("none"))
 
         def gain(link_mbit: float) -> float:
-            return self.step(other, link_mbit).seconds - self.step(choice, link_mbit).seconds
+            return self._seconds(other, link_mbit) - self.step(choice, link_mbit).seconds
 
-        steps = 90
-        links = [MOST_MBIT * (LEAST_MBIT / MOST_MBIT) ** (k / steps) for k in range(steps + 1)]
-        if gain(links[0]) > 0:
+        if gain(LINKS[0]) > 0:
             return math.inf
-        slow = next((link for link in links if gain(link) > 0), None)
-        if slow is None:
+        first = next((k for k, link in enumerate(LINKS) if gain(link) > 0), None)
+        if first is None:
             return 0.0
-        fast = links[links.index(slow) - 1]
-        for _ in range(30):
+        slow, fast = LINKS[first], LINKS[first - 1]
+        while fast / slow > 1.001:
             middle = math.sqrt(slow * fast)
             slow, fast = (middle, fast) if gain(middle) > 0 else (slow, middle)
         return slow
+
+    def _seconds(self, choice: Choice, link_mbit: float) -> float:
+        """The seconds of a step that is compared with many others on the same links."""
+        if (choice, link_mbit) not in self._asked:
+            self._asked[choice, link_mbit] = self.step(choice, link_mbit).seconds
+        return self._asked[choice, link_mbit]
+
+    @cached_property
+    def _asked(self) -> dict[tuple[Choice, float], float]:
+        return {}
 
 
 def advised(forecasts: Sequence[Forecast]) -> Forecast:

@@ -1,4 +1,4 @@
-"""Costs: the model by hand, its fit, and a prediction for every compressor, flat and in two levels."""
+"""Costs of exchanges: the model by hand, its fit, and a prediction for every compressor, flat and in two levels."""
 
 import dataclasses
 import itertools
@@ -198,4 +198,4 @@ def test_only_a_fit_needs_scipy() -> None:
         "try: Costs.fit({run: 1.0})\n"
         "except ImportError: sys.exit(7)\n"
     )
-    assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2]).returncode == 7
+    assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[3]).returncode == 7

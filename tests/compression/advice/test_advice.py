@@ -1,0 +1,143 @@
+"""Advice: the ranking, break-evens, words and files, from times that are given."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from compression import build
+from compression.advice.advice import Advice, advice_on, break_even_in_words
+from compression.advice.advisor import on_paper
+from compression.advice.choices import Choice, choices
+from compression.advice.measured import Measured
+from compression.advice.prediction import ACCURACY, Predictor, advised
+from compression.costs import Cluster, CodecCosts, Compute, Costs
+
+SHAPES = {"stem": (64, 48), "body": (1024, 1024), "head": (256, 100), "bias": (100,)}
+NAMES = [choice.codec for choice in choices()]
+
+
+def measured(per_value: float = 1e-9, **link: float) -> Measured:
+    """Codecs that are all as fast, and err by their number."""
+    codecs = {name: CodecCosts(per_value * (name not in ("float32", "bfloat16")), 0.0) for name in NAMES}
+    return Measured(
+        SHAPES,
+        (("bias", "head"), ("body", "stem")),
+        Compute(0.01, 0.02, 0.005, {"bias": 0.001, "head": 0.002, "body": 0.015, "stem": 0.02}, contention=0.5),
+        Cluster(2, 1, **(link or {"link_mbit": 1_000})),
+        Costs(0.0, 1e-5, 1e-5, 1e-10, 1e-10, codecs),
+        {name: 0.0 if name == "float32" else 0.001 * k for k, name in enumerate(NAMES)},
+    )
+
+
+def advice(found: Measured, two_levels: bool = False) -> Advice:
+    return advice_on(found, found.cluster, choices(two_levels))
+
+
+def test_the_fastest_comes_first() -> None:
+    seconds = [each.step.seconds for each in advice(measured(link_mbit=20)).choices]
+    assert seconds == sorted(seconds)
+    assert len(seconds) == len(NAMES)
+
+
+def test_float32_is_advised_where_nothing_is_gained() -> None:
+    found = advice(measured(link_mbit=1e7))
+    assert str(found.best.choice) == "float32"
+    assert "send float32: codes would gain nothing" in found.in_words()
+
+
+def test_codes_are_advised_on_a_slow_link() -> None:
+    found = advice(measured(link_mbit=5))
+    assert found.best.choice.encodes
+    assert "x the steps of float32 and" in found.in_words()
+
+
+def test_bfloat16_is_advised_where_codecs_cost_more_than_they_save() -> None:
+    found = advice(measured(per_value=1e-6, link_mbit=1_000))
+    assert str(found.best.choice) == "bfloat16"
+
+
+def test_of_choices_that_are_as_fast_the_one_that_errs_least_is_advised() -> None:
+    found = advice(measured(link_mbit=5)).choices
+    close = [each for each in found if each.step.seconds <= found[0].step.seconds * (1 + ACCURACY)]
+    assert len(close) > 1
+    assert advised(found).error == min(each.error for each in close)
+
+
+def test_a_break_even_is_where_the_steps_are_equal() -> None:
+    predictor = Predictor(measured(), Cluster(2, 1, 1_000))
+    choice = Choice(build("maxmin", bits=4, error_feedback=True))
+    bfloat16 = Choice(build("none", dense_dtype="bfloat16"))
+    link = predictor.break_even(choice)
+    assert 0 < link < math.inf
+    assert predictor.step(choice, link).seconds == pytest.approx(predictor.step(bfloat16, link).seconds, rel=1e-3)
+    assert predictor.step(choice, link / 2).seconds < predictor.step(bfloat16, link / 2).seconds
+    assert predictor.step(choice, link * 4).seconds > predictor.step(bfloat16, link * 4).seconds
+
+
+def test_what_is_dearer_than_any_link_breaks_even_never_or_far_below() -> None:
+    """Float32 sends twice as much on every link; a codec that takes an hour saves no such step."""
+    predictor = Predictor(measured(per_value=1.0), Cluster(2, 1, 1_000))
+    assert predictor.break_even(Choice(build("none"))) == 0
+    assert break_even_in_words(predictor.break_even(Choice(build("none")))) == "never"
+
+
+def test_what_costs_nothing_breaks_even_always() -> None:
+    predictor = Predictor(measured(per_value=0.0), Cluster(2, 1, 1_000))
+    found = predictor.break_even(Choice(build("terngrad", error_feedback=True)))
+    assert break_even_in_words(found) == "always"
+
+
+def test_latency_adds_its_rounds_and_nothing_else() -> None:
+    """Arithmetic alone: of the last buffer's two hops two, where nothing else waits."""
+    choice = Choice(build("maxmin", bits=4, error_feedback=True))
+    still, late = (Predictor(measured(), Cluster(2, 1, 1_000, latency=each)).step(choice) for each in (0.0, 1.0))
+    assert late.network - still.network == pytest.approx(2 * 2 * 1.0)
+
+
+def test_the_content_of_a_file_is_plain_and_gives_the_same_advice() -> None:
+    found = advice(measured())
+    content = json.loads(json.dumps(found.to_json()))
+    assert set(content) == {"measured", "cluster", "choices", "advised"}
+    for each, forecast in zip(content["choices"], found.choices, strict=True):
+        assert {"flags", "seconds", "host_bytes", "error", "break_even_mbit"} <= set(each)
+        assert each["seconds"] == forecast.step.seconds
+        assert each["host_bytes"] == forecast.step.host_bytes
+        assert each["break_even_mbit"] in ("never", "always") or each["break_even_mbit"] > 0
+    again = Measured.from_json(content["measured"])
+    assert again == found.measured
+    assert advice(again).choices == found.choices
+    assert on_paper(again, found.cluster).choices == found.choices
+
+
+@pytest.mark.parametrize("content", [None, [], {}, {"shapes": 1}, {"shapes": {"a": [1]}, "buffers": [["a"]]}])
+def test_a_file_of_something_else_is_refused(content: object) -> None:
+    with pytest.raises(ValueError, match="holds no measurements of an advice"):
+        Measured.from_json(content)
+
+
+def test_two_levels_are_forecast_on_hosts_of_several_ranks() -> None:
+    found = replace(measured(), cluster=Cluster(4, 2, 1_000))
+    names = [str(each.choice) for each in advice(found, two_levels=True).choices]
+    assert {"maxmin, bits 4", "maxmin, bits 4, two levels", "bfloat16, two levels"} <= set(names)
+    assert on_paper(measured(), "hosts=4 ranks=2 link=1gbit").choices == advice(found, two_levels=True).choices
+
+
+def test_the_table_has_a_line_for_each_choice_and_ends_with_what_to_use() -> None:
+    found = advice(measured(link_mbit=5))
+    lines = found.in_words(lambda choice: ["--this", str(choice)]).splitlines()
+    for each in found.choices:
+        assert [line for line in lines if line.startswith(f"{each.choice} ")]
+    assert lines[-1] == f"use: --this {found.best.choice}"
+
+
+def test_the_picture_is_a_png() -> None:
+    assert advice(measured()).plot().startswith(b"\x89PNG")
+    assert on_paper(measured(), "hosts=1 ranks=4").plot().startswith(b"\x89PNG")
+
+
+def test_what_was_not_measured_is_not_advised_on() -> None:
+    found = measured()
+    with pytest.raises(ValueError, match="float32 was not measured"):
+        advice_on(replace(found, errors={}), found.cluster, choices())

@@ -1,0 +1,104 @@
+"""main.py --advise: on two ranks and on paper, what it writes, and one line for each bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import compression
+import main
+from tests.support.program import SMALL, run, run_well
+
+ON_PAPER = ("--advise", "--simulate", "hosts=4 ranks=2 link=1gbit latency=50us")
+
+
+def content(workspace: Path) -> dict:
+    assert sorted(path.name for path in workspace.iterdir() if not path.name.startswith(".")) == [
+        "advice.json",
+        "advice.png",
+    ]
+    assert (workspace / "advice.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((workspace / "advice.json").read_text())
+
+
+def test_two_ranks_are_advised_and_train_nothing(pictures: Path, tmp_path: Path) -> None:
+    first, second = run_well(pictures, *SMALL, "--advise", "--workspace", tmp_path, ranks=2)
+    found = content(tmp_path)
+    assert second.out == ""
+    assert f"use: {' '.join(found['advised']['flags'])}" in first.out
+    assert {each["compressor"] for each in found["choices"]} == set(compression.COMPRESSORS) - {"sanity", "stats"}
+    for each in found["choices"]:
+        main.parse([str(pictures), *each["flags"]])
+        assert each["seconds"] > 0
+    assert found["measured"]["ranks_on_machine"] == 2
+    assert found["cluster"]["hosts"] * found["cluster"]["ranks_per_host"] == 2
+
+
+def test_one_process_is_advised_for_a_cluster_that_is_not_there(pictures: Path, tmp_path: Path) -> None:
+    [rank] = run_well(pictures, *SMALL, *ON_PAPER, "--workspace", tmp_path / "first")
+    found = content(tmp_path / "first")
+    assert found["cluster"]["link_mbit"] == 1_000
+    flags = {each["name"]: each["flags"] for each in found["choices"]}
+    assert flags["float32"] == ["--compression-type", "none"]
+    assert flags["bfloat16"] == ["--compression-type", "none", "--dense-dtype", "bfloat16", "--hierarchical", "off"]
+    assert flags["powersgd, rank 4, two levels"] == ["--powersgd-rank", "4", "--hierarchical", "on"]
+    assert flags["maxmin, bits 2"] == [
+        "--compression-type", "maxmin", "--quantization-bits", "2", "--error-feedback", "--hierarchical", "off",
+    ]  # fmt: skip
+    assert "send " in rank.out
+
+    again = ("--advise-from", tmp_path / "first" / "advice.json", "--workspace", tmp_path / "again")
+    run_well("no such folder", *ON_PAPER, *again)
+    assert content(tmp_path / "again") == found
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--advise", "nothing travels: advice needs the number of ranks or --simulate"),
+        ("--simulate hosts=2,link=1gbit", "--simulate has no effect without --advise"),
+        ("--advise --simulate hosts=0", "argument --simulate: hosts is a number of 1 or more, got '0'"),
+        ("--advise --simulate hosts=2,link=fast", "argument --simulate: link is a number with a unit"),
+        ("--advise --advise-from x", "--advise-from has no effect without --advise and --simulate"),
+        ("--advise --search --simulate hosts=2,link=1gbit", "--advise trains nothing, and --search is of no use"),
+        ("--advise --evaluate --simulate hosts=2,link=1gbit", "--advise trains nothing, and --evaluate is of no use"),
+        ("--advise --resume x --simulate hosts=2,link=1gbit", "--advise trains nothing, and --resume is of no use"),
+        ("--advise --bb-ratio 0.5 --simulate hosts=2,link=1gbit", "--advise trains nothing, and --bb-ratio is of"),
+    ],
+)
+def test_flags_that_do_not_go_with_advice(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main.parse(["DIR", *flags.split()])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_flags_of_compression_are_said_to_have_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = main.parse(["DIR", *ON_PAPER, "--compression-type", "eden", "--epochs", "3"])
+    assert set(plan.idle) == {"compression_type", "epochs"}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"measured": {}}', '{"measured": 3}'])
+def test_a_file_that_is_no_advice_is_one_line_and_nothing_is_overwritten(text: str, tmp_path: Path) -> None:
+    other, workspace = tmp_path / "other.json", tmp_path / "workspace"
+    other.write_text(text)
+    workspace.mkdir()
+    (workspace / "advice.json").write_text("old")
+    [rank] = run("DIR", *ON_PAPER, "--advise-from", other, "--workspace", workspace)
+    assert rank.status == 2
+    assert rank.err.count("\n") == 1
+    assert rank.err.startswith("main.py: error: ")
+    assert (workspace / "advice.json").read_text() == "old"
+
+
+def test_a_model_whose_step_fails_is_one_line_and_nothing_is_overwritten(pictures: Path, tmp_path: Path) -> None:
+    """Labels of three classes, and a model of one."""
+    (tmp_path / "advice.json").write_text("old")
+    small = [word if word != "3" else "1" for word in SMALL]
+    assert small != list(SMALL)
+    [rank] = run(pictures, *small, *ON_PAPER, "--workspace", tmp_path)
+    assert rank.status == 2
+    assert rank.err.count("main.py: error: ") == 1
+    assert (tmp_path / "advice.json").read_text() == "old"
