@@ -446,7 +446,8 @@ def build_parser() -> argparse.ArgumentParser:
               help="train nothing: measure this model, batch and network for about ten seconds, predict the step of "
               "every compressor, and say which flags to use; writes advice.json and advice.png")
     extension(encoding, "--simulate", metavar="CLUSTER", type=cluster,
-              help="with --advise: for a cluster that is not there, as in 'hosts=16 ranks=8 link=25gbit latency=50us'; "
+              help="with --advise or --search-objective time: for a cluster that is not there, as in 'hosts=16 ranks=8 "
+              "link=25gbit latency=50us'; "
               f"keys: {', '.join(compression.CLUSTER_KEYS)}")
     extension(encoding, "--advise-from", metavar="FILE", type=text,
               help="with --simulate: take the times of a model and of codecs from an advice.json that was written "
@@ -459,6 +460,9 @@ def build_parser() -> argparse.ArgumentParser:
               help="with --search: least error with at most this many bits a value on average")
     extension(widths, "--search-target-error", metavar="BITS", type=bit_width,
               help="with --search: fewest bytes with at most the error that all layers have at this width")
+    extension(widths, "--search-objective", choices=("bytes", "time"), default="bytes",
+              help="with --search-target-error: what is least within the error, the bytes, or the step time that "
+              "--advise would predict")
     extension(widths, "--search-balance", action="store_true",
               help="with --search: least (1 + squared error / squared norm) x bytes, which has no knob")
     extension(widths, "--search-measure", choices=("root", "square", "loss"), default="root",
@@ -605,7 +609,7 @@ def check(flags: argparse.Namespace, changed: set[str], launched: bool) -> None:
     goes_with("ranks_per_host", flags.hierarchical != "off", "two levels; drop --hierarchical off")
 
     # advice
-    goes_with("simulate", flags.advise, "--advise")
+    goes_with("simulate", flags.advise or flags.search_objective == "time", "--advise or --search-objective time")
     goes_with("advise_from", flags.advise and flags.simulate, "--advise and --simulate")
     for name in ("evaluate", "search", "resume", "compression_scheme", "bb_ratio", "save_weights"):
         refuse(flags.advise and name in changed, f"--advise trains nothing, and {spelled(name)} is of no use to it; "
@@ -664,8 +668,18 @@ def check(flags: argparse.Namespace, changed: set[str], launched: bool) -> None:
     goes_with("search_alpha search_beta search_max_bits search_min_bits popsize search_iterations "
               "search_target_bits search_calibration_steps search_target_error search_balance search_measure "
               "search_pin search_method search_every search_once search_last_steps search_loss_batches "
-              "search_families",
+              "search_families search_objective",
               flags.search, "--search")
+    goes_with("search_objective", flags.search_target_error, "--search-target-error")
+    by_time = flags.search_objective == "time"
+    refuse(by_time and flags.search_families,
+           "--search-objective time searches among bit widths, and --search-families among others; drop one")
+    refuse(by_time and flags.bb_ratio,
+           "--search-objective time predicts steps that wait for all averages, and --bb-ratio lets some come late; "
+           "drop one")
+    refuse(by_time and not launched and not flags.simulate,
+           "nothing travels: --search-objective time needs the number of ranks or --simulate; start some, as with "
+           "torchrun --nproc_per_node 2")
     check_families(flags, changed)
     goes_with("search_calibration_steps", flags.pretrained_weights or flags.evaluate,
               "--pretrained-weights or --evaluate")
@@ -788,8 +802,10 @@ def check_world(flags: argparse.Namespace, world_size: int) -> None:
 
     Raises ValueError where `--optimizer-batch-size` is no multiple of ranks x batch.
     """
-    refuse(flags.advise and world_size == 1 and not flags.simulate,
-           "nothing travels: advice needs the number of ranks or --simulate; start two or more")
+    for asked, needs in ((flags.advise, "advice needs"), (flags.search_objective == "time",
+                                                          "--search-objective time needs")):
+        refuse(asked and world_size == 1 and not flags.simulate,
+               f"nothing travels: {needs} the number of ranks or --simulate; start two or more")
     batch, total = world_size * flags.batch_size, flags.optimizer_batch_size
     refuse(total != -1 and total % batch,
            f"--optimizer-batch-size {total} is no multiple of ranks x --batch-size = {world_size} x "
@@ -929,6 +945,7 @@ WISH_IN_FLAGS = {
     "bits": "--search-target-bits {target:g}",
     "error": "--search-target-error {target:g}",
     "balance": "--search-balance",
+    "time": "--search-target-error {target:g} --search-objective time",
 }
 
 
@@ -937,7 +954,8 @@ def search_space(flags: Plan) -> dict[str, Any]:
     if flags.search_target_bits:
         wish = search.Wish.bits(flags.search_target_bits)
     elif flags.search_target_error:
-        wish = search.Wish.error(flags.search_target_error)
+        within = search.Wish.time if flags.search_objective == "time" else search.Wish.error
+        wish = within(flags.search_target_error)
     elif flags.search_balance:
         wish = search.Wish.balance()
     else:
@@ -1182,6 +1200,8 @@ class Run:
     said: set[str]  # the unreadable images that were named
     summary: dict[str, float]  # metrics of the last epoch
     sent: compression.Report  # by the steps of this epoch
+    measured: compression.Measured | None  # what steps are predicted from, where a search is for their time
+    timeline: search.Timeline | None  # their seconds at each width
     searches: dict[str, search.SearchResult]  # of this process, by the name in their files, on rank 0
 
     # Search
@@ -1205,6 +1225,8 @@ class Run:
         self.resumed = saved is not None
         fresh = ranks.control.broadcast(secrets.randbelow(2**32))
         self.seed = flags.seed if flags.seed is not None else saved["seed"] if saved else fresh
+        # Before the random states are set: how many steps this takes depends on the time they take.
+        self.measured = measured_advice(flags, ranks).measured if flags.search_objective == "time" else None
         self._build_data_and_model()
         self._build_exchange_and_optimizer()
         self._resume(saved)
@@ -1280,6 +1302,7 @@ class Run:
                 search.search_options(tables, space["wish"])
             elif flags.search:
                 search.check_search(self.exchange, **search_space(flags))
+            self.timeline = self._timeline()
             if flags.compression_scheme:
                 needing, names = ([layer.name for layer in some] for some in (compressed, self.exchange.layers))
                 self._take_scheme(flags.compression_scheme, needing, names)
@@ -1287,6 +1310,17 @@ class Run:
             remedy = f"copy --compression-scheme {flags.compression_scheme} of rank 0 to all hosts"
             ranks.check_equal_across_ranks(self.exchange.widths, "the bit widths", remedy)
             ranks.check_equal_across_ranks(settings_of(self.exchange.compressor), "the routes", remedy)
+
+    def _timeline(self) -> search.Timeline | None:
+        """What the seconds of a step are made of at each width, where a search is for the least of them."""
+        if self.measured is None:
+            return None
+        cluster, by_levels = self.measured.cluster, self.exchange.levels is not None
+        if self.flags.simulate:
+            by_levels = min(cluster.hosts, cluster.ranks_per_host) > 1 and self.flags.hierarchical != "off"
+        nbytes = {width: self.exchange.encoded_bytes_at(width) for width in search_space(self.flags)["widths"]}
+        plain = compression.step_by_widths(self.measured, self.compressor, nbytes, by_levels)
+        return search.Timeline.from_json(plain)
 
     def _take_scheme(self, path: str, compressed: Sequence[str], names: Sequence[str]) -> None:
         """Send with the widths of a scheme, or with its options of several families."""
@@ -1630,6 +1664,7 @@ class Run:
                 iterations=flags.search_iterations,
                 seed=self.seed,
                 settings={"epoch": self.epoch, "iteration": self.iteration, "last_steps": flags.search_last_steps},
+                timeline=self.timeline,
                 network=self.ranks.control,
             )
         self.ranks.check_equal_across_ranks(self.exchange.widths, "the bit widths")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .advice.choices import Choice
     from .advice.measured import Measured
     from .advice.simulated import CLUSTER_KEYS, cluster_of
+    from .advice.widths import step_by_widths
     from .averagers.observed import observe
     from .exchange.attached import Attached
     from .exchange.attachment import attach
@@ -83,6 +84,7 @@ _MODULE_OF = {
     "mixed": "routes",
     "observe": "averagers.observed",
     "one_line": "network.world",
+    "step_by_widths": "advice.widths",
     "with_bits": "registry",
     "with_stale_updates": "registry",
 }
@@ -125,6 +127,7 @@ __all__ = [
     "observe",
     "on_paper",
     "one_line",
+    "step_by_widths",
     "with_bits",
     "with_stale_updates",
 ]

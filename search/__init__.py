@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .saved import load_search
     from .scheme import families_in, load_options, load_scheme
     from .tables import Tables, measure
+    from .timelines import Timed, Timeline, soonest
     from .tradeoff import Breakpoint, ratio_for_bits
     from .wishes import Wish
 
@@ -40,6 +41,8 @@ _MODULE_OF = {
     "OptionTables": "families",
     "SearchResult": "run",
     "Tables": "tables",
+    "Timed": "timelines",
+    "Timeline": "timelines",
     "Wish": "wishes",
     "as_text": "report",
     "check_search": "exchanges",
@@ -68,6 +71,7 @@ _MODULE_OF = {
     "search_exchange": "exchanges",
     "search_families": "exchanges",
     "search_options": "families",
+    "soonest": "timelines",
     "within_budget": "knapsack",
     "within_error": "knapsack",
 }
@@ -84,6 +88,8 @@ __all__ = [
     "OptionTables",
     "SearchResult",
     "Tables",
+    "Timed",
+    "Timeline",
     "Wish",
     "as_text",
     "check_search",
@@ -112,6 +118,7 @@ __all__ = [
     "search_exchange",
     "search_families",
     "search_options",
+    "soonest",
     "within_budget",
     "within_error",
 ]

@@ -25,6 +25,7 @@ WORDS = {
     "bits": "--target-bits {target:g}",
     "error": "--target-error {target:g}",
     "balance": "--balance",
+    "time": "--target-error {target:g} --objective time",
 }
 
 
@@ -50,6 +51,12 @@ def build_parser() -> Parser:
     add("--beta", "--search-beta", metavar="B", type=float, help="power of the bytes, beside --alpha")
     add(
         "--pin", "--search-pin", metavar="P", action="append", default=[], help='PATTERN=BITS or "fc.*=4-8"; repeatable'
+    )
+    add(
+        "--objective",
+        "--search-objective",
+        choices=("bytes", "time"),
+        help="with --target-error: fewest bytes, or least step time if the search was for that (default: bytes)",
     )
     add("--method", "--search-method", choices=METHODS, help="how to solve it (default: exact)")
     add("-o", "--output", metavar="SCHEME", help="write the widths as a compress_scheme_N.json")
@@ -131,6 +138,8 @@ def _name_among(file: str, files: Sequence[str]) -> str:
 
 
 def _wish(flags: argparse.Namespace) -> Wish | None:
+    if flags.objective is not None and flags.target_error is None:
+        raise ValueError("--objective is of what is within an error; add --target-error")
     if (flags.alpha is None) != (flags.beta is None):
         raise ValueError("--alpha and --beta are powers of one objective; give both")
     if flags.alpha is not None:
@@ -138,7 +147,7 @@ def _wish(flags: argparse.Namespace) -> Wish | None:
     if flags.target_bits is not None:
         return Wish.bits(flags.target_bits)
     if flags.target_error is not None:
-        return Wish.error(flags.target_error)
+        return Wish.time(flags.target_error) if flags.objective == "time" else Wish.error(flags.target_error)
     return Wish.balance() if flags.balance else None
 
 
@@ -162,6 +171,7 @@ def _solve(old: SearchResult, wish: Wish | None, flags: argparse.Namespace) -> S
         old.seed,
         pins,
         old.settings,
+        old.timeline,
     )
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from .hulls import optimum_of
-from .knapsack import Certified, within_budget, within_error
+from .knapsack import Certified
 from .objective import Objective
 from .pins import bounded, column_bounds
-from .run import SearchResult, limit_name
+from .run import SearchResult, certified_for, limit_name, limit_of
 from .saved import naming_damage, search_from
+from .timelines import Timed
 
 TOLERANCE = 1e-9  # relative; sums of thousands of numbers round
 
@@ -75,25 +76,20 @@ def _limits(content: Mapping[str, Any], result: SearchResult) -> Iterator[str]:
         if wish.target is not None:
             yield f"the wish has a limit, and the file has no {name}"
         return
-    for key in ("error", "bits_a_value", "nbytes"):
+    for key in ("error", "bits_a_value", "nbytes", "seconds"):
         if key in content[name]:
             yield from _differs(f"{name}.{key}", content[name][key], getattr(found, key))
-    within = bounded(tables, result.bounds)
-    anew: Certified
+    limit = limit_of(wish, tables)
+    assert limit is not None
     if wish.kind == "bits":
-        assert wish.target is not None
-        if found.bits_a_value > wish.target:
-            yield f"{name} takes {found.bits_a_value:g} bits a value, above the budget of {wish.target:g}"
-        anew = within_budget(within, wish.target)
-    else:
-        assert wish.target is not None
-        limit = tables.total_error((int(wish.target),) * len(tables.layers))
-        if found.error > limit:
-            yield f"{name} has an error of {found.error:g}, above {limit:g} of uniform {wish.target} bits"
-        anew = within_error(within, limit)
-    value, least = (found.error, anew.error) if found.minimized == "error" else (found.nbytes, anew.nbytes)
+        if found.bits_a_value > limit:
+            yield f"{name} takes {found.bits_a_value:g} bits a value, above the budget of {limit:g}"
+    elif found.error > limit:
+        yield f"{name} has an error of {found.error:g}, above {limit:g} of uniform {wish.target} bits"
+    value = _minimized(found)
+    least = _minimized(certified_for(wish, tables, limit, result.timeline, result.bounds))
     room = TOLERANCE * (abs(value) + abs(least))
-    if found.minimized != ("error" if wish.kind == "bits" else "nbytes"):
+    if found.minimized != {"bits": "error", "error": "nbytes", "time": "seconds"}[wish.kind]:
         yield f"{name}.minimized is {found.minimized!r}, and the wish is {wish}"
     if not math.isfinite(found.lower_bound):
         yield f"{name}.lower_bound is {found.lower_bound}, which bounds nothing"
@@ -101,6 +97,12 @@ def _limits(content: Mapping[str, Any], result: SearchResult) -> Iterator[str]:
         yield f"{name}.lower_bound is {found.lower_bound:g}, and an assignment within the limit has {least:g}"
     if found.lower_bound > value + room:
         yield f"{name}.lower_bound is {found.lower_bound:g}, above what it bounds, {value:g}"
+
+
+def _minimized(found: Certified) -> float:
+    if isinstance(found, Timed):
+        return found.seconds
+    return found.error if found.minimized == "error" else found.nbytes
 
 
 def _differs(what: str, claimed: Any, computed: float) -> Iterator[str]:

@@ -19,6 +19,7 @@ from .families import FamilyResult, Option, OptionTables, search_options
 from .pins import as_bounds, resolve_pins
 from .run import Method, SearchResult, search
 from .tables import Measure, Tables, check_finite, measure
+from .timelines import Timeline
 from .wishes import Wish
 
 Result = TypeVar("Result")
@@ -104,6 +105,7 @@ def search_exchange(
     seed: int = 0,
     pins: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
+    timeline: Timeline | None = None,
     network: Network | None = None,
 ) -> SearchResult:
     """Choose the bit widths of an exchange that records, and set them: residuals stay as they are.
@@ -115,6 +117,7 @@ def search_exchange(
     step_size    with "loss": what m is multiplied by in a step of the weights
     pins         "PATTERN=BITS" and "PATTERN=LEAST-MOST" (`resolve_pins`)
     settings     what else the file of the search is to say
+    timeline     what a step's seconds are made of at these widths, for the least step time
     network      the ranks, where it is not to be the network that gradients take
 
     Every rank calls it, between steps. Raises ValueError, on all ranks alike, where the exchange does not record or has
@@ -139,7 +142,7 @@ def search_exchange(
     def chosen(tables: Tables) -> SearchResult:
         asked = Wish.bits(target_bits) if target_bits is not None else wish
         resolved = resolve_pins(pins, tables.layers, tables.widths)
-        return search(tables, asked, method, popsize, iterations, seed, resolved)
+        return search(tables, asked, method, popsize, iterations, seed, resolved, timeline=timeline)
 
     result = _on_first_rank(network, lambda: _timed(measured, chosen, began, exchange, network, settings))
     exchange.set_widths(result.bits_by_layer())
@@ -230,6 +233,8 @@ def check_search(
         norm2=1.0,
     )
     resolved = resolve_pins(pins, tables.layers, tables.widths)
+    if wish is not None and wish.kind == "time":  # whose limit is all that can be out of reach
+        wish = replace(wish, kind="error")
     search(tables, wish, "exact", pins=resolved)
     if wish is not None and wish.kind == "error" and wish.target is not None:
         most = {name: high for name, (_, high) in as_bounds(resolved, tables.layers, tables.widths).items()}

@@ -178,6 +178,8 @@ def search_options(tables: OptionTables, wish: Wish, settings: Mapping[str, Any]
             "powers of the error are least where nothing is encoded and the error is zero; among families ask for a "
             "number of bits, an error or a balance"
         )
+    if wish.kind == "time":
+        raise ValueError("the least step time is searched among bit widths; among families ask for the fewest bytes")
     limit = None
     if wish.kind == "error":
         at_width = [k for k, option in enumerate(tables.options) if "bits" in option.options]

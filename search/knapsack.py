@@ -32,7 +32,7 @@ class Certified:
     error         E of the assignment
     bits_a_value  its cost: encoded bits for each value of the compressed layers
     nbytes        its encoded bytes
-    minimized     what is least: the error or the bytes
+    minimized     what is least: the error, the bytes, or the predicted seconds of a step
     lower_bound   no assignment within the limit has less of it; equal to what was found where that is the optimum
     """
 
@@ -40,7 +40,7 @@ class Certified:
     bits: tuple[int, ...]
     bits_a_value: float
     nbytes: int
-    minimized: Literal["error", "nbytes"]
+    minimized: Literal["error", "nbytes", "seconds"]
     lower_bound: float
 
     @property
@@ -73,12 +73,7 @@ def within_error(tables: Tables, limit: float, frontier: int = FRONTIER) -> Cert
 
     Raises ValueError where even the least total error is above the limit, naming it.
     """
-    least = math.fsum(tables.error.min(axis=1))
-    if not least <= limit:
-        raise ValueError(
-            f"no assignment keeps within an error of {limit:.6g}, for the least possible is {least:.6g}; allow the "
-            "error of a smaller width, search among larger widths, or loosen the pins"
-        )
+    check_reachable(tables, limit)
     rows = np.arange(len(tables.layers))
 
     def fits(columns_L: Ints) -> bool:
@@ -92,6 +87,16 @@ def within_error(tables: Tables, limit: float, frontier: int = FRONTIER) -> Cert
     bound = nbytes if bound is None else min(math.ceil(bound), nbytes)
     error = tables.total_error(bits)
     return Certified(error, bits, tables.bits_a_value(bits), nbytes, "nbytes", bound)
+
+
+def check_reachable(tables: Tables, limit: float) -> None:
+    """Raise ValueError where even the least total error is above the limit."""
+    least = math.fsum(tables.error.min(axis=1))
+    if not least <= limit:
+        raise ValueError(
+            f"no assignment keeps within an error of {limit:.6g}, for the least possible is {least:.6g}; allow the "
+            "error of a smaller width, search among larger widths, or loosen the pins"
+        )
 
 
 def _solve(
@@ -141,9 +146,9 @@ def _solve(
         value_S = (value_S[:, None] + value_LK[layer]).ravel()
         weight_S = (weight_S[:, None] + weight_LK[layer]).ravel()
         undecided_L[layer] = False
-        rest = _Rest(edges, undecided_L)
+        rest = Rest(edges, undecided_L)
 
-        def assignment(state: int, corner: int, layer: int = layer, rest: _Rest = rest, widths: int = widths) -> Ints:
+        def assignment(state: int, corner: int, layer: int = layer, rest: Rest = rest, widths: int = widths) -> Ints:
             """The columns of a state, and of its undecided layers at a corner of their hull."""
             columns_L = edges.start_L.copy()
             parent, columns_L[layer] = divmod(state, widths)
@@ -190,7 +195,7 @@ def _solve(
     return best_L, (None if lower_bound >= best else base + float(lower_bound))
 
 
-class _Rest:
+class Rest:
     """The hull of all that the undecided layers can add: P corners, weight_P rising and value_P falling."""
 
     def __init__(self, edges: Edges, undecided_L: NDArray[np.bool_]) -> None:

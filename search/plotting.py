@@ -20,6 +20,7 @@ STYLES = {
     "optimum": ("o", "tab:green"),
     "budget": ("D", "tab:red"),
     "bytes": ("D", "tab:red"),
+    "time": ("D", "tab:red"),
 }
 SINGLE = 256  # layers that can be seen one by one
 NAMED = 64  # ticks with layers' names that fit on an axis

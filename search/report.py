@@ -21,10 +21,12 @@ from .pins import bounded
 from .run import NAMES, UNITS, SearchResult
 from .scheme import scheme_of, scheme_of_options
 from .tables import Tables
+from .timelines import Timed
 from .tradeoff import ratios_for_bits
 from .wishes import Wish
 
 BANG_BANG = 0.5  # an optimum with more than this fraction of layers at one end of the range is called so
+TELLING = 0.01  # a difference of predicted steps, as a fraction, that is worth telling
 SHOWN = 8  # layers that are shown one by one, those of most bytes
 
 # How a caller states wishes, to be filled in with their numbers; a command line has words of its own.
@@ -33,6 +35,7 @@ WORDS = {
     "bits": "Wish.bits({target:g})",
     "error": "Wish.error({target:g})",
     "balance": "Wish.balance()",
+    "time": "Wish.time({target:g})",
 }
 
 
@@ -80,6 +83,7 @@ def as_text(result: SearchResult, when: int | str, words: Mapping[str, str] = WO
         *_comparison(result),
         *_evolution(result),
         *_certificate(result),
+        *_step_times(result),
         f"Installed: {NAMES[result.installed_by]}.",
         *aligned(list(_widths(result))),
         *_largest(result),
@@ -233,7 +237,7 @@ def _evolution(result: SearchResult) -> Iterator[str]:
 def _certificate(result: SearchResult) -> Iterator[str]:
     if (found := result.certified) is None:
         return
-    least = "least" if found.minimized == "error" else "fewest"
+    least = "fewest" if found.minimized == "nbytes" else "least"
     proof = (
         f"which is the {least} possible"
         if found.gap == 0
@@ -241,9 +245,40 @@ def _certificate(result: SearchResult) -> Iterator[str]:
     )
     if found.minimized == "error":
         within = f"Within the budget: {UNITS[result.tables.measure]} {found.error:.4g}"
+    elif isinstance(found, Timed):
+        within = f"Within the error: predicted {_ms(found.seconds)} a step"
     else:
         within = f"Within the error: {size(found.nbytes)} encoded"
     yield f"{within} at {found.bits_a_value:.3f} bits a value, {proof}."
+
+
+def _step_times(result: SearchResult) -> Iterator[str]:
+    """Predicted steps: of the search, of uniform widths and without a network; and where fewer bits buy nothing."""
+    timeline, tables = result.timeline, result.tables
+    if timeline is None:
+        return
+    seconds = timeline.seconds(tables, result.installed)
+    uniform = {width: timeline.seconds(tables, (width,) * len(tables.layers)) for width in tables.widths}
+    steps = ", ".join(f"{_ms(each)} at {width} bits" for width, each in uniform.items())
+    yield f"Predicted step: {_ms(seconds)}; {_ms(timeline.own)} if nothing were sent; all layers alike, {steps}."
+    widest = tables.widths[-1]
+    if uniform[widest] <= seconds * (1 + TELLING):
+        yield (
+            f"The codes hide behind backward: fewer bits buy nothing here, for all layers at {widest} bits take "
+            f"{percent(max(0.0, uniform[widest] / seconds - 1))} longer."
+        )
+        return
+    hidden_L = timeline.hidden(tables, result.installed)
+    if hidden_L.any():
+        values = np.array(tables.numel)
+        yield (
+            f"Backward hides the bytes of {hidden_L.sum():,} of {len(hidden_L):,} layers, "
+            f"{percent(values[hidden_L].sum() / values.sum())} of the values: fewer bits buy nothing for these."
+        )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.4g} ms"
 
 
 # What is installed

@@ -16,6 +16,7 @@ from .knapsack import Certified, within_budget, within_error
 from .objective import Assignment, Objective
 from .pins import Bounds, Pins, as_bounds, bounded, moved_into
 from .tables import Tables
+from .timelines import Timeline, soonest
 from .wishes import Wish
 
 Method = Literal["de", "exact", "both"]
@@ -26,6 +27,7 @@ NAMES = {
     "optimum": "optimum",
     "budget": "least error in budget",
     "bytes": "fewest bytes within error",
+    "time": "least step time within error",
 }
 UNITS = {"root": "total error", "square": "total squared error", "loss": "change of the loss"}  # by the tables' measure
 
@@ -44,6 +46,7 @@ class SearchResult:
     bounds     least and largest width of each pinned layer
     settings   what the caller says of the search, written into its file
     notes      sentences on what was left out
+    timeline   what the seconds of a step are made of, where that is known
     """
 
     tables: Tables
@@ -61,6 +64,7 @@ class SearchResult:
     bounds: Mapping[str, Bounds] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    timeline: Timeline | None = None
 
     @property
     def gap(self) -> float | None:
@@ -103,6 +107,8 @@ class SearchResult:
             "notes": list(self.notes),
             "installed": {"by": self.installed_by, "bits": list(self.installed)},
         }
+        if self.timeline is not None:
+            plain["timeline"] = self.timeline.to_json()
         if self.uniform:
             objective = Objective.of(self.wish, tables)
             if objective.norm2 is None:
@@ -118,7 +124,27 @@ class SearchResult:
 
 def limit_name(wish: Wish) -> str:
     """The key of NAMES for what keeps within a wish's limit."""
-    return "bytes" if wish.kind == "error" else "budget"
+    return {"error": "bytes", "time": "time"}.get(wish.kind, "budget")
+
+
+def certified_for(
+    wish: Wish, tables: Tables, limit: float, timeline: Timeline | None, bounds: Mapping[str, Bounds]
+) -> Certified:
+    """The best assignment within a wish's limit, of its bits a value or of an error, and within bounds."""
+    if wish.kind == "time":
+        if timeline is None:
+            raise ValueError("the least step time needs what a step's seconds are made of, got no timeline; give one")
+        return soonest(tables, timeline, limit, bounds)
+    within = bounded(tables, bounds)
+    found = within_budget(within, limit) if wish.kind == "bits" else within_error(within, limit)
+    return replace(found, bits=moved_into(tables, bounds, found.bits))
+
+
+def limit_of(wish: Wish, tables: Tables) -> float | None:
+    """The limit of a wish, where it has one: its bits a value, or the error of its uniform width."""
+    if wish.target is None or wish.kind == "bits":
+        return wish.target
+    return tables.total_error((int(wish.target),) * len(tables.layers))
 
 
 def _finite(value: Any) -> Any:
@@ -138,6 +164,7 @@ def search(
     seed: int | None = None,
     pins: Pins | None = None,
     settings: Mapping[str, Any] | None = None,
+    timeline: Timeline | None = None,
 ) -> SearchResult:
     """Choose a bit width for each layer, as a wish says; without one, for the least E^0.5 C^0.5.
 
@@ -148,6 +175,7 @@ def search(
 
     pins      layer name to a width, or to its least and largest width
     settings  what else the file of the search is to say: names and plain values
+    timeline  what a step's seconds are made of, which the wish for the least step time needs
 
     Raises ValueError for a wish that the tables cannot serve, for numbers that are out of range, and for tables
     without `numel`.
@@ -167,14 +195,11 @@ def search(
     bounds = as_bounds(pins, tables.layers, tables.widths)
     within = bounded(tables, bounds)
 
+    if timeline is not None:
+        timeline.check(tables)
     certified = None
-    if wish.target is not None:
-        certified = (
-            within_budget(within, wish.target)
-            if wish.kind == "bits"
-            else within_error(within, tables.total_error((int(wish.target),) * len(tables.layers)))
-        )
-        certified = replace(certified, bits=moved_into(tables, bounds, certified.bits))
+    if (limit := limit_of(wish, tables)) is not None:
+        certified = certified_for(wish, tables, limit, timeline, bounds)
     evolved, best, uniform, notes = None, None, {}, []
     if tables.measure != "loss":
         objective = Objective.of(wish, within)
@@ -208,6 +233,7 @@ def search(
         bounds,
         dict(settings or {}),
         tuple(notes),
+        timeline,
     )
 
 

@@ -15,6 +15,7 @@ from .objective import Assignment, Objective
 from .pins import as_bounds
 from .run import METHODS, NAMES, SearchResult, limit_name
 from .tables import Tables
+from .timelines import Timed, Timeline
 from .wishes import Wish
 
 WAY_OUT = "give a search_N.json that a search wrote"
@@ -85,12 +86,20 @@ def _search_from(content: Mapping[str, Any]) -> SearchResult:
         de = Evolved(best.objective, best.bits, best.log_objective, row["evaluations"], row["seconds"])
     if "optimum" in content:
         optimum = _assignment(wish, tables, content["optimum"]["bits"])
+    timeline = None
+    if "timeline" in content:
+        timeline = Timeline.from_json(content["timeline"])
+        timeline.check(tables)
     if name in content:
         row = content[name]
         found = tuple(row["bits"])
         minimized, nbytes = row.get("minimized", "error"), tables.encoded_bytes(found)
         error, average = tables.total_error(found), tables.bits_a_value(found)
         certified = Certified(error, found, average, nbytes, minimized, row["lower_bound"])
+        if wish.kind == "time":
+            if timeline is None:
+                raise ValueError("a search for the least step time holds a timeline, and this one has none")
+            certified = Timed(**vars(certified), seconds=timeline.seconds(tables, found))
     uniform = {}
     if "uniform" in content:
         objective = Objective.of(wish, tables)
@@ -112,6 +121,7 @@ def _search_from(content: Mapping[str, Any]) -> SearchResult:
         as_bounds(pins, tables.layers, tables.widths),
         dict(content.get("settings", {})),
         tuple(content.get("notes", ())),
+        timeline,
     )
 
 

@@ -8,23 +8,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["objective", "bits", "error", "balance"]
+Kind = Literal["objective", "bits", "error", "balance", "time"]
 FIELDS: Mapping[Kind, tuple[str, ...]] = {
     "objective": ("alpha", "beta"),
     "bits": ("target",),
     "error": ("target",),
     "balance": (),
+    "time": ("target",),
 }
+WITHIN_ERROR = ("error", "time")
+"""Kinds whose target is the width of a uniform assignment, whose error is the limit."""
 
 
 @dataclass(frozen=True)
 class Wish:
-    """One of four wishes; make it by the method of its name.
+    """One of five wishes; make it by the method of its name.
 
     objective  the least E^alpha C^beta
     bits       the least total error with at most `target` encoded bits a value on average
     error      the fewest bytes with at most the total error of all layers at `target` bits
     balance    the least (1 + omega) x bytes, where omega is the total squared error over |m|^2
+    time       the least predicted seconds of a step with at most that error; needs a timeline
 
     Raises ValueError for a number that makes no sense, and names it.
     """
@@ -47,7 +51,7 @@ class Wish:
                 raise ValueError(f"the search's {name} must be a finite number above 0, got {power}")
         if self.kind == "bits":
             check_target(self.target)
-        if self.kind == "error" and self.target not in range(1, 9):
+        if self.kind in WITHIN_ERROR and self.target not in range(1, 9):
             raise ValueError(f"a limit of error is that of a uniform width of 1 to 8 bits, got {self.target}")
 
     @classmethod
@@ -70,9 +74,14 @@ class Wish:
         """The least (1 + omega) x bytes."""
         return cls("balance")
 
+    @classmethod
+    def time(cls, uniform: int) -> "Wish":
+        """The least predicted seconds of a step with at most the total error of all layers at `uniform` bits."""
+        return cls("time", target=uniform)
+
     def check(self, widths: Sequence[int], measure: str = "root") -> None:
         """Raise ValueError where tables of these widths, whose errors are of this measure, cannot serve the wish."""
-        if self.kind == "error" and self.target not in widths:
+        if self.kind in WITHIN_ERROR and self.target not in widths:
             raise ValueError(
                 f"a limit of error is that of one of the widths {', '.join(map(str, widths))}, got {self.target}; "
                 "name one of them, or search among more widths"
@@ -113,6 +122,8 @@ class Wish:
                 return f"the least error with at most {self.target:g} bits a value"
             case "error":
                 return f"the fewest bytes with at most the error of uniform {self.target:g} bits"
+            case "time":
+                return f"the least step time with at most the error of uniform {self.target:g} bits"
         return "the least (1 + omega) x bytes"
 
 

@@ -134,6 +134,7 @@ EXTENSIONS = (
     Option("--search-calibration-steps", 20, "STEPS"),
     Option("--search-target-bits", None, "BITS"),
     Option("--search-target-error", None, "BITS"),
+    Option("--search-objective", "bytes", None, ("bytes", "time")),
     Option("--search-balance"),
     Option("--search-measure", "root", None, ("root", "square", "loss")),
     Option("--search-pin", None, "PATTERN=BITS"),
@@ -519,6 +520,18 @@ REFUSED = {
     "--search --search-balance --search-alpha 1": (
         "--search-alpha has no effect beside --search-balance, which has no powers; drop one"
     ),
+    "--search-objective time": f"--search-objective {WITHOUT} --search",
+    "--search --search-objective time": f"--search-objective {WITHOUT} --search-target-error",
+    "--search --search-objective time --search-target-bits 4": f"--search-objective {WITHOUT} --search-target-error",
+    "--search --search-objective time --search-target-error 4": (
+        "nothing travels: --search-objective time needs the number of ranks or --simulate; start some, as with torchrun"
+    ),
+    "--search --search-objective time --search-target-error 4 --bb-ratio 0.5": (
+        "--search-objective time predicts steps that wait for all averages, and --bb-ratio lets some come late; drop"
+    ),
+    "--search --search-objective time --search-target-error 4 --search-families topk,eden": (
+        "--search-objective time searches among bit widths, and --search-families among others; drop one"
+    ),
     "--search --search-target-error 2 --search-min-bits 3": (
         "--search-target-error 2 is the error at a width that is searched, 3 to 8; give one of them, or search more"
     ),
@@ -612,6 +625,7 @@ def test_a_flag_without_effect_is_refused_with_what_it_goes_with(line, capsys):
         "--search --search-target-error 4 --search-measure loss --search-loss-batches 9 --search-every 500steps",
         "--search --search-balance --search-measure square --search-once --search-every 3 --search-last-steps 10",
         "--search --search-balance --search-measure root --search-method exact",
+        "--search --search-target-error 4 --search-objective time --simulate hosts=2,link=1gbit --search-every 9steps",
         "--search --search-method de --search-beta 405 --popsize 50",
         "--image-size 32 --crop-scale 0.6 --hflip 0 --skip-bad-images --device cpu --threads 2 --timeout 60",
     ],

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from image_classification.logs import records
-from search import load_search
+from search import false_claims, load_search
 from tests.support.program import SMALL, Rank, run, run_well, signal_in_step
 
 COMPRESSED = ("3.weight", "5.weight", "10.weight")
@@ -51,6 +51,31 @@ def test_an_error_is_kept_with_the_fewest_bytes(pictures: Path, tmp_path: Path) 
     assert total_error(found, found["installed"]["bits"]) <= total_error(found, [4, 4, 4])
     assert widths_of(rank) == installed(found)
     assert "--search-target-error" in rank.out
+
+
+def test_the_least_step_time_is_found_on_a_cluster_that_is_not_there(pictures: Path, tmp_path: Path) -> None:
+    cluster = "--simulate hosts=2,link=1mbit"
+    flags = f"{QUICK} --search-target-error 4 --search-objective time {cluster} --epochs 1 --prof 2"
+    [rank] = searched(tmp_path, pictures, flags)
+    found = searches(tmp_path)["0"]
+    assert found["wish"] == {"kind": "time", "target": 4}
+    assert total_error(found, found["installed"]["bits"]) <= total_error(found, [4, 4, 4])
+    assert widths_of(rank) == installed(found)
+    assert false_claims(found) == []
+    assert found["time"]["seconds"] > found["timeline"]["own"]  # a link of 1 Mbit/s hides nowhere
+    assert "Predicted step:" in rank.out
+    assert "--search-objective time" in rank.out
+
+
+def test_steps_are_measured_on_the_ranks_that_there_are_and_again_by_a_run_that_goes_on(
+    pictures: Path, tmp_path: Path
+) -> None:
+    flags = f"{QUICK} --search-target-error 4 --search-objective time --prof 2"
+    searched(tmp_path, pictures, f"{flags} --epochs 1", 2)
+    ranks = searched(tmp_path, pictures, f"{flags} --epochs 2 --resume auto", 2)
+    found = searches(tmp_path)
+    assert found.keys() == {"0", "1"}
+    assert all(widths_of(rank) == installed(found["1"]) for rank in ranks)
 
 
 def test_a_balance_is_of_squared_errors(pictures: Path, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def changed(content, *keys, value):
         (changed(OLD, "installed", "bits", value=[2, 3]), "one of the widths"),
         (changed(OLD, "installed", "by", value="luck"), "got 'luck'"),
         (changed(OLD, "installed", value=[]), "search_0.json: "),
-        (OLD | {"wish": {"kind": "most"}}, "a wish is one of objective, bits, error, balance, got 'most'"),
+        (OLD | {"wish": {"kind": "most"}}, "a wish is one of objective, bits, error, balance, time, got 'most'"),
         (OLD | {"wish": 3}, "search_0.json: "),
         (OLD | {"method": "luck"}, "got 'luck'"),
         (OLD | {"pins": {"fc.bias": [2, 4]}}, "pins must be of compressed layers, got one of fc.bias"),
