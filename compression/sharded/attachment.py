@@ -115,8 +115,8 @@ def _between_hosts(
     shards = mesh_of(units)
     if between.world_size == 1:
         raise ValueError(
-            "`between` is a group of one rank, and nothing would be averaged over hosts; give the ranks that hold the "
-            "same shards on other hosts"
+            "the second of groups, between, has one rank, and nothing would be averaged over hosts; give the ranks "
+            "that hold the same shards on other hosts"
         )
     if not Grid(inside, between).fits(dist.get_rank(), shards.mesh.flatten().tolist()):
         raise ValueError(

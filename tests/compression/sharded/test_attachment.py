@@ -462,7 +462,7 @@ def refused() -> None:
     refusal("groups and a mesh say the same", groups=(inside, between))
     refusal("this model is sharded over 2 of 4 ranks", mesh=None)
     refusal("groups are .inside, between.", mesh=None, groups=(between, inside))
-    refusal("`between` is a group of one rank", mesh=None, groups=(inside, compression.Solo()))
+    refusal("the second of groups, between, has one rank", mesh=None, groups=(inside, compression.Solo()))
     refusal("`verify_wire` puts checksums on messages", "none", verify_wire=True)
     with pytest.raises(ValueError, match="takes all gradients at once"):
         compression.attach(sharded(), "maxmin", mesh=mesh(), big_grad=True)
