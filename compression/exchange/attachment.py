@@ -92,7 +92,7 @@ def attach(
         )
     if gather_bits is not None:
         raise ValueError(
-            "`gather_bits` encodes parameters where FSDP2 gathers them, and no module of this model was given to "
+            "gather_bits encodes parameters where FSDP2 gathers them, and no module of this model was given to "
             "fully_shard: its ranks have them whole; leave it out"
         )
     if collectives is None:

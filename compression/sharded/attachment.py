@@ -89,7 +89,7 @@ def attach_sharded(
         check_bits(gather_bits)
         if networks is not None:
             raise ValueError(
-                "`gather_bits` is for models whose shards span hosts: with groups or a mesh of hosts x ranks FSDP "
+                "gather_bits is for models whose shards span hosts: with groups or a mesh of hosts x ranks FSDP "
                 "gathers parameters inside each host, and codes would lose precision and save nothing on a link; leave "
                 "it out"
             )

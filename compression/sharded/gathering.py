@@ -39,7 +39,7 @@ def check_bits(bits: int) -> None:
     """Raise ValueError for a width that codes of parameters do not have."""
     if bits not in BITS:
         raise ValueError(
-            f"`gather_bits` are those of a parameter's code in all-gathers, {BITS[0]} to {BITS[-1]}, got {bits}; leave "
+            f"gather_bits are those of a parameter's code in all-gathers, {BITS[0]} to {BITS[-1]}, got {bits}; leave "
             "it out to gather parameters as they are"
         )
 
@@ -228,8 +228,8 @@ class AllGather:
         if dtype not in _DENSE_BITS:
             raise ValueError(
                 f"parameters of {unit} are gathered as {str(dtype).removeprefix('torch.')}, as FSDP gathers several "
-                "dtypes, and `gather_bits` encodes float32, bfloat16 and float16; give the parameters one "
-                "dtype, or a param_dtype in MixedPrecisionPolicy, or leave `gather_bits` out"
+                "dtypes, and gather_bits encodes float32, bfloat16 and float16; give the parameters one "
+                "dtype, or a param_dtype in MixedPrecisionPolicy, or leave gather_bits out"
             )
         if dtype not in self._layouts:
             self._layouts[dtype] = _Layout.of(self._unit, self._quantizer, dtype, self._gathering.rows.order)

@@ -285,7 +285,7 @@ def training(rank: int) -> None:
 def refused(rank: int) -> None:
     model = sharded()
     for bits in (3, 9):
-        with pytest.raises(ValueError, match=f"`gather_bits` are those of .* 4 to 8, got {bits}; leave it out"):
+        with pytest.raises(ValueError, match=f"gather_bits are those of .* 4 to 8, got {bits}; leave it out"):
             compression.attach(model, "maxmin", gather_bits=bits)
     with pytest.raises(ValueError, match="gather_bits is 4 on rank 0 and 5 on rank 1"):
         compression.attach(model, "none", gather_bits=4 + rank)
