@@ -29,7 +29,7 @@ PARTS = ("encoding", "network", "processor", "decoding")
 FRONTIER = 16_000
 RELAXED = 1e-7  # relative distance of the relaxed problem's bounds at which it counts as solved
 ROUNDS = 300  # of finding one more chain and one more assignment for it
-CHAINS = 16  # of the relaxed problem that bound each partial assignment one by one, too
+CHAINS = 16  # that bound each partial assignment one by one, too
 CANDIDATES = 8  # partial assignments that are completed after each layer, those of least bounds
 ROUNDINGS = 16  # of the relaxed problem's mixture to whole assignments
 TRIALS = 1_000  # of whole assignments in the end, and of groups of layers whose error might be less at equal time
@@ -381,7 +381,8 @@ class _Problem:
         seconds_LK = seconds_LK - seconds_LK.min(axis=1)[:, None]
         edges = merge_edges(error_LK, seconds_LK)
         # Each chain by itself: what the layers add to it at least, and what a column adds to that.
-        alone = [self.weighted(chains[row]) for row in np.argsort(-weights, kind="stable")[:CHAINS]]
+        single = [self.timeline.longest(self.parts(self.best_L)), *(chains[row] for row in np.argsort(-weights))]
+        alone = [self.weighted(chain) for chain in single[:CHAINS]]
         base_Q = np.array([start + least_LK.min(axis=1).sum() for start, least_LK in alone])
         alone_LKQ = np.stack([least_LK - least_LK.min(axis=1)[:, None] for _, least_LK in alone], axis=2)
 
@@ -401,23 +402,30 @@ class _Problem:
             bound_S = (1 - ROUNDING) * np.maximum(bound_S, (base_Q + chains_SQ).max(axis=1))
             going = np.flatnonzero((left_S >= -slack) & (bound_S < (1 - EQUAL) * self.best))
             going = going[np.argsort(bound_S[going], kind="stable")]
-            undecided = bool(undecided_L.any())
-            tried = CANDIDATES if undecided else TRIALS
-            for state in going[:tried]:
-                if bound_S[state] >= (1 - EQUAL) * self.best:
-                    break
-                columns_L = edges.start_L.copy()
-                parent, columns_L[layer] = divmod(int(state), widths)
-                for decided, (parent_S, column_S) in zip(order[len(trail) - 1 :: -1], trail[::-1], strict=False):
-                    columns_L[decided], parent = column_S[parent], parent_S[parent]
+            decided = list(zip(order[len(trail) - 1 :: -1], trail[::-1], strict=False))
+
+            def assignments(
+                states: Ints, layer: int = int(layer), decided: Sequence[tuple[int, tuple[Ints, Ints]]] = decided
+            ) -> Ints:
+                """The columns [states, L] of some states, and of their undecided layers at the start."""
+                columns_SL = np.tile(edges.start_L, (len(states), 1))
+                parent_S, columns_SL[:, layer] = np.divmod(states, widths)
+                for before, (parents, columns) in decided:
+                    columns_SL[:, before], parent_S = columns[parent_S], parents[parent_S]
+                return columns_SL
+
+            if not undecided_L.any():
+                most = max(1, EFFORT // len(order))
+                rest_bound = float(bound_S[going[most]]) if len(going) > most else math.inf
+                return min(lower_bound, rest_bound, self.settle(assignments(going[:most]), bound_S[going[:most]]))
+            for state, columns_L in zip(going, assignments(going[:CANDIDATES]), strict=False):
                 corner = int(np.searchsorted(rest.weight_P, left_S[state] - slack, side="right")) - 1
                 self.offer(rest.complete(columns_L, max(corner, 0)))
             going = going[bound_S[going] < (1 - EQUAL) * self.best]
-            room_for = frontier if undecided else tried
-            if len(going) > room_for:
-                lower_bound = min(lower_bound, float(bound_S[going[room_for]]))
-                going = going[:room_for]
-            if not len(going) or not undecided:
+            if len(going) > frontier:
+                lower_bound = min(lower_bound, float(bound_S[going[frontier]]))
+                going = going[:frontier]
+            if not len(going):
                 break
             cells += len(bound_S) + len(rest.value_P)
             if cells > EFFORT:
@@ -426,6 +434,25 @@ class _Problem:
             trail.append((going // widths, (going % widths).astype(np.int8)))
             error_S, seconds_S, chains_SQ = error_S[going], seconds_S[going], chains_SQ[going]
         return lower_bound
+
+    def settle(self, columns_SL: Ints, bound_S: Floats) -> float:
+        """Offer the best of many assignments; what bounds those that are left, infinite where none is better.
+
+        Each time the one of least bound is looked at, and the longest chain under it bounds all of them.
+        """
+        for _ in range(TRIALS):
+            if not len(bound_S) or bound_S.min() >= (1 - EQUAL) * self.best:
+                return math.inf
+            state = int(bound_S.argmin())
+            self.offer(columns_SL[state])
+            constant, seconds_LK = self.weighted(self.timeline.longest(self.parts(columns_SL[state])))
+            chain_S = constant + seconds_LK[self.rows, columns_SL].sum(axis=1)
+            bound_S = np.maximum(bound_S, (1 - ROUNDING) * chain_S)
+            if self.error(columns_SL[state]) > self.limit:  # by rounding
+                bound_S[state] = math.inf
+            left = bound_S < (1 - EQUAL) * self.best
+            columns_SL, bound_S = columns_SL[left], bound_S[left]
+        return float(bound_S.min(initial=math.inf))
 
     def shorten(self) -> None:
         """Use what error is left to shorten the longest chain, the most seconds for it first."""

@@ -75,6 +75,16 @@ def test_flags_that_do_not_go_with_advice(flags: str, message: str, capsys: pyte
     assert message in error
 
 
+def test_a_launcher_of_one_rank_starts_nothing_to_be_advised_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        main.parse(["DIR", "--advise"])
+    assert "nothing travels: advice needs the number of ranks or --simulate" in capsys.readouterr().err
+
+
 def test_flags_of_compression_are_said_to_have_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
     plan = main.parse(["DIR", *ON_PAPER, "--compression-type", "eden", "--epochs", "3"])
     assert set(plan.idle) == {"compression_type", "epochs"}

@@ -341,7 +341,7 @@ def test_every_number_is_checked():
 @pytest.mark.parametrize("value", [10**40, 10**400, 1e300])
 def test_no_number_is_without_a_bound(option, value, capsys):
     action = actions()[option.spellings.split()[0]]
-    if action.type in (main.text, main.families) or action.choices:
+    if action.type in (main.text, main.families, main.cluster) or action.choices:
         return
     assert re.search(r": expected a.* (to|at most|below) [\de+]+(, or -1)?, got ", error(
         capsys, ["DIR", f"{max(option.spellings.split(), key=len)}={value}"]

@@ -99,7 +99,7 @@ class Profile:
             {name: clock.between(begin, marks.get(f".{name}", end)) for name in self.parameters},
         )
         self._gradient = {
-            name: flattened(parameter.grad, parameter) if parameter.grad is not None else torch.zeros(parameter.numel())
+            name: flattened(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, parameter)
             for name, parameter in self.parameters.items()
         }
         for parameter in self.parameters.values():

@@ -20,8 +20,11 @@ from ..routes import squared_error
 from .choices import Choice
 from .echo import Echo
 
-PATIENCE = 0.08
-"""Seconds of a turn of a codec: on as many buffers, one at least, as it can have in that time; others are as fast."""
+PATIENCE, PATIENCE_FOR_MATRICES = 0.05, 0.3
+"""Seconds of a turn of a codec: on as many buffers, one at least, as it can have in that time; others are as fast.
+
+Codecs of matrices get more: what a factorization takes differs by the shape of a layer.
+"""
 
 TURNS = 3
 
@@ -65,8 +68,9 @@ class Codecs:
         try:
             turn(by_size[:1])  # compiles
             rate = sum(turn(by_size[:1])) / numel(by_size[:1])
+            patience = PATIENCE_FOR_MATRICES if compressor.needs_matrix else PATIENCE
             count = 1
-            while count < len(by_size) and rate * numel(by_size[: count + 1]) < PATIENCE:
+            while count < len(by_size) and rate * numel(by_size[: count + 1]) < patience:
                 count += 1
             done = by_size[:count]
             turn(done)  # gets memory

@@ -1,0 +1,48 @@
+"""Advice among real ranks, in one level and two: all get the same, and compression attaches afterwards as ever."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import compression
+from tests.support.gloo_ranks import as_rank, run
+
+
+def work(rank: int, folder: Path, ranks_per_host: str) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)))
+    torch.manual_seed(rank)
+    images = torch.randn(8, 64)
+
+    def step() -> None:
+        model(images).square().mean().backward()
+
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    found = compression.advise(model, step, ranks_per_host=int(ranks_per_host))
+    clean = all(parameter.grad is None for parameter in model.parameters())
+    same = all(torch.equal(*each) for each in zip(before, model.parameters(), strict=True))
+    with compression.attach(model, "maxmin", bits=4, ranks_per_host=int(ranks_per_host)) as exchange:
+        step()
+        sent = exchange.report().bytes_sent
+    cluster = (found.cluster.hosts, found.cluster.ranks_per_host)
+    return {"advice": found.to_json(), "clean": clean and same, "sent": sent, "cluster": cluster}
+
+
+@pytest.mark.parametrize(("ranks", "ranks_per_host"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_all_ranks_end_with_the_same_advice(ranks: int, ranks_per_host: int, tmp_path: Path) -> None:
+    results, _ = run(__file__, ranks, tmp_path, str(ranks_per_host))
+    first, *others = results
+    assert all(each["advice"] == first["advice"] for each in others)
+    assert all(each["clean"] and each["sent"] > 0 for each in results)
+    assert first["cluster"] == (ranks // ranks_per_host, ranks_per_host)
+    names = {each["name"] for each in first["advice"]["choices"]}
+    assert ("maxmin, bits 4, two levels" in names) == (ranks_per_host > 1)
+    assert (first["advice"]["measured"]["costs"]["per_copied_byte"] > 0) == (ranks_per_host > 1)
+
+
+if __name__ == "__main__":
+    as_rank(work)
