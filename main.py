@@ -1226,7 +1226,9 @@ class Run:
         fresh = ranks.control.broadcast(secrets.randbelow(2**32))
         self.seed = flags.seed if flags.seed is not None else saved["seed"] if saved else fresh
         # Before the random states are set: how many steps this takes depends on the time they take.
-        self.measured = measured_advice(flags, ranks).measured if flags.search_objective == "time" else None
+        self.measured = None
+        if flags.search_objective == "time":
+            self.measured = self.snapshot.measured(saved) or measured_advice(flags, ranks).measured
         self._build_data_and_model()
         self._build_exchange_and_optimizer()
         self._resume(saved)
@@ -1852,6 +1854,16 @@ class Snapshot:
         ranks.check_equal_across_ranks(content, f"checkpoint {path}", "copy that of rank 0 to all hosts")
         return saved
 
+    def measured(self, saved: Mapping[str, Any] | None) -> compression.Measured | None:
+        """What the run that wrote a checkpoint measured for its searches, where as many ranks go on as it asked.
+
+        Its searches go on with the same predictions.
+        """
+        if saved is None or saved["world_size"] != self.ranks.size or "measured" not in saved:
+            return None
+        kept = saved["measured"]
+        return compression.Measured.from_json(kept["times"]) if kept["simulate"] == self.flags.simulate else None
+
     def save(self, run: Run, best: bool) -> None:
         """Write the state after `run.epoch` epochs and `run.iteration` iterations. Every rank calls it.
 
@@ -1887,6 +1899,8 @@ class Snapshot:
                     "arithmetic": compression.ARITHMETIC,
                     "ranks": everyone,
                 }
+                if run.measured is not None:
+                    content["measured"] = {"times": run.measured.to_json(), "simulate": flags.simulate}
                 classification.checkpoints.save(
                     content, self.path.parent, self.path.name, best=best, gather=flags.gather_checkpoints
                 )

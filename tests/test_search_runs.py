@@ -67,14 +67,13 @@ def test_the_least_step_time_is_found_on_a_cluster_that_is_not_there(pictures: P
     assert "--search-objective time" in rank.out
 
 
-def test_steps_are_measured_on_the_ranks_that_there_are_and_again_by_a_run_that_goes_on(
-    pictures: Path, tmp_path: Path
-) -> None:
+def test_steps_are_measured_on_the_ranks_that_there_are_once_in_a_run(pictures: Path, tmp_path: Path) -> None:
     flags = f"{QUICK} --search-target-error 4 --search-objective time --prof 2"
     searched(tmp_path, pictures, f"{flags} --epochs 1", 2)
     ranks = searched(tmp_path, pictures, f"{flags} --epochs 2 --resume auto", 2)
     found = searches(tmp_path)
     assert found.keys() == {"0", "1"}
+    assert found["0"]["timeline"] == found["1"]["timeline"]
     assert all(widths_of(rank) == installed(found["1"]) for rank in ranks)
 
 
