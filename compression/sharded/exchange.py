@@ -65,6 +65,7 @@ class ShardedExchange(Exchange):
             self._finite = finite
         else:
             super().begin_backward()
+        self.travelling = True  # on all ranks alike, of which some may have no piece of what travels
 
     def _begin(self, loss_scale: float | Tensor) -> None:
         super()._begin(loss_scale)

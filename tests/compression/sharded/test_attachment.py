@@ -1,7 +1,7 @@
 """Sharded models whose hosts average in codes: the same as without, for 2 hosts x 2 ranks over gloo.
 
-The checks take one launch of ranks together, as a launch takes longer than most of them. What a check raises is that
-of each rank; the others go on.
+The checks take one launch of ranks together, as a launch takes longer than most of them. The first that fails ends its
+rank, so that no other waits for it.
 """
 
 import traceback
@@ -31,19 +31,20 @@ STEPS = 3
 class Network(nn.Module):
     """Layers whose rows two ranks do not divide, one that no step uses, and one that some steps skip."""
 
-    def __init__(self, hidden: int = 65, reentrant: bool | None = None, hidden_output: bool = False) -> None:
+    def __init__(self, times: int = 1, reentrant: bool | None = None, hidden_output: bool = False) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(33, hidden), nn.Linear(hidden, hidden)
-        self.last, self.idle = nn.Linear(hidden, 5), nn.Linear(9, 70)
-        self.own = nn.Parameter(torch.rand(3, hidden) / 10)
+        self.first, self.second, self.times = nn.Linear(33, 65), nn.Linear(65, 65), times
+        self.last, self.idle = nn.Linear(65, 5), nn.Linear(9, 70)
+        self.own = nn.Parameter(torch.rand(3, 65) / 10)
         self.reentrant, self.hidden_output, self.skipping = reentrant, hidden_output, False
 
     def forward(self, inputs: Tensor) -> Any:
         values = (self.first(inputs) + self.own.sum(0)).relu()
-        if self.reentrant is not None:
-            values = checkpoint(self.second, values, use_reentrant=self.reentrant)
-        elif not self.skipping:
-            values = self.second(values)
+        for _ in range(0 if self.skipping else self.times):
+            if self.reentrant is None:
+                values = self.second(values)
+            else:
+                values = checkpoint(self.second, values, use_reentrant=self.reentrant)
         values = self.last(values.relu())
         return SimpleNamespace(logits=values) if self.hidden_output else values
 
@@ -212,6 +213,7 @@ def compressor(name: str) -> None:
 PROGRAMS: dict[str, tuple[Callable[[Any, int], None], dict[str, Any]]] = {
     "a step": (one_backward, {}),
     "one unit": (one_backward, {"make": One, "apart": ""}),
+    "a module that a step uses twice": (one_backward, {"make": partial(Network, times=2)}),
     "a rank without pieces": (one_backward, {"make": lambda: nn.Sequential(nn.Linear(33, 1)), "apart": ""}),
     "many units": (one_backward, {"apart": "first second last"}),
     "modules given at once": (one_backward, {"apart": "last+second"}),
@@ -533,14 +535,14 @@ def test_three_hosts(tmp_path: Path) -> None:
 
 
 def work(rank: int, folder: Path, *checks: str) -> dict[str, str]:
-    outcomes = {}
-    for name in checks or CHECKS:
-        check = CHECKS[name]
+    outcomes = dict.fromkeys(checks or CHECKS, "not begun: another check had failed")
+    for name in outcomes:
         try:
-            check(*([folder] if name.startswith("state") else []))
-            outcomes[name] = ""
+            CHECKS[name](*([folder] if name.startswith("state") else []))
         except Exception:
             outcomes[name] = traceback.format_exc()
+            break
+        outcomes[name] = ""
     return outcomes
 
 
