@@ -54,6 +54,13 @@ class LayerState:
         elif applied:
             self.current, self.pending = self.pending, self.current
 
+    def revert(self, before: Tensor | None, unless: Tensor | bool) -> None:
+        """Put back the current values of an earlier time, a copy of them or None for none, unless a flag is set."""
+        if self.current is not None:
+            flag = torch.as_tensor(unless, device=self.current.device)
+            earlier = torch.zeros_like(self.current) if before is None else before.to(self.current.device)
+            torch.where(flag, self.current, earlier, out=self.current)
+
     def _settle_some(self, applied: Tensor | bool, names: set[str]) -> None:
         self._computed -= names
         for name in names:

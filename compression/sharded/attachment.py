@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from ..exchange.arguments import Group, check_equal, check_messages, networks_of
 from ..exchange.binding import Binding
-from ..layers import layers_of
+from ..layers import compressible, layers_of
 from ..network.arrangement import Arrangement
 from ..network.collectives import Collectives, Metered, Traffic
 from ..network.hosts import Hosts
@@ -21,7 +21,7 @@ from .gathering import check_bits
 from .grid import Grid
 from .hooks import ShardedHooks
 from .scatter import scattering
-from .units import Piece, mesh_of, units_of
+from .units import Piece, mesh_of, parameters_of, units_of
 
 DEFAULTS: dict[str, Any] = {
     "collectives": None,
@@ -146,7 +146,7 @@ def _between_hosts(
     def bind(compressor: Compressor, _: Traffic | None) -> Binding:
         return Binding(compressor, layers, arrangement, seed + 2**32 * rank, traffic)
 
-    parameters = dict(model.named_parameters())
+    parameters = parameters_of(model)
     return ShardedExchange(
         partial(ShardedHooks, model, units, rank),
         {piece.name: parameters[piece.name] for piece in pieces},
@@ -156,13 +156,17 @@ def _between_hosts(
         everyone,
         str(everyone),
         {piece.name: piece.part(rank) for piece in pieces},
+        frozenset(
+            piece.name for piece in pieces
+            if any(compressible(shape, compressor.bucket_size) for shape in piece.shapes)
+        ),
         inside.world_size,
     )
 
 
 def _trained_pieces(model: nn.Module, pieces: dict[str, Piece]) -> list[Piece]:
     """In the order of the model, which no grouping of modules changes. Raises ValueError where there are none."""
-    trained = [pieces[name] for name, each in model.named_parameters() if each.requires_grad]
+    trained = [pieces[name] for name, each in parameters_of(model).items() if each.requires_grad]
     if not trained:
         raise ValueError("nothing of this model is trained, no parameter requires grad: there is nothing to average")
     return trained

@@ -13,6 +13,7 @@ from ..exchange.binding import Bind
 from ..exchange.exchange import Exchange
 from ..exchange.hooks import Catch
 from ..exchange.report import Report
+from ..layers import DENSE
 from ..registry import Compressor
 from .gathering import Gathering
 
@@ -49,24 +50,31 @@ class ShardedExchange(Exchange):
         everyone: Everyone,
         key: str,
         names: Mapping[str, str],
+        encoded: frozenset[str],
         ranks_per_link: int = 1,
     ) -> None:
         """`everyone`: the network of all ranks, inside hosts and between them, where each is called `key`.
 
-        `names`: what states call each layer, so that it says which part of a parameter it is. `ranks_per_link`: the
-        ranks of a host, each of which sends as much as this one.
+        `names`: what states call each layer, so that it says which part of a parameter it is. `encoded`: the layers
+        that some rank encodes. `ranks_per_link`: the ranks of a host, each of which sends as much as this one.
         """
         self._everyone, self._key, self._names, self._ranks_per_link = everyone, key, names, ranks_per_link
+        self._encoded = encoded
         self._ended = False  # some backward of the step under way
         self._finite = torch.ones((), dtype=torch.bool, device=device)  # the averages of this step so far
         self.gathering: Gathering | None = None
+        self._before: dict[str, Tensor | None] | None = None  # states as the step under way found them
         super().__init__(catch, parameters, compressor, bind, record=False, device=device)
 
     def begin_backward(self) -> None:
         if self.open and self.travelling and self._scale_declared:  # the next micro-batch of a step that the loop ends
-            finite, scale = self._finite, self.loss_scale
+            finite, scale, before = self._finite, self.loss_scale, self._before
+            if before is None:
+                states = self.averager.states
+                before = {name: None if each.current is None else each.current.clone() for name, each in states.items()}
+            self._before = None
             self._begin(scale)
-            self._finite = finite
+            self._finite, self._before = finite, before
         else:
             super().begin_backward()
         self.travelling = True  # on all ranks alike, of which some may have no piece of what travels
@@ -87,8 +95,25 @@ class ShardedExchange(Exchange):
         self.meter.arrived()
         return self._finite
 
+    def settle(self, applied: Tensor) -> None:
+        """As `Exchange.settle`, of all of the step's backwards: those before the last have settled by themselves."""
+        super().settle(applied)
+        before, self._before = self._before, None
+        for name, values in (before or {}).items():
+            self.averager.states[name].revert(values, applied)
+
     def _complete(self) -> bool:
         return self._ended
+
+    def set_widths(self, widths: Mapping[str, int]) -> None:
+        """As `Exchange.set_widths`, on all ranks alike: a rank leaves out layers of which it encodes nothing."""
+        if unknown := [name for name in widths if name not in self._encoded]:
+            raise ValueError(f"{unknown[0]} is not a compressed layer of this model")
+        for bits in widths.values():
+            if bits != DENSE:
+                self.compressor.codec_at(bits)  # checks the range, which a rank without pieces would not
+        own = {layer.name for layer in self.layers if layer.compressed}
+        super().set_widths({name: bits for name, bits in widths.items() if name in own})
 
     @property
     def position(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ _DENSE_BITS = {torch.float32: DENSE, torch.float16: DENSE, torch.bfloat16: BFLOA
 
 def check_bits(bits: int) -> None:
     """Raise ValueError for a width that codes of parameters do not have."""
-    if bits not in BITS:
+    if not isinstance(bits, int) or bits not in BITS:
         raise ValueError(
             f"gather_bits are those of a parameter's code in all-gathers, {BITS[0]} to {BITS[-1]}, got {bits}; leave "
             "it out to gather parameters as they are"
@@ -71,6 +71,9 @@ class Gathering:
         if arrangement.levels is not None:
             inside, places = self._network(ranks, self.hosts.inside), self.hosts.between
         self.rows = Rows(inside, self._network(ranks, places), tuple(rank for place in places for rank in place))
+        self.under_way = 0
+        """Gathers that began and did not end, as where one raised: their messages may still be on their way."""
+        self._before = [unit.group._all_gather_comm for unit in units]
         for tag, unit in enumerate(units):
             comm: Any = AllGather(self, unit, Nearest(bits, BLOCK), tag)  # FSDP's base of these is private
             unit.module.set_custom_all_gather(comm)
@@ -84,12 +87,10 @@ class Gathering:
 
     def close(self, sound: bool = True) -> None:
         """Let the units' parameters travel as they are. Calling it twice is harmless."""
-        from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather  # which has no door
-
         units, self._units = self._units, ()
-        for unit in units:
-            unit.module.set_custom_all_gather(DefaultAllGather())
-        self._made.close(sound)
+        for unit, comm in zip(units, self._before, strict=False):  # none is left at the second time
+            unit.module.set_custom_all_gather(comm)
+        self._made.close(sound and not self.under_way)
 
     def metered(self, network: Collectives, ranks: Sequence[int]) -> Metered:
         """A network of some of the ranks, whose bytes are counted."""
@@ -198,9 +199,10 @@ class AllGather:
         With `async_op` that is done when the returned work has been waited for. Raises ValueError for parameters of
         several dtypes, which come as bytes, and RuntimeError for others than the unit's.
         """
+        self._gathering.under_way += 1
         # After a forward, FSDP may shard what has been decoded over a smaller group; as it is, backward sees the same.
         if group.size() != len(self._gathering.rows.order):
-            work = _Arriving(self._post_whole(output_tensor, group))
+            work = _Arriving(self._gathering, self._post_whole(output_tensor, group))
         else:
             work = self._post_coded(output_tensor, input_tensor)
         if async_op:
@@ -221,10 +223,11 @@ class AllGather:
         layout, rows = self._layout(values), self._gathering.rows
         messages = rows.empty(layout.row.wire_bytes, values.device)
         self._quantizer.encode_plan(layout.row, values.to(torch.float32), layout.keys, rows.own(messages))
-        return _ArrivingCodes(rows.post(messages, self._tag), self._quantizer, layout.rows, output)
+        posted = rows.post(messages, self._tag)
+        return _ArrivingCodes(self._gathering, posted, self._quantizer, layout.rows, output)
 
     def _layout(self, values: Tensor) -> _Layout:
-        unit, dtype = self._unit.name or "the root module", values.dtype
+        unit, dtype = self._unit.title, values.dtype
         if dtype not in _DENSE_BITS:
             raise ValueError(
                 f"parameters of {unit} are gathered as {str(dtype).removeprefix('torch.')}, as FSDP gathers several "
@@ -245,8 +248,9 @@ class AllGather:
 class _Arriving(dist.Work):
     """Rows that are under way, as they are."""
 
-    def __init__(self, posted: PostedGather | _PostedRows) -> None:
+    def __init__(self, gathering: Gathering, posted: PostedGather | _PostedRows) -> None:
         super().__init__()
+        self._gathering = gathering
         self._posted: PostedGather | _PostedRows | None = posted
 
     def wait(self, timeout: Any = None) -> bool:
@@ -254,6 +258,7 @@ class _Arriving(dist.Work):
         posted, self._posted = self._posted, None
         if posted is not None:
             self._fill(posted.wait())
+            self._gathering.under_way -= 1
         return True
 
     def _fill(self, received: Tensor) -> None:
@@ -263,8 +268,10 @@ class _Arriving(dist.Work):
 class _ArrivingCodes(_Arriving):
     """Rows that are under way in codes."""
 
-    def __init__(self, posted: _PostedRows, quantizer: Nearest, plan: Plan, output: Tensor) -> None:
-        super().__init__(posted)
+    def __init__(
+        self, gathering: Gathering, posted: _PostedRows, quantizer: Nearest, plan: Plan, output: Tensor
+    ) -> None:
+        super().__init__(gathering, posted)
         self._quantizer, self._plan, self._output = quantizer, plan, output
 
     def _fill(self, received: Tensor) -> None:

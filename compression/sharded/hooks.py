@@ -55,9 +55,22 @@ class Backward:
         """Ask for the end of this backward, once; whatever became of the last one."""
         if self._callback() is None:
             self._begun = False
-            callback = self._complete
-            self._callback = weakref.ref(callback)  # nothing else may hold it: that it is gone tells of an end
+            self._queue(self._queue_again)
+
+    def _queue(self, callback: Callable[[], None]) -> None:
+        self._callback = weakref.ref(callback)  # nothing else may hold it: that it is gone tells of an end
+        try:
             torch.autograd.Variable._execution_engine.queue_callback(callback)
+        except RuntimeError as error:
+            self._callback = _nothing
+            raise RuntimeError(
+                "gradients are reduced outside of a backward, as a pipeline's schedule has it, and nothing tells when "
+                "all of a step are; train without compression there"
+            ) from error
+
+    def _queue_again(self) -> None:
+        """Go behind the callbacks that are queued by now: in FSDP's own, the root unit may still be reduced."""
+        self._queue(self._complete)
 
     def _complete(self) -> None:
         self._callback = _nothing
@@ -77,6 +90,11 @@ class ShardedHooks:
         self, model: nn.Module, units: Sequence[Unit], rank: int, begin: OnBackward, submit: Submit, end: OnEnd
     ) -> None:
         self._units, self._rank, self._submit = units, rank, submit
+        if unit := next((unit for unit in units if unit.group._all_reduce_hook is not None), None):
+            raise ValueError(
+                f"{unit.title} has an all-reduce hook already, which would run no more; take it off "
+                "(set_all_reduce_hook), and attach then"
+            )
         self._switches = Switches(model)
         self._backward = Backward(model, begin, end)
         self._handles = watch(units)

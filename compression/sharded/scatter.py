@@ -27,7 +27,7 @@ from ..registry import Compressor
 from .exchange import ShardedExchange
 from .gathering import Gathering
 from .hooks import Backward, Switches, unsynchronized
-from .units import Piece, Unit, watch
+from .units import Piece, Unit, parameters_of, watch
 
 _log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def scattering(
         units=[(unit.name, [piece.name for piece in unit.pieces]) for unit in units],
     )
     compressor.check_reduce_scatter()
-    parameters = dict(model.named_parameters())
+    parameters = parameters_of(model)
     layers = [
         Layer(
             index,
@@ -141,12 +141,17 @@ def scattering(
             everyone,
             _named(arrangement, ranks),
             {piece.name: f"{piece.name} but {piece.part(ranks.rank)}" for piece in pieces},
+            frozenset(layer.name for layer in layers if layer.compressed),
         )
     except BaseException:
         arrangement.close(True)
         raise
     if gather_bits is not None:
-        exchange.gathering = Gathering(units, gather_bits, ranks, device, arrangement)
+        try:
+            exchange.gathering = Gathering(units, gather_bits, ranks, device, arrangement)
+        except BaseException:
+            exchange.close()
+            raise
     if ranks.rank == 0:
         _say_what_feedback_costs(exchange)
         _say_what_flat_costs(exchange)
@@ -163,6 +168,7 @@ class ScatterHooks:
         self._switches = Switches(model)
         self._backward = Backward(model, begin, end)
         self._handles = watch(units)
+        self._before = [unit.group._reduce_scatter_comm for unit in units]
         for unit in units:
             comm: Any = ReduceScatter(unit, ranks, self._backward, submit)  # FSDP's base of these is private
             unit.module.set_custom_reduce_scatter(comm)
@@ -171,14 +177,12 @@ class ScatterHooks:
         return unsynchronized(self._units)
 
     def remove(self) -> None:
-        from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter  # which has no door
-
         self._backward.remove()
         self._switches.restore()
         for handle in self._handles:
             handle.remove()
-        for unit in self._units:
-            unit.module.set_custom_reduce_scatter(DefaultReduceScatter())
+        for unit, comm in zip(self._units, self._before, strict=True):
+            unit.module.set_custom_reduce_scatter(comm)
 
 
 class ReduceScatter:

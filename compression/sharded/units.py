@@ -59,25 +59,46 @@ class Unit:
     arrived: set[str] = field(default_factory=set)
     """Parameters whose gradients are there, and have not travelled."""
 
+    @property
+    def title(self) -> str:
+        """The module in words."""
+        return self.name or "the root module"
+
+    @property
+    def group(self) -> Any:
+        """FSDP's own record of the unit, of which nothing is public: its order of parameters, hooks and collectives."""
+        return self.module._get_fsdp_state()._fsdp_param_group
+
     def travelling(self, values: int) -> tuple[Piece, ...]:
         """The pieces of a reduced buffer of so many values a rank, which is about to travel, in their order.
 
-        Raises RuntimeError where the gradients that were seen are not those that FSDP hands over.
+        No gradient is seen of a unit whose forward has another name (`register_fsdp_forward_method`): then those are
+        all, if their number fits. Raises RuntimeError where the gradients that were seen are not those that FSDP hands
+        over, and for a parameter that was frozen when the units were made.
         """
         pieces = tuple(piece for piece in self.pieces if piece.name in self.arrived)
         self.arrived.clear()
+        if self.group.reduce_scatter_unused_params:
+            raise RuntimeError(
+                f"{self.title} reduces parameters that no step used, as set_reduce_scatter_unused_params has it, and "
+                "what is owed of these would be paid; leave that off"
+            )
+        if not pieces:
+            pieces = tuple(piece for piece in self.pieces if piece.trained)
+        if late := [piece.name for piece in pieces if not piece.trained]:
+            raise RuntimeError(f"{late[0]} was frozen when compression was attached; close that, and attach anew")
         if sum(piece.padded for piece in pieces) != values:
             raise RuntimeError(
-                f"FSDP reduces {values} values of {self.name or 'the root module'}, and the gradients that were seen "
-                f"of it have {sum(piece.padded for piece in pieces)}; attach before the first forward, and leave "
-                "set_reduce_scatter_unused_params off"
+                f"FSDP reduces {values} values of {self.title}, and the gradients that were seen of it have "
+                f"{sum(piece.padded for piece in pieces)}; attach before the first forward"
             )
         return pieces
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether some module of a model was given to `fully_shard`."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model by name, without the names of what wraps modules to compile or to checkpoint them."""
+    named = dict(model.named_parameters())
+    return {name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", ""): named[name] for name in named}
 
 
 def units_of(model: nn.Module) -> list[Unit]:
@@ -85,7 +106,8 @@ def units_of(model: nn.Module) -> list[Unit]:
 
     Raises ValueError for what cannot be: trained parameters outside of any unit, or not sharded over one dimension.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = parameters_of(model)
+    names = {id(parameter): name for name, parameter in parameters.items()}
     given: dict[int, list[tuple[str, Any]]] = {}  # by the state that modules given at once share
     for name, module in model.named_modules():
         if isinstance(module, FSDPModule):
@@ -99,7 +121,7 @@ def units_of(model: nn.Module) -> list[Unit]:
         taken.update(map(id, own))
         if pieces := tuple(_piece(names[id(each)], each) for each in own):
             units.append(Unit(name, first, pieces, tuple(module for _, module in together), tuple(holders)))
-    outside = [name for name, each in model.named_parameters() if each.requires_grad and id(each) not in taken]
+    outside = [name for name, each in parameters.items() if each.requires_grad and id(each) not in taken]
     if outside:
         raise ValueError(
             f"parameter {outside[0]} is outside of any module that was given to fully_shard: its ranks would train it "
@@ -110,14 +132,24 @@ def units_of(model: nn.Module) -> list[Unit]:
 
 def _in_order_of_buffers(module: FSDPModule) -> list[tuple[nn.Module, str]]:
     """What holds the parameters of an FSDP module, in FSDP's own order: it is not the module's, and nowhere public."""
-    group = module._get_fsdp_state()._fsdp_param_group
+    state = module._get_fsdp_state()
+    if len(state._fsdp_param_groups) > 1:
+        raise ValueError(
+            "a module's parameters are sharded over several meshes, as shard_placement_fn says, which FSDP's doors are "
+            "not for; shard all of them over one"
+        )
+    group = state._fsdp_param_group
     infos = [each._module_info for each in group.fsdp_params] if group is not None else []
     return [(info.module, info.param_name) for info in infos]
 
 
 def mesh_of(units: Iterable[Unit]) -> DeviceMesh:
     """The mesh of ranks over which all units are sharded. Raises ValueError where they are over several."""
-    first, *others = (each.device_mesh for unit in units for each in unit.module.parameters())  # type: ignore[attr-defined]
+    sharded: list[Any] = [holder.get_parameter(name) for unit in units for holder, name in unit.holders]
+    meshes = [each.device_mesh for each in sharded]
+    if not meshes:
+        raise ValueError("no module that was given to fully_shard has parameters: there is nothing to average")
+    first, *others = meshes
     for mesh in others:
         if mesh != first:
             raise ValueError(
