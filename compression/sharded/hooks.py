@@ -90,12 +90,13 @@ class ShardedHooks:
         self, model: nn.Module, units: Sequence[Unit], rank: int, begin: OnBackward, submit: Submit, end: OnEnd
     ) -> None:
         self._units, self._rank, self._submit = units, rank, submit
+        self._switches = Switches(model)
         if unit := next((unit for unit in units if unit.group._all_reduce_hook is not None), None):
+            self._switches.restore()
             raise ValueError(
                 f"{unit.title} has an all-reduce hook already, which would run no more; take it off "
                 "(set_all_reduce_hook), and attach then"
             )
-        self._switches = Switches(model)
         self._backward = Backward(model, begin, end)
         self._handles = watch(units)
         for unit in units:

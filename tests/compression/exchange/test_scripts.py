@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -239,7 +238,6 @@ def refused(rank: int) -> dict[str, str]:
         "whole": lambda: compression.attach(unusing, "topk", big_grad=True),
         "two": lambda: compression.attach(two, "none"),
         "beside": lambda: compression.attach(beside, "none"),
-        "sharded": lambda: compression.attach(fully_shard(network()), "none"),
     }
     return {name: refusal(attempt) for name, attempt in attempts.items()}
 
@@ -365,7 +363,6 @@ def test_choices_that_differ_by_rank_are_refused_on_all_of_them(results: Results
         ("whole", "make it without find_unused_parameters and static_graph, or leave out big_grad and clip"),
         ("two", "this model trains 2 DistributedDataParallel modules: attach to each"),
         ("beside", "this model trains head.weight outside of its DDP"),
-        ("sharded", "this model's parameters are sharded"),
     ],
 )
 def test_what_cannot_be_averaged_is_refused_when_attaching(results: Results, what: str, reason: str) -> None:
