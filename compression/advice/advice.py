@@ -133,9 +133,7 @@ def advice_on(measured: Measured, cluster: Cluster, choices: Sequence[Choice]) -
         raise ValueError(f"{unknown[0]} was not measured; measure anew")
     forecasts = [predictor.forecast(choice) for choice in choices]
     order = {choice: number for number, choice in enumerate(choices)}
-    return Advice(
-        measured, cluster, tuple(sorted(forecasts, key=lambda each: (each.step.seconds, order[each.choice])))
-    )
+    return Advice(measured, cluster, tuple(sorted(forecasts, key=lambda each: (each.step.seconds, order[each.choice]))))
 
 
 def seconds_in_words(seconds: float) -> str:

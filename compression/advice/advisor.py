@@ -191,5 +191,3 @@ def on_paper(measured: Measured, simulate: str | Cluster, *, all_reduces_bfloat1
         if choice.codec in measured.errors
     ]
     return advice_on(replace(measured, cluster=cluster), cluster, ways)
-
-

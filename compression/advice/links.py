@@ -196,9 +196,7 @@ def _finish(phases: Generator[Meanwhile | Until, None, Result]) -> Result:
 
 def with_codecs(costs: Costs, codecs: dict[str, CodecCosts], adding: dict[str, float]) -> Costs:
     """The costs with speeds of codecs, of which some have values to add up in the network."""
-    added = {
-        name: replace(each, per_value=each.per_value + adding.get(name, 0.0)) for name, each in codecs.items()
-    }
+    added = {name: replace(each, per_value=each.per_value + adding.get(name, 0.0)) for name, each in codecs.items()}
     return replace(costs, codecs=added)
 
 
