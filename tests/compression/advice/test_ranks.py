@@ -1,5 +1,6 @@
 """Advice among real ranks, in one level and two: all get the same, and compression attaches afterwards as ever."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from tests.support.gloo_ranks import as_rank, run
 
 
 def work(rank: int, folder: Path, ranks_per_host: str) -> dict[str, Any]:
+    if rank == 0 and hasattr(os, "sched_setaffinity"):  # ranks that may use other cores than others still agree
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)))
     torch.manual_seed(rank)
@@ -41,7 +44,7 @@ def test_all_ranks_end_with_the_same_advice(ranks: int, ranks_per_host: int, tmp
     assert first["cluster"] == (ranks // ranks_per_host, ranks_per_host)
     names = {each["name"] for each in first["advice"]["choices"]}
     assert ("maxmin, bits 4, two levels" in names) == (ranks_per_host > 1)
-    assert (first["advice"]["measured"]["costs"]["per_copied_byte"] > 0) == (ranks_per_host > 1)
+    assert first["advice"]["measured"]["costs"]["per_copied_byte"] > 0
 
 
 if __name__ == "__main__":
