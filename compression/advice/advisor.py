@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..costs import Cluster, Compute, in_buffers
+from ..costs import Cluster, Compute, Costs, in_buffers
 from ..costs.exchanges import FIRST_BUFFER_BYTES
 from ..exchange.arguments import Group, arranged
 from ..exchange.models import check_ranks, has_shards, trained_parameters, unwrapped
@@ -134,16 +134,7 @@ class _Measuring:
         else:
             costs, adding = measure_this_machine()
             there = Cluster(1)
-        on_cpu, levels_here = (
-            self.device.type == "cpu",
-            self.arrangement.levels,
-        )  # GPUs' messages go by order, not by tag
-        alone = self.network.world_size == 1
-        costs = replace(
-            costs,
-            overlaps=on_cpu if alone else self.network.matched_by_tag(self.device),
-            overlaps_inside=on_cpu if levels_here is None else levels_here.inside.overlaps,
-        )
+        costs = self._with_overlaps(costs)
         cluster = simulated or there
         several = levels and cluster.hosts > 1 and cluster.ranks_per_host > 1
         two_levels = several and (simulated is not None or self.arrangement.levels is not None)
@@ -170,6 +161,15 @@ class _Measuring:
         measured = self.network.broadcast(measured)
         return advice_on(measured, cluster, ways)
 
+    def _with_overlaps(self, costs: Costs) -> Costs:
+        """The costs with what these networks let overlap; those that are not there are taken to be gloo or NCCL."""
+        on_gloo, levels = self.device.type == "cpu", self.arrangement.levels
+        return replace(
+            costs,
+            overlaps=on_gloo if self.network.world_size == 1 else self.network.matched_by_tag(self.device),
+            overlaps_inside=on_gloo if levels is None else levels.inside.overlaps,
+        )
+
     def _buffers(self, compute: Compute) -> tuple[tuple[str, ...], ...]:
         """Names of the layers that travel together: DDP groups them in the order in which they are ready."""
         late_first = sorted(self.shapes, key=lambda name: -compute.ready[name])
@@ -177,7 +177,7 @@ class _Measuring:
         return tuple(tuple(layer.name for layer in buffer) for buffer in in_buffers(layers, *self._limits()))
 
     def _limits(self) -> tuple[int, ...]:
-        """The bytes at which a buffer is closed, and the first one; none where those are the defaults."""
+        """The bytes at which a buffer is closed, and the first one; none without DDP."""
         if self.ddp is None:
             return ()
         limit = int(self.ddp.bucket_bytes_cap)

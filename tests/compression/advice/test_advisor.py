@@ -18,6 +18,7 @@ from compression.advice.choices import choices
 from compression.advice.echo import Echo
 from compression.advice.profile import StepError, together
 from compression.advice.speeds import Codecs
+from compression.costs import Costs
 from compression.layers import layers_of
 from compression.network.arrangement import Arrangement
 from compression.network.collectives import Solo
@@ -232,6 +233,24 @@ def test_buffers_are_those_of_the_users_ddp_and_none_is_broadcast(tmp_path: Path
         buffers = measuring._buffers(measuring.profile.run(step, 0.0))
         assert model.will_sync_module_buffers()
     assert [len(buffer) for buffer in buffers] == [4, 4, 4]
+
+
+def test_buffers_overlap_where_the_ranks_networks_let_them() -> None:
+    """A machine alone stands for gloo, whose messages go by tag."""
+    costs = Costs(0.0, 0.0, 0.0, 0.0, 0.0, {})
+
+    def found(ranks: compression.Collectives) -> tuple[bool, bool]:
+        model = network()
+        arrangement = Arrangement(ranks, Hosts.separate(ranks.world_size))
+        measuring = _Measuring(model, dict(model.named_parameters()), arrangement, Step(model), None)
+        with_them = measuring._with_overlaps(costs)
+        return with_them.overlaps, with_them.overlaps_inside
+
+    assert found(compression.Solo()) == (True, True)
+    tagged = Echo(4)
+    assert found(tagged) == (True, True)
+    tagged.matched_by_tag = lambda device: False  # type: ignore[method-assign]
+    assert found(tagged) == (False, True)
 
 
 def test_a_codec_is_timed_on_a_part_of_a_model_that_is_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
