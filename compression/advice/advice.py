@@ -8,7 +8,7 @@ from typing import Any
 from ..costs import FREE, Cluster
 from .choices import Choice
 from .measured import Measured
-from .prediction import ACCURACY, Forecast, Predictor, advised
+from .prediction import ACCURACY, ALWAYS, NEVER, BreakEven, Forecast, Predictor, advised
 
 InWords = Callable[[Choice], Sequence[str]]
 """The words by which a user chooses a choice."""
@@ -36,7 +36,8 @@ class Advice:
     def to_json(self, in_words: InWords = as_arguments) -> dict[str, Any]:
         """Plain lists, dicts and numbers: what was measured, the cluster, `choices`, fastest first, and the advised.
 
-        A break-even is in Mbit/s, or one of the words never and always.
+        A break-even is `above` and `below` in Mbit/s, where it has such ends, or one of the words never and always;
+        null where there is nothing to compare.
         """
         return {
             "measured": self.measured.to_json(),
@@ -47,7 +48,6 @@ class Advice:
 
     @staticmethod
     def _plain(each: Forecast, in_words: InWords) -> dict[str, Any]:
-        break_even = {0.0: "never", math.inf: "always"}.get(each.break_even, each.break_even)
         return {
             "name": str(each.choice),
             "flags": list(in_words(each.choice)),
@@ -60,7 +60,7 @@ class Advice:
             "network_seconds": each.step.network,
             "host_bytes": each.step.host_bytes,
             "error": each.error,
-            "break_even_mbit": break_even,
+            "break_even_mbit": _plain_break_even(each.break_even),
         }
 
     def in_words(self, in_words: InWords = as_arguments) -> str:
@@ -81,27 +81,23 @@ class Advice:
             f"{compute.contention:.0%}"
         )
         yield ""
-        title = "break-even with bfloat16"
+        reference = Predictor(measured, cluster).reference
+        title = f"faster than {reference}"
         width = max(len("choice"), *(len(str(each.choice)) for each in self.choices))
         yield f"{'choice':{width}}  {'MB on a link':>12}  {'step':>9}  {'not hidden':>10}  {'error':>7}  {title}"
         for each in self.choices:
             yield (
                 f"{each.choice!s:{width}}  {each.step.host_bytes / 1e6:12.3f}  "
                 f"{seconds_in_words(each.step.seconds):>9}  {seconds_in_words(each.step.exposed):>10}  "
-                f"{each.error:7.4f}  {self._break_even(each)}"
+                f"{each.error:7.4f}  {break_even_in_words(each.break_even)}"
             )
         yield ""
         yield (
             "MB that a host puts on its link in a step; error of one encoding of this gradient, over its norm; "
-            "break-even: the link below which a choice is faster than bfloat16"
+            f"last: the links on which a choice is faster than {reference} in one level"
         )
         yield self._verdict()
         yield f"use: {' '.join(in_words(best.choice))}"
-
-    def _break_even(self, each: Forecast) -> str:
-        if each.choice.codec == "bfloat16" or self.cluster.hosts == 1:
-            return "-"
-        return break_even_in_words(each.break_even)
 
     def _verdict(self) -> str:
         """What to send, and what it gains."""
@@ -119,7 +115,8 @@ class Advice:
         elif gains:
             words += f": {' and '.join(gains)} in the same time"
         if fastest is not best:
-            words += f"; {fastest.choice} is as fast, within {ACCURACY:.0%}"
+            within = max(ACCURACY, seconds / fastest.step.seconds - 1)
+            words += f"; {fastest.choice} is as fast, within {within:.0%}"
         return words
 
     def plot(self) -> bytes:
@@ -136,9 +133,7 @@ def advice_on(measured: Measured, cluster: Cluster, choices: Sequence[Choice]) -
         raise ValueError(f"{unknown[0]} was not measured; measure anew")
     forecasts = [predictor.forecast(choice) for choice in choices]
     order = {choice: number for number, choice in enumerate(choices)}
-    return Advice(
-        measured, cluster, tuple(sorted(forecasts, key=lambda each: (each.step.seconds, order[each.choice])))
-    )
+    return Advice(measured, cluster, tuple(sorted(forecasts, key=lambda each: (each.step.seconds, order[each.choice]))))
 
 
 def seconds_in_words(seconds: float) -> str:
@@ -153,9 +148,23 @@ def rate_in_words(mbit: float) -> str:
     return f"{1e3 * mbit:.3g} kbit/s"
 
 
-def break_even_in_words(mbit: float) -> str:
-    """Below which link; 0 is never, infinity always."""
-    return {0.0: "never", math.inf: "always"}.get(mbit) or f"below {rate_in_words(mbit)}"
+def break_even_in_words(links: BreakEven | None) -> str:
+    """On which links."""
+    if links is None:
+        return "-"
+    if links in (NEVER, ALWAYS):
+        return "always" if links == ALWAYS else "never"
+    if links.above == 0:
+        return f"below {rate_in_words(links.below)}"
+    if links.below == math.inf:
+        return f"above {rate_in_words(links.above)}"
+    return f"from {rate_in_words(links.above)} to {rate_in_words(links.below)}"
+
+
+def _plain_break_even(links: BreakEven | None) -> dict[str, float] | str | None:
+    if links is None or links in (NEVER, ALWAYS):
+        return None if links is None else break_even_in_words(links)
+    return {name: mbit for name, mbit in links._asdict().items() if 0 < mbit < math.inf}
 
 
 def link_in_words(cluster: Cluster) -> str:

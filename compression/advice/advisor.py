@@ -1,18 +1,23 @@
 """The advisor: measures a model, a batch and some ranks, and advises on what to send."""
 
 import contextlib
+import os
 import platform
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..costs import Cluster, Compute, in_buffers
+from ..costs import Cluster, Compute, Costs, in_buffers
+from ..costs.exchanges import FIRST_BUFFER_BYTES
 from ..exchange.arguments import Group, arranged
-from ..exchange.models import check_ranks, trained_parameters, unwrapped
+from ..exchange.models import check_ranks, has_shards, trained_parameters, unwrapped
 from ..layers import layers_of
 from ..network.arrangement import Arrangement
 from ..network.collectives import Collectives
@@ -23,7 +28,7 @@ from .advice import Advice, advice_on
 from .choices import choices
 from .links import measure_links, measure_this_machine, with_codecs
 from .measured import Measured
-from .profile import Profile, Step, with_copies
+from .profile import Profile, Step, together, with_copies
 from .simulated import cluster_of
 from .speeds import Codecs
 
@@ -48,18 +53,29 @@ def advise(
     """Predict the step of every compressor on this model, and say which one to take.
 
     `step` runs one forward and backward of the model, on a batch of its own; it is called some times, and nothing is
-    averaged, stepped or kept. `update` does what a loop does after backward, such as the optimizer's step, in a way
-    that changes nothing; without it that counts as no time. Ranks, `collectives`, `hierarchical`, `ranks_per_host` and
-    `groups` are as `attach` takes them, and all ranks call it. `hierarchical` False leaves out two levels.
+    averaged, stepped or kept: gradients, buffers and torch's random numbers are what they were. `update` does what a
+    loop does after backward, such as the optimizer's step, in a way that changes nothing: of what it changes, nothing
+    is restored but gradients. Without it that counts as no time. Ranks, `collectives`, `hierarchical`,
+    `ranks_per_host` and `groups` are as `attach` takes them, and all ranks call it. `hierarchical` False leaves out two
+    levels.
 
     `simulate` is a cluster that is not there, in words (`simulated.cluster_of`): links are then not measured, and one
     process is enough. `all_reduces_bfloat16`: whether the network adds up bfloat16.
 
-    Raises ValueError, on all ranks alike, for one rank without a cluster, for what `attach` refuses of a model, and
-    where a step fails.
+    Raises ValueError, on all ranks alike, for one rank without a cluster, for what `attach` refuses of a model, for
+    models that are sharded or static, for hosts that differ in their ranks, and where a step fails.
     """
     cluster = cluster_of(simulate) if isinstance(simulate, str) else simulate
     model = unwrapped(model)
+    if has_shards(model):
+        raise ValueError(
+            "advice times whole gradients, and this model was given to fully_shard; give the model as it was before"
+        )
+    if isinstance(model, DistributedDataParallel) and model.static_graph:
+        raise ValueError(
+            "advice times steps in which nothing is averaged, which DistributedDataParallel cannot run with "
+            "static_graph=True; make it without that for the advice"
+        )
     if collectives is None:
         check_ranks(model)
     parameters = trained_parameters(model)
@@ -98,21 +114,27 @@ class _Measuring:
         self.arrangement, self.network = arrangement, arrangement.collectives
         self.parameters, self.step, self.update = parameters, step, update
         self.device = next(iter(parameters.values())).device
-        self.copies_of_ddp = isinstance(model, DistributedDataParallel)
-        no_sync = model.no_sync if isinstance(model, DistributedDataParallel) else contextlib.nullcontext
+        self.ddp = model if isinstance(model, DistributedDataParallel) else None
+        no_sync = partial(_apart, self.ddp) if self.ddp is not None else contextlib.nullcontext
         self.profile = Profile(model, parameters, self.network, no_sync)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
 
     def advice(self, simulated: Cluster | None, all_reduces_bfloat16: bool, levels: bool) -> Advice:
+        with self.profile.as_it_was():
+            return self._advice(simulated, all_reduces_bfloat16, levels)
+
+    def _advice(self, simulated: Cluster | None, all_reduces_bfloat16: bool, levels: bool) -> Advice:
         began = time.perf_counter()
-        machines = self.network.collect(names_of_this_host().get("machine", platform.node()))
+        cores = self.network.collect((names_of_this_host().get("machine", platform.node()), _cores()))
+        machines = [machine for machine, _ in cores]
         on_machine = max(machines.count(machine) for machine in machines)
-        sharing = max(1.0, on_machine / usable_cores()) if self.device.type == "cpu" else 1.0
+        sharing = ranks_per_core(cores) if self.device.type == "cpu" else 1.0
         if self.network.world_size > 1:
             there, costs, adding = measure_links(self.arrangement, self.device, sharing)
         else:
             costs, adding = measure_this_machine()
             there = Cluster(1)
+        costs = self._with_overlaps(costs)
         cluster = simulated or there
         several = levels and cluster.hosts > 1 and cluster.ranks_per_host > 1
         two_levels = several and (simulated is not None or self.arrangement.levels is not None)
@@ -122,9 +144,9 @@ class _Measuring:
         buffers = self._buffers(compute)
         codecs = Codecs(self.profile.gradient(), self.shapes, buffers, self.network)
         compute = replace(compute, contention=self.profile.contention(self.step, codecs.work(), compute))
-        if self.copies_of_ddp:
-            compute = with_copies(compute, self._slowest(self._copying(codecs.gradient)))
-        compute = replace(compute, after=compute.after + self._slowest(self._updating(codecs.gradient)))
+        if self.ddp is not None:
+            compute = with_copies(compute, self._copying(codecs.gradient))
+        compute = replace(compute, after=compute.after + self._updating())
         measured = Measured(
             self.shapes,
             buffers,
@@ -139,46 +161,92 @@ class _Measuring:
         measured = self.network.broadcast(measured)
         return advice_on(measured, cluster, ways)
 
+    def _with_overlaps(self, costs: Costs) -> Costs:
+        """The costs with what these networks let overlap; those that are not there are taken to be gloo or NCCL."""
+        on_gloo, levels = self.device.type == "cpu", self.arrangement.levels
+        return replace(
+            costs,
+            overlaps=on_gloo if self.network.world_size == 1 else self.network.matched_by_tag(self.device),
+            overlaps_inside=on_gloo if levels is None else levels.inside.overlaps,
+        )
+
     def _buffers(self, compute: Compute) -> tuple[tuple[str, ...], ...]:
         """Names of the layers that travel together: DDP groups them in the order in which they are ready."""
         late_first = sorted(self.shapes, key=lambda name: -compute.ready[name])
         layers = layers_of(((name, self.shapes[name]) for name in late_first), 1)
-        return tuple(tuple(layer.name for layer in buffer) for buffer in in_buffers(layers))
+        return tuple(tuple(layer.name for layer in buffer) for buffer in in_buffers(layers, *self._limits()))
 
-    def _slowest(self, seconds: float) -> float:
-        return float(max(self.network.collect(seconds)))
+    def _limits(self) -> tuple[int, ...]:
+        """The bytes at which a buffer is closed, and the first one; none without DDP."""
+        if self.ddp is None:
+            return ()
+        limit = int(self.ddp.bucket_bytes_cap)
+        return limit, FIRST_BUFFER_BYTES if self.ddp.bucket_bytes_cap_default else limit
 
     def _copying(self, gradient: Mapping[str, Tensor]) -> float:
-        """Seconds to copy all gradients once."""
-        into = {name: torch.empty_like(values) for name, values in gradient.items()}
-        took = []
-        for _ in range(3):
-            start = self._now()
-            for name, values in gradient.items():
-                into[name].copy_(values)
-            took.append(self._now() - start)
-        return min(took)
+        """Seconds to copy all gradients once, of the slowest rank."""
 
-    def _updating(self, gradient: Mapping[str, Tensor]) -> float:
-        """Seconds of what a loop does after backward: of its second time, for the first has memory to get."""
-        if self.update is None:
+        def copying() -> float:
+            into = {name: torch.empty_like(values) for name, values in gradient.items()}
+            took = []
+            for _ in range(3):
+                start = self._now()
+                for name, values in gradient.items():
+                    into[name].copy_(values)
+                took.append(self._now() - start)
+            return min(took)
+
+        return max(together(self.network, "a copy of the gradients", copying))
+
+    def _updating(self) -> float:
+        """Seconds of what a loop does after backward, the median of three; the slowest rank's."""
+        update = self.update
+        if update is None:
             return 0.0
         took = []
-        for _ in range(3):
+
+        def updating() -> None:
             for parameter in self.parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
-            self.network.collect(None)
             start = self._now()
-            self.update()
+            update()
             took.append(self._now() - start)
-        for parameter in self.parameters.values():
-            parameter.grad = None
-        return sorted(took)[1]
+
+        for _ in range(3):
+            together(self.network, "the update", updating)
+        return float(max(self.network.collect(statistics.median(took))))
 
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+@contextlib.contextmanager
+def _apart(model: DistributedDataParallel) -> Iterator[None]:
+    """A block in which a rank's steps wait for no other: nothing is averaged, and no buffer is broadcast."""
+    synchronizes = model.require_forward_param_sync
+    model.require_forward_param_sync = False
+    try:
+        with model.no_sync():
+            yield
+    finally:
+        model.require_forward_param_sync = synchronizes
+
+
+def _cores() -> frozenset[int]:
+    """Numbers of the cores that this process may use."""
+    return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(usable_cores()))
+
+
+def ranks_per_core(ranks: Sequence[tuple[str, frozenset[int]]]) -> float:
+    """Ranks for each core of the fullest machine, 1 at least, of the machine of each rank and the cores it may use."""
+    cores: dict[str, set[int]] = defaultdict(set)
+    count: dict[str, int] = defaultdict(int)
+    for machine, usable in ranks:
+        cores[machine] |= usable
+        count[machine] += 1
+    return max(1.0, *(count[machine] / len(cores[machine]) for machine in cores))
 
 
 def on_paper(measured: Measured, simulate: str | Cluster, *, all_reduces_bfloat16: bool = True) -> Advice:
@@ -191,5 +259,3 @@ def on_paper(measured: Measured, simulate: str | Cluster, *, all_reduces_bfloat1
         if choice.codec in measured.errors
     ]
     return advice_on(replace(measured, cluster=cluster), cluster, ways)
-
-

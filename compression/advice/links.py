@@ -46,10 +46,15 @@ def measure_links(
 ) -> tuple[Cluster, Costs, dict[str, float]]:
     """The cluster of these ranks, the costs of messages, and what adding up costs a value, by the type's name.
 
-    `sharing`: ranks for each core of the machine, 1 at least. Every rank calls it and gets the same.
+    `sharing`: ranks for each core of the machine, 1 at least. Every rank calls it with the same and gets the same: it
+    decides which collectives run.
+
+    Raises ValueError where hosts differ in their ranks.
     """
     network, hosts = arrangement.collectives, arrangement.hosts
-    size, ranks_per_host = network.world_size, max(hosts.sizes)
+    size, ranks_per_host = network.world_size, hosts.ranks_per_host
+    if ranks_per_host is None:
+        raise ValueError(f"advice takes hosts with as many ranks each, got {hosts}; start as many on each")
     cluster = Cluster(hosts.count, ranks_per_host)
     times = dict(_exchanges(network, device))
     least, most = min(times), max(times)
@@ -69,7 +74,8 @@ def measure_links(
         cluster = replace(cluster, link_mbit=crossing * rate, latency=latency)
     else:
         cluster = replace(cluster, inside_mbit=beside * rate, inside_latency=latency)
-    costs = Costs(0.0, 0.0, handling, per_byte, 0.0, {})
+    copying = max(network.collect(seconds_of_a_copied_byte(device)))
+    costs = Costs(0.0, 0.0, handling, per_byte, copying, {})
 
     sums = _Sums(network, device, cluster, costs)
     costs = replace(costs, per_round=sums.seconds_of_a_round())
@@ -93,7 +99,7 @@ def _exchanges(network: Collectives, device: torch.device) -> Iterator[tuple[int
         found = timed(network, device, lambda m=messages, s=sizes: network.exchange(m, s))  # type: ignore[misc]
         yield nbytes, found
         larger = SIZES[min(number + 1, len(SIZES) - 1)]
-        if found.seconds > LONGEST or others * larger > MOST_BYTES:
+        if number > 0 and (found.seconds > LONGEST or others * larger > MOST_BYTES):  # two sizes make a slope
             return
 
 
@@ -196,22 +202,32 @@ def _finish(phases: Generator[Meanwhile | Until, None, Result]) -> Result:
 
 def with_codecs(costs: Costs, codecs: dict[str, CodecCosts], adding: dict[str, float]) -> Costs:
     """The costs with speeds of codecs, of which some have values to add up in the network."""
-    added = {
-        name: replace(each, per_value=each.per_value + adding.get(name, 0.0)) for name, each in codecs.items()
-    }
+    added = {name: replace(each, per_value=each.per_value + adding.get(name, 0.0)) for name, each in codecs.items()}
     return replace(costs, codecs=added)
 
 
 def _seconds_of_adding(dtype: torch.dtype, device: torch.device) -> float:
     """Seconds of a value to add one tensor to another."""
     one, other = torch.ones(2**20, dtype=dtype, device=device), torch.ones(2**20, dtype=dtype, device=device)
-    one.add_(other)
-    start = time.perf_counter()
-    for _ in range(MOST_TURNS):
-        one.add_(other)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / (MOST_TURNS * len(one))
+    return _median_seconds(lambda: one.add_(other), device) / len(one)
+
+
+def seconds_of_a_copied_byte(device: torch.device) -> float:
+    """Seconds of a byte to copy one tensor into another."""
+    one, other = torch.ones(2**21, device=device), torch.ones(2**21, device=device)
+    return _median_seconds(lambda: one.copy_(other), device) / one.nbytes
+
+
+def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of some work on this rank alone, of a turn that nothing else held up."""
+    turns = []
+    for _ in range(1 + MOST_TURNS):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        turns.append(time.perf_counter() - start)
+    return statistics.median(turns[1:])  # the first has memory to get
 
 
 def measure_this_machine() -> tuple[Costs, dict[str, float]]:

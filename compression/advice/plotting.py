@@ -1,4 +1,4 @@
-"""The picture of an advice: predicted seconds of a step by the rate of a host's link. Agg draws: no display needed."""
+"""The picture of an advice: predicted seconds of a step by the rate of a link. Agg draws: no display needed."""
 
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -34,15 +34,19 @@ def plot(advice: "Advice") -> bytes:
 
 
 def draw(advice: "Advice") -> Any:
-    """A figure: a line for each of `shown`, a mark at this cluster's link, and the step's own work below them."""
+    """A figure: a line for each of `shown`, a mark at this cluster's link, and the step's own work below them.
+
+    With one host the link is what joins its ranks.
+    """
     from matplotlib.figure import Figure
 
     from .advice import rate_in_words
     from .prediction import Predictor
 
     predictor = Predictor(advice.measured, advice.cluster)
-    link = advice.cluster.link_mbit
-    middle = link if advice.cluster.hosts > 1 and link < 1e7 else 1e3
+    cluster = advice.cluster
+    link = cluster.inside_mbit if cluster.hosts == 1 else cluster.link_mbit
+    middle = link if link < 1e7 else 1e3
     rates = [middle * 10 ** (4 * k / POINTS - 2) for k in range(POINTS + 1)]
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
@@ -58,9 +62,8 @@ def draw(advice: "Advice") -> Any:
         axes.axvline(link, color="0.6", linewidth=1, linestyle=":", zorder=0)
         axes.annotate(f"this link, {rate_in_words(link)}", (link, 0.98), xycoords=("data", "axes fraction"), ha="left",
                       va="top", xytext=(4, 0), textcoords="offset points", color="0.35", fontsize=9)  # fmt: skip
-    cluster = advice.cluster
-    axes.set(xscale="log", yscale="log", xlabel="rate of a host's link, Mbit/s each way",
-             ylabel="predicted seconds of a step",
+    name = "rate inside the host, Mbit/s in all" if cluster.hosts == 1 else "rate of a host's link, Mbit/s each way"
+    axes.set(xscale="log", yscale="log", xlabel=name, ylabel="predicted seconds of a step",
              title=f"{cluster.hosts} hosts x {cluster.ranks_per_host} ranks")  # fmt: skip
     axes.grid(color="0.92", which="both")
     axes.set_axisbelow(True)

@@ -1,5 +1,6 @@
 """Predictions: the step of every choice, where it breaks even with bfloat16, and which one to take."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,17 +20,29 @@ LINKS = tuple(10 ** (7 - k / 5) for k in range(46))
 """Links in Mbit/s at which a break-even is looked for, from 10 Tbit/s down to 10 kbit/s."""
 
 
+class BreakEven(NamedTuple):
+    """The links, in Mbit/s each way, between which a choice is the faster one: `above` 0 and `below` infinity where
+    there is no such end, and an empty range where it never is.
+    """
+
+    above: float
+    below: float
+
+
+NEVER, ALWAYS = BreakEven(0.0, 0.0), BreakEven(0.0, math.inf)
+
+
 class Forecast(NamedTuple):
     """A choice and its step. `error`: of one encoding, relative to the gradient's norm.
 
-    `break_even`: the link, in Mbit/s each way, below which it is faster than bfloat16; 0 where it never is, infinite
-    where it is on every link.
+    `break_even`: the links on which it is faster than bfloat16. None where there is nothing to compare: for bfloat16
+    itself, and on one host.
     """
 
     choice: Choice
     step: Prediction
     error: float
-    break_even: float
+    break_even: BreakEven | None
 
 
 @dataclass(frozen=True)
@@ -39,10 +52,19 @@ class Predictor:
     measured: Measured
     cluster: Cluster
 
+    @cached_property
+    def reference(self) -> Choice:
+        """What choices break even with: bfloat16 in one level, float32 where the network does not add that up."""
+        bfloat16 = Choice(build("none", dense_dtype="bfloat16"))
+        return bfloat16 if bfloat16.codec in self.measured.costs.codecs else Choice(build("none"))
+
     def step(self, choice: Choice, link_mbit: float | None = None) -> Prediction:
-        """The step of a choice, perhaps over another link."""
+        """The step of a choice, perhaps over another link: of hosts, or inside the one host that there is."""
         model, promise = self._promised(choice)
-        cluster = self.cluster if link_mbit is None else replace(self.cluster, link_mbit=link_mbit)
+        cluster = self.cluster
+        if link_mbit is not None:
+            alone = cluster.hosts == 1
+            cluster = replace(cluster, inside_mbit=link_mbit) if alone else replace(cluster, link_mbit=link_mbit)
         return model.on(cluster).predict(promise, choice.codec)
 
     def model(self, choice: Choice) -> StepModel:
@@ -71,29 +93,34 @@ class Predictor:
         """The choice's step, error and break-even."""
         return Forecast(choice, self.step(choice), self.measured.errors[choice.codec], self.break_even(choice))
 
-    def break_even(self, choice: Choice, other: Choice | None = None) -> float:
-        """The link in Mbit/s below which a choice is faster than another one, bfloat16 in one level by default.
+    def break_even(self, choice: Choice) -> BreakEven | None:
+        """The links on which a choice is faster than `reference`.
 
-        0 where it is on no link, infinite where it is on all. Where steps of the two cross more than once, the fastest
-        link at which they do.
+        Where these are several ranges of `LINKS`, the widest. None for the reference itself, and on one host.
         """
-        other = other or Choice(build("none", dense_dtype="bfloat16"))
-        if other.codec not in self.measured.costs.codecs:
-            other = Choice(build("none"))
+        if choice == self.reference or self.cluster.hosts == 1:
+            return None
 
-        def gain(link_mbit: float) -> float:
-            return self._seconds(other, link_mbit) - self.step(choice, link_mbit).seconds
+        def gains(link_mbit: float) -> bool:
+            return self._seconds(self.reference, link_mbit) > self.step(choice, link_mbit).seconds
 
-        if gain(LINKS[0]) > 0:
-            return math.inf
-        first = next((k for k, link in enumerate(LINKS) if gain(link) > 0), None)
-        if first is None:
-            return 0.0
-        slow, fast = LINKS[first], LINKS[first - 1]
-        while fast / slow > 1.001:
-            middle = math.sqrt(slow * fast)
-            slow, fast = (middle, fast) if gain(middle) > 0 else (slow, middle)
-        return slow
+        def crossing(faster: float, slower: float) -> float:
+            """The last link at which the choice is faster, between one at which it is and one at which it is not."""
+            while not 1 / 1.001 < faster / slower < 1.001:
+                middle = math.sqrt(faster * slower)
+                faster, slower = (middle, slower) if gains(middle) else (faster, middle)
+            return faster
+
+        runs = itertools.groupby(range(len(LINKS)), key=lambda k: gains(LINKS[k]))
+        ranges = [list(numbers) for faster, numbers in runs if faster]
+        if not ranges:
+            return NEVER
+        widest = max(ranges, key=len)
+        first, last = widest[0], widest[-1]
+        return BreakEven(
+            0.0 if last == len(LINKS) - 1 else crossing(LINKS[last], LINKS[last + 1]),
+            math.inf if first == 0 else crossing(LINKS[first], LINKS[first - 1]),
+        )
 
     def _seconds(self, choice: Choice, link_mbit: float) -> float:
         """The seconds of a step that is compared with many others on the same links."""
@@ -109,11 +136,19 @@ class Predictor:
 def advised(forecasts: Sequence[Forecast]) -> Forecast:
     """The choice to take: of those whose steps the predictions cannot tell from the fastest, the plainest.
 
-    Float32 comes before bfloat16, that before codes in order of their errors, and one level before two.
+    Float32 comes before bfloat16, that before codes in order of their errors, and one level before two. Where these are
+    codes, and the predictions cannot tell what sends none from them, that is taken: codes have to gain something.
     """
     fastest = min(each.step.seconds for each in forecasts)
-    close = [each for each in forecasts if each.step.seconds <= fastest * (1 + ACCURACY)]
-    return min(close, key=_plainness)
+    plainest = min(_as_fast(forecasts, fastest), key=_plainness)
+    if not plainest.choice.encodes:
+        return plainest
+    uncoded = [each for each in _as_fast(forecasts, plainest.step.seconds) if not each.choice.encodes]
+    return min(uncoded, key=_plainness, default=plainest)
+
+
+def _as_fast(forecasts: Sequence[Forecast], seconds: float) -> list[Forecast]:
+    return [each for each in forecasts if each.step.seconds <= seconds * (1 + ACCURACY)]
 
 
 def _plainness(each: Forecast) -> tuple[bool, float, bool]:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +18,41 @@ from ..network.collectives import Collectives
 Step = Callable[[], object]
 """One forward and backward of the model on a batch of its own."""
 
+STEP = "a step of this model"
 WARM_UP = 2  # steps before those that count
 LEAST_STEPS, MOST_STEPS = 3, 20
 
 
+Result = TypeVar("Result")
+
+
 class StepError(ValueError):
-    """A step of the model that raised, or left no gradient."""
+    """A step of the model, or what is measured of it, that failed on some rank."""
+
+
+def together(network: Collectives, what: str, work: Callable[[], Result]) -> list[Result]:
+    """The results of some work of every rank, which calls nothing of the network; in rank order, on every rank.
+
+    Raises StepError, on all ranks alike, where it fails on one of them: none waits for one that gave up.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except StepError as error:
+        failure = str(error)
+    except Exception as error:  # whatever a user's step may raise
+        failure = f"{what} fails: {type(error).__name__}: {' '.join(str(error).split())}; run it without advice first"
+    ends = network.collect((failure, result))
+    if failures := [each for each, _ in ends if each is not None]:
+        raise StepError(failures[0])
+    return [each for _, each in ends]
 
 
 @dataclass
 class Profile:
-    """The profile of a model's steps, taken by `run` on every rank at the same time.
+    """The profile of a model's steps, taken by `run` on every rank at the same time, in a block of `as_it_was`.
 
-    Nothing is averaged, gradients and buffers are as they were afterwards, and no weight changes.
+    Nothing is averaged, and no weight changes.
     """
 
     model: nn.Module
@@ -44,22 +66,17 @@ class Profile:
         Raises StepError, on all ranks alike, where a step fails on one of them.
         """
         laps: list[_Lap] = []
-        with self._as_it_was():
-            began = time.perf_counter()
-            for number in range(WARM_UP + MOST_STEPS):
-                lap, failure = None, None
-                try:
-                    lap = self.lap(step)
-                except Exception as error:  # whatever a user's step may raise
-                    failure = f"a step of this model fails: {type(error).__name__}: {' '.join(str(error).split())}"
-                late = time.perf_counter() - began > seconds
-                ends = self.network.collect((failure, late))
-                if failures := [each for each, _ in ends if each is not None]:
-                    raise StepError(f"{failures[0]}; run it without advice first")
-                if number >= WARM_UP and lap is not None:
-                    laps.append(lap)
-                if len(laps) >= LEAST_STEPS and any(late for _, late in ends):
-                    break
+        began = time.perf_counter()
+
+        def is_late() -> bool:
+            laps.append(self.lap(step))
+            return time.perf_counter() - began > seconds
+
+        while len(laps) < WARM_UP + MOST_STEPS:
+            late = together(self.network, STEP, is_late)
+            if len(laps) >= WARM_UP + LEAST_STEPS and any(late):
+                break
+        del laps[:WARM_UP]
         own = Compute(
             before=statistics.median(lap.before for lap in laps),
             backward=statistics.median(lap.backward for lap in laps),
@@ -69,7 +86,20 @@ class Profile:
         return slowest(self.network.collect(own))
 
     def gradient(self) -> dict[str, Tensor]:
-        """The gradients that the last step left, float32 and flat, in the order of memory, by name."""
+        """The gradients that the last step left, float32 and flat, in the order of memory, by name.
+
+        Raises StepError, on all ranks alike, where one of them is not finite: no codec's time or error would be.
+        """
+
+        def check() -> None:
+            for name, values in self._gradient.items():
+                if not values.isfinite().all():
+                    raise StepError(
+                        f"a step of this model fails: its gradient is not finite, first that of {name}; lower the loss "
+                        "scale or the learning rate"
+                    )
+
+        together(self.network, STEP, check)
         return self._gradient
 
     def lap(self, step: Step) -> "_Lap":
@@ -114,14 +144,16 @@ class Profile:
         return mark
 
     @contextlib.contextmanager
-    def _as_it_was(self) -> Iterator[None]:
-        """A block after which gradients and buffers are what they were."""
+    def as_it_was(self) -> Iterator[None]:
+        """A block after which gradients, buffers and torch's random numbers are what they were."""
         gradients = {name: parameter.grad for name, parameter in self.parameters.items()}
         buffers = [(buffer, buffer.detach().clone()) for buffer in self.model.buffers()]
         for parameter in self.parameters.values():
             parameter.grad = None
+        device = next(iter(self.parameters.values())).device
         try:
-            yield
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                yield
         finally:
             for name, parameter in self.parameters.items():
                 parameter.grad = gradients[name]
@@ -132,14 +164,20 @@ class Profile:
     def contention(self, step: Step, work: Callable[[], object], alone: Compute, steps: int = 3) -> float:
         """Seconds by which a second of work on another thread delays a step: 0 where it has a core to itself, 1 where
         all are taken. Every rank measures at the same time; the largest of them.
+
+        Raises StepError, on all ranks alike, where a step or the work fails on one of them.
         """
-        self.network.collect(None)
-        work()
-        start = time.perf_counter()
-        for _ in range(steps):
-            work()
-        piece = (time.perf_counter() - start) / steps
+        piece = 0.0
         done, stop = 0, threading.Event()
+        found: list[float] = []
+
+        def work_alone() -> None:
+            nonlocal piece
+            work()
+            start = time.perf_counter()
+            for _ in range(steps):
+                work()
+            piece = (time.perf_counter() - start) / steps
 
         def go_on() -> None:
             nonlocal done
@@ -147,20 +185,22 @@ class Profile:
                 work()
                 done += 1
 
-        found = []
-        with self._as_it_was():
-            self.network.collect(None)
-            thread = threading.Thread(target=go_on, name="communication")
-            thread.start()
-            try:
-                for _ in range(steps):
-                    before, start = done, time.perf_counter()
-                    self.lap(step)
-                    took = time.perf_counter() - start
-                    found.append((took - alone.before - alone.backward) / max(piece, (done - before) * piece))
-            finally:
-                stop.set()
-                thread.join()
+        def lap() -> None:
+            before, start = done, time.perf_counter()
+            self.lap(step)
+            took = time.perf_counter() - start
+            found.append((took - alone.before - alone.backward) / max(piece, (done - before) * piece))
+
+        self.network.collect(None)
+        together(self.network, "a codec", work_alone)
+        thread = threading.Thread(target=go_on, name="communication")
+        thread.start()
+        try:
+            for _ in range(steps):
+                together(self.network, STEP, lap)
+        finally:
+            stop.set()
+            thread.join()
         own = min(1.0, max(0.0, statistics.median(found)))
         return float(max(self.network.collect(own)))
 

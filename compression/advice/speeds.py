@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ..registry import Compressor, build
 from ..routes import squared_error
 from .choices import Choice
 from .echo import Echo
+from .profile import together
 
 PATIENCE, PATIENCE_FOR_MATRICES = 0.05, 0.3
 """Seconds of a turn of a codec: on as many buffers, one at least, as it can have in that time; others are as fast.
@@ -30,6 +32,9 @@ TURNS = 3
 
 MOST_RANKS = 4
 """Ranks among which codecs are timed; with more, what grows with the ranks is bytes to decode."""
+
+MOST_VALUES = 2**23
+"""Values of a buffer on which a codec is timed, at least one layer: more than a buffer of DDP's has by default."""
 
 SAMPLE = 2**18
 """Values on which an error is measured, at least one layer."""
@@ -57,30 +62,40 @@ class Codecs:
         buffers = [[layers[name] for name in names] for names in self.buffers]
         if compressor.needs_full_gradient:
             buffers = [[layer for buffer in buffers for layer in buffer]]
+        else:
+            buffers = [_cut(buffer) for buffer in buffers]
         by_size = sorted(buffers, key=lambda buffer: numel([buffer]))
         pipeline = Pipeline(averager, tuple(layers.values()), device)
+
+        steps = itertools.count()
 
         def turn(buffers: Sequence[Sequence[Layer]]) -> tuple[float, float]:
             times = [self._turn(pipeline, echo, averager, buffer, next(steps)) for buffer in buffers]
             return sum(before for before, _ in times), sum(after for _, after in times)
 
-        steps = itertools.count()
-        try:
+        def buffers_in_time() -> list[list[Layer]]:
             turn(by_size[:1])  # compiles
             rate = sum(turn(by_size[:1])) / numel(by_size[:1])
             patience = PATIENCE_FOR_MATRICES if compressor.needs_matrix else PATIENCE
             count = 1
             while count < len(by_size) and rate * numel(by_size[: count + 1]) < patience:
                 count += 1
-            done = by_size[:count]
-            turn(done)  # gets memory
-            turns = []
-            for _ in range(TURNS):
-                self.network.collect(None)  # all ranks of a machine at the same time
-                turns.append(turn(done))
-            before, after = sorted(turns, key=sum)[TURNS // 2]
+            turn(by_size[:count])  # gets memory
+            return by_size[:count]
+
+        what, turns, done = f"compressor {compressor.name}", [], by_size[:1]
+
+        def prepare() -> None:
+            nonlocal done
+            done = buffers_in_time()
+
+        try:
+            together(self.network, what, prepare)
+            for _ in range(TURNS):  # all ranks of a machine at the same time
+                together(self.network, what, lambda: turns.append(turn(done)))
         finally:
             pipeline.close()
+        before, after = sorted(turns, key=sum)[TURNS // 2]
         load = load_of(averager, done, Cluster(echo.world_size))
         if load.decoded == 0:  # of what the network adds up
             own = CodecCosts((before + after) / load.encoded, 0.0)
@@ -122,21 +137,34 @@ class Codecs:
         """
         found = {}
         for codec, compressor in {choice.codec: choice.compressor for choice in choices}.items():
-            layers = {layer.name: layer for layer in layers_of(self.shapes.items(), compressor.bucket_size)}
-            error = norm = 0.0
-            for name in _sample({n: g for n, g in self.gradient.items() if layers[n].compressed}, SAMPLE):
-                values = self.gradient[name]
-                error += squared_error(compressor, layers[name], values)
-                norm += float(values.double().square().sum())
-            ranks = self.network.collect((error, norm))
+            ranks = together(self.network, f"compressor {compressor.name}", partial(self._squares, compressor))
             error, norm = (math.fsum(part) for part in zip(*ranks, strict=True))
             found[codec] = math.sqrt(error / norm) if norm else 0.0
         return found
+
+    def _squares(self, compressor: Compressor) -> tuple[float, float]:
+        """The squared error of one encoding of a sample of the layers, and their squared norm."""
+        layers = {layer.name: layer for layer in layers_of(self.shapes.items(), compressor.bucket_size)}
+        error = norm = 0.0
+        for name in _sample({n: g for n, g in self.gradient.items() if layers[n].compressed}, SAMPLE):
+            values = self.gradient[name]
+            error += squared_error(compressor, layers[name], values)
+            norm += float(values.double().square().sum())
+        return error, norm
 
 
 def numel(buffers: Sequence[Sequence[Layer]]) -> int:
     """Values of all layers of some buffers."""
     return sum(layer.numel for buffer in buffers for layer in buffer)
+
+
+def _cut(buffer: Sequence[Layer]) -> list[Layer]:
+    """The layers of a buffer, but for the largest ones of one that is too large to be timed whole."""
+    kept = list(buffer)
+    for layer in sorted(buffer, key=lambda layer: -layer.numel):
+        if len(kept) > 1 and numel([kept]) > MOST_VALUES:
+            kept.remove(layer)
+    return kept
 
 
 def _sample(gradient: Mapping[str, Tensor], values: int) -> list[str]:

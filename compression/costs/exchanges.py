@@ -129,7 +129,8 @@ class Costs:
     """Seconds of a rank on a core of its own: to start, of a round, of a message, of a byte sent, of a byte copied.
 
     `codecs` are by name. `slower_sums`: how many times as long a link takes for a byte of an all-reduce, in which
-    neighbors wait for one another, as for one of a message.
+    neighbors wait for one another, as for one of a message. `overlaps`, and `overlaps_inside` a host: whether the
+    network takes several buffers at once, in different orders on the ranks, from averagers that have them so.
     """
 
     start: float
@@ -139,6 +140,8 @@ class Costs:
     per_copied_byte: float
     codecs: Mapping[str, CodecCosts]
     slower_sums: float = 1.0
+    overlaps: bool = True
+    overlaps_inside: bool = True
 
     @classmethod
     def fit(cls, seconds: Mapping[Run, float]) -> "Costs":
@@ -277,15 +280,17 @@ def _load_in_levels(averager: Hierarchical, buffers: Sequence[Sequence[Layer]], 
     )
 
 
-def in_buffers(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
-    """Layers as DDP groups them by default: last ones first, a buffer closed once it is full, the first one sooner."""
+def in_buffers(
+    layers: Sequence[Layer], limit: int = BUFFER_BYTES, first_limit: int = FIRST_BUFFER_BYTES
+) -> Iterator[list[Layer]]:
+    """Layers as DDP groups them: last ones first, a buffer closed at `limit` bytes, by default the first one sooner."""
     buffer: list[Layer] = []
-    nbytes, limit = 0, FIRST_BUFFER_BYTES
+    nbytes, closed_at = 0, first_limit
     for layer in reversed(layers):
         buffer.append(layer)
         nbytes += 4 * layer.numel
-        if nbytes >= limit:
+        if nbytes >= closed_at:
             yield buffer
-            buffer, nbytes, limit = [], 0, BUFFER_BYTES
+            buffer, nbytes, closed_at = [], 0, limit
     if buffer:
         yield buffer

@@ -103,11 +103,11 @@ class StepModel:
         return replace(self, cluster=cluster)
 
     def promise(self, averager: Averager) -> Promise:
-        """The loads of all buffers, flat or in two levels."""
+        """The loads of all buffers, flat or in two levels. They overlap where averager and network let them."""
         loads = tuple(load_of(averager, [buffer], self.cluster) for buffer in self.buffers)
         if isinstance(averager, Hierarchical):
-            return Promise(loads, averager.inner.overlaps)
-        return Promise(loads, averager.overlaps)
+            return Promise(loads, averager.inner.overlaps and self.costs.overlaps and self.costs.overlaps_inside)
+        return Promise(loads, averager.overlaps and self.costs.overlaps)
 
     def predict(self, promised: Averager | Promise, codec: str | None) -> Prediction:
         """The step with an averager, whose codec has one of the costs' speeds, or none.

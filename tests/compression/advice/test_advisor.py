@@ -1,13 +1,25 @@
 """The advisor: what it measures of a model, and that it leaves everything as it was."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import compression
-from compression.advice.advisor import ALONE, _Measuring
+from compression.advice import speeds
+from compression.advice.advisor import ALONE, _Measuring, ranks_per_core
+from compression.advice.choices import choices
 from compression.advice.echo import Echo
+from compression.advice.profile import StepError, together
 from compression.advice.speeds import Codecs
+from compression.costs import Costs
+from compression.layers import layers_of
 from compression.network.arrangement import Arrangement
 from compression.network.collectives import Solo
 from compression.network.hosts import Hosts
@@ -86,6 +98,168 @@ def test_a_step_that_fails_on_one_rank_fails_on_all() -> None:
     assert first == second
 
 
+def failing_on_one(work: Callable[[_Measuring, bool], object]) -> list[str]:
+    """What two ranks say, of which the second fails in some work."""
+
+    def rank_main(ranks: compression.Collectives) -> str:
+        model = network()
+        arrangement = Arrangement(ranks, Hosts.separate(2))
+        measuring = _Measuring(model, dict(model.named_parameters()), arrangement, Step(model), None)
+        with pytest.raises(StepError) as raised:
+            work(measuring, ranks.rank == 1)
+        return str(raised.value)
+
+    return run_ranks(2, rank_main)
+
+
+def test_a_step_beside_a_codec_that_fails_on_one_rank_fails_on_all() -> None:
+    def work(measuring: _Measuring, bad: bool) -> None:
+        compute = measuring.profile.run(measuring.step, 0.0)
+        measuring.step.bad = bad
+        measuring.profile.contention(measuring.step, lambda: None, compute)
+
+    first, second = failing_on_one(work)
+    assert first == second == "a step of this model fails: RuntimeError: out of luck; run it without advice first"
+
+
+def test_an_update_that_fails_on_one_rank_fails_on_all() -> None:
+    def work(measuring: _Measuring, bad: bool) -> None:
+        measuring.update = lambda: 1 / (0 if bad else 1)
+        measuring._updating()
+
+    first, second = failing_on_one(work)
+    assert first == second
+    assert first.startswith("the update fails: ZeroDivisionError")
+
+
+def test_a_codec_that_fails_on_one_rank_fails_on_all() -> None:
+    def work(measuring: _Measuring, bad: bool) -> None:
+        values = {name: torch.randn(shape).flatten() for name, shape in measuring.shapes.items()}
+        codecs = Codecs(values, measuring.shapes, [tuple(measuring.shapes)], measuring.network)
+        if bad:
+            del values["0.weight"]
+        codecs.speeds(choices()[:1], 2)
+
+    first, second = failing_on_one(work)
+    assert first == second
+    assert first.startswith("compressor none fails: KeyError")
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_is_refused_on_all() -> None:
+    """Its errors would be, and bfloat16 would be advised by accident."""
+
+    def work(measuring: _Measuring, bad: bool) -> None:
+        measuring.step.batch *= float("inf") if bad else 1.0
+        measuring.profile.run(measuring.step, 0.0)
+        measuring.profile.gradient()
+
+    first, second = failing_on_one(work)
+    assert first == second
+    assert "its gradient is not finite, first that of 0.weight; lower the loss scale or the learning rate" in first
+
+
+def test_work_of_all_ranks_has_a_result_of_each() -> None:
+    assert run_ranks(2, lambda ranks: together(ranks, "it", lambda: ranks.rank)) == [[0, 1], [0, 1]]
+
+
+def test_an_advice_leaves_random_numbers_and_gradients_as_they_were() -> None:
+    model = network()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    state = torch.get_rng_state()
+
+    def step() -> None:
+        model(torch.randn(8, 32)).square().sum().backward()
+
+    compression.advise(model, step, simulate="hosts=2 link=1gbit", update=lambda: torch.randn(1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
+    assert model[3].weight.grad is None
+
+
+def test_ranks_share_the_cores_that_all_of_a_machine_may_use() -> None:
+    """Some ranks may use other cores than others; it is the fullest machine that all wait for."""
+    pinned, free = frozenset({0}), frozenset({0, 1})
+    assert ranks_per_core([("a", frozenset({0})), ("a", frozenset({1}))]) == 1
+    assert ranks_per_core([("a", pinned), ("a", free), ("a", free), ("a", pinned)]) == 2
+    assert ranks_per_core([("a", free), ("b", pinned), ("b", pinned), ("b", pinned)]) == 3
+    assert ranks_per_core([("a", free)]) == 1
+
+
+@contextmanager
+def one_rank(folder: Path) -> Iterator[None]:
+    """A process group of one rank, which DDP needs."""
+    store = dist.FileStore(str(folder / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(minutes=15))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_no_advice_can_time_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    with one_rank(tmp_path):
+        model = DistributedDataParallel(network(), static_graph=True)
+        step = Step(model)
+        with pytest.raises(
+            ValueError, match=r"cannot run with static_graph=True; make it without that for the advice$"
+        ):
+            compression.advise(model, step, simulate="hosts=2 link=1gbit")
+        assert step.calls == 0
+        step()  # a training goes on
+        sharded = network()
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(sharded, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="this model was given to fully_shard; give the model as it was before"):
+            compression.advise(sharded, step, simulate="hosts=2 link=1gbit")
+
+
+def test_buffers_are_those_of_the_users_ddp_and_none_is_broadcast(tmp_path: Path) -> None:
+    """A rank whose step fails before its forward would leave the others in such a broadcast."""
+    with one_rank(tmp_path):
+        layers = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(12)))
+        layers.register_buffer("steps", torch.zeros(1))
+        model = DistributedDataParallel(layers, bucket_cap_mb=1)
+        assert model.will_sync_module_buffers()
+        parameters = dict(model.module.named_parameters())
+        arrangement = Arrangement(compression.Solo(), Hosts.single(1))
+        batch = torch.randn(4, 256)
+
+        def step() -> None:
+            assert not model.will_sync_module_buffers()
+            model(batch).sum().backward()
+
+        measuring = _Measuring(model, parameters, arrangement, step, None)
+        buffers = measuring._buffers(measuring.profile.run(step, 0.0))
+        assert model.will_sync_module_buffers()
+    assert [len(buffer) for buffer in buffers] == [4, 4, 4]
+
+
+def test_buffers_overlap_where_the_ranks_networks_let_them() -> None:
+    """A machine alone stands for gloo, whose messages go by tag."""
+    costs = Costs(0.0, 0.0, 0.0, 0.0, 0.0, {})
+
+    def found(ranks: compression.Collectives) -> tuple[bool, bool]:
+        model = network()
+        arrangement = Arrangement(ranks, Hosts.separate(ranks.world_size))
+        measuring = _Measuring(model, dict(model.named_parameters()), arrangement, Step(model), None)
+        with_them = measuring._with_overlaps(costs)
+        return with_them.overlaps, with_them.overlaps_inside
+
+    assert found(compression.Solo()) == (True, True)
+    tagged = Echo(4)
+    assert found(tagged) == (True, True)
+    tagged.matched_by_tag = lambda device: False  # type: ignore[method-assign]
+    assert found(tagged) == (False, True)
+
+
+def test_a_codec_is_timed_on_a_part_of_a_model_that_is_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speeds, "MOST_VALUES", 1000)
+    layers = layers_of([("a", (20, 20)), ("b", (900, 10)), ("c", (30, 20))], 0)
+    assert [layer.name for layer in speeds._cut(layers)] == ["a", "c"]
+    assert [layer.name for layer in speeds._cut(layers[1:2])] == ["b"]
+
+
 def test_an_update_is_timed_and_not_called_without_a_need() -> None:
     model = network()
     seen = []
@@ -99,8 +273,6 @@ def test_an_update_is_timed_and_not_called_without_a_need() -> None:
 
 
 def test_every_codec_runs_on_an_echo_of_many_ranks() -> None:
-    from compression.advice.choices import choices
-
     shapes = {"a": (64, 96), "b": (96, 64), "bias": (64,)}
     gradient = {name: torch.randn(*shape).flatten() for name, shape in shapes.items()}
     codecs = Codecs(gradient, shapes, [("bias", "b"), ("a",)], Solo())

@@ -13,6 +13,7 @@ from compression.network.arrangement import Arrangement
 from compression.network.hosts import Hosts
 
 CPU = torch.device("cpu")
+COPIED = 3e-10  # seconds of a byte
 
 
 class Clock:
@@ -53,6 +54,7 @@ def measured(
     fake = SimpleNamespace(perf_counter=lambda: clock.seconds, process_time=lambda: clock.busy)
     monkeypatch.setattr(links, "time", fake)
     monkeypatch.setattr(links, "_seconds_of_adding", lambda dtype, device: 1e-10)
+    monkeypatch.setattr(links, "seconds_of_a_copied_byte", lambda device: COPIED)
     network = Throttled(clock, hosts, mbit * 125e3, latency, busy)
     cluster, costs, _ = links.measure_links(Arrangement(network, hosts), CPU)
     return cluster, costs, network
@@ -85,6 +87,32 @@ def test_a_slow_link_is_not_filled_for_minutes(monkeypatch: pytest.MonkeyPatch) 
     _, _, network = measured(monkeypatch, Hosts.separate(4), 50.0, 1e-3)
     assert network.largest < 8 * links.LONGEST
     assert network.clock.seconds < 20
+
+
+def test_an_exchange_of_one_byte_that_takes_long_is_not_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One size has no slope."""
+    cluster, _, _ = measured(monkeypatch, Hosts.separate(2), 100.0, 2 * links.LONGEST)
+    assert cluster.link_mbit == pytest.approx(100, rel=0.01)
+    assert cluster.latency == pytest.approx(2 * links.LONGEST, rel=0.01)
+
+
+def test_hosts_that_differ_in_their_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"^advice takes hosts with as many ranks each, got hosts of 3 \+ 1 ranks; "):
+        measured(monkeypatch, Hosts((0, 0, 0, 1)), 100.0, 0.0)
+
+
+def test_ranks_without_two_levels_know_what_copies_in_them_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a simulated cluster two levels are predicted from these ranks' costs."""
+    _, costs, _ = measured(monkeypatch, Hosts.separate(2), 100.0, 0.0)
+    assert costs.per_copied_byte == COPIED
+    monkeypatch.undo()
+    assert 0 < links.seconds_of_a_copied_byte(CPU) < 1e-6
+
+
+def test_a_turn_that_is_held_up_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = iter([0.0, 0.0, 0.0, 9.0] + [float(9 + k // 2) for k in range(1, 2 * links.MOST_TURNS)])
+    monkeypatch.setattr(links, "time", SimpleNamespace(perf_counter=lambda: next(turns)))
+    assert links._median_seconds(lambda: None, CPU) == 1.0
 
 
 def test_a_machine_alone_has_costs_above_0() -> None:

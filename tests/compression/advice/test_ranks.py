@@ -1,5 +1,6 @@
 """Advice among real ranks, in one level and two: all get the same, and compression attaches afterwards as ever."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,27 @@ import compression
 from tests.support.gloo_ranks import as_rank, run
 
 
+def failing(rank: int) -> dict[str, Any]:
+    """A step that fails before its forward on one rank, of a model whose buffers DDP would broadcast in the others'."""
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32)))
+
+    def step() -> None:
+        if rank == 1:
+            raise RuntimeError("no data")
+        model(torch.randn(8, 64)).square().mean().backward()
+
+    try:
+        compression.advise(model, step)
+    except ValueError as error:
+        return {"said": str(error), "broadcasts": model.will_sync_module_buffers()}
+    return {}
+
+
 def work(rank: int, folder: Path, ranks_per_host: str) -> dict[str, Any]:
+    if ranks_per_host == "failing":
+        return failing(rank)
+    if rank == 0 and hasattr(os, "sched_setaffinity"):  # ranks that may use other cores than others still agree
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)))
     torch.manual_seed(rank)
@@ -41,7 +62,13 @@ def test_all_ranks_end_with_the_same_advice(ranks: int, ranks_per_host: int, tmp
     assert first["cluster"] == (ranks // ranks_per_host, ranks_per_host)
     names = {each["name"] for each in first["advice"]["choices"]}
     assert ("maxmin, bits 4, two levels" in names) == (ranks_per_host > 1)
-    assert (first["advice"]["measured"]["costs"]["per_copied_byte"] > 0) == (ranks_per_host > 1)
+    assert first["advice"]["measured"]["costs"]["per_copied_byte"] > 0
+
+
+def test_a_step_that_fails_before_its_forward_holds_up_no_rank(tmp_path: Path) -> None:
+    results, _ = run(__file__, 2, tmp_path, "failing")
+    said = "a step of this model fails: RuntimeError: no data; run it without advice first"
+    assert results == [{"said": said, "broadcasts": True}] * 2
 
 
 if __name__ == "__main__":

@@ -199,3 +199,10 @@ def test_only_a_fit_needs_scipy() -> None:
         "except ImportError: sys.exit(7)\n"
     )
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[3]).returncode == 7
+
+
+def test_buffers_are_closed_at_the_limits_that_are_given() -> None:
+    own = layers_of([(str(k), (256, 256)) for k in range(20)], 0)  # of a quarter of a MiB
+    assert [len(buffer) for buffer in in_buffers(own)] == [4, 16]
+    assert [len(buffer) for buffer in in_buffers(own, 2**21, 2**21)] == [8, 8, 4]
+    assert [len(buffer) for buffer in in_buffers(own, 2**21)] == [4, 8, 8]

@@ -52,6 +52,24 @@ def test_a_codec_hides_where_a_core_is_to_spare_and_does_not_where_none_is() -> 
     assert exposed(early, contention=1.0) == 2
 
 
+def test_buffers_overlap_where_averager_and_network_let_them() -> None:
+    """GPUs' messages go by order: nothing overlaps there. Nor in two levels, where the way inside takes turns."""
+    layers = layers_of(SHAPES.items(), build("maxmin").bucket_size)
+    cluster = Cluster(2, 2)
+
+    def overlaps(name: str, hierarchical: bool, **network: bool) -> bool:
+        steps = StepModel(replace(COSTS, **network), IDLE, cluster, [layers])
+        return steps.promise(bound(build(name), layers, cluster, hierarchical)).overlaps
+
+    assert overlaps("maxmin", False)
+    assert overlaps("maxmin", True)
+    assert not overlaps("none", False)
+    assert not overlaps("maxmin", False, overlaps=False)
+    assert overlaps("maxmin", False, overlaps_inside=False)
+    assert not overlaps("maxmin", True, overlaps_inside=False)
+    assert not overlaps("maxmin", True, overlaps=False)
+
+
 def test_buffers_that_overlap_encode_while_others_travel() -> None:
     """Encoded at 11 and 12, arrived at 14 and 17, decoded at 15 and 18; one at a time it would be 20."""
     transfers = [(10.0, Parts(1, 3, 0, 1)), (10.0, Parts(1, 3, 0, 1))]
