@@ -124,6 +124,12 @@ def test_two_levels_are_forecast_on_hosts_of_several_ranks() -> None:
     assert on_paper(measured(), "hosts=4 ranks=2 link=1gbit").choices == advice(found, two_levels=True).choices
 
 
+def test_two_levels_can_be_left_out_on_paper() -> None:
+    flat = on_paper(measured(), "hosts=4 ranks=2 link=1gbit", hierarchical=False)
+    assert flat.choices
+    assert not any(each.choice.hierarchical for each in flat.choices)
+
+
 def test_the_table_has_a_line_for_each_choice_and_ends_with_what_to_use() -> None:
     found = advice(measured(link_mbit=5))
     lines = found.in_words(lambda choice: ["--this", str(choice)]).splitlines()
