@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -115,6 +116,37 @@ def test_the_content_of_a_file_is_plain_and_gives_the_same_advice() -> None:
 def test_a_file_of_something_else_is_refused(content: object) -> None:
     with pytest.raises(ValueError, match="holds no measurements of an advice"):
         Measured.from_json(content)
+
+
+DAMAGED = {
+    "shapes.stem": ([64, -48], "shapes are of whole numbers, got (64, -48) of 'stem'"),
+    "shapes.new": ([2], "`buffers` hold every one of the shapes' names once"),
+    "buffers": ([["bias", "head"], ["body", "stem", "body"]], "`buffers` hold every one of the shapes' names once"),
+    "compute.ready": ({"bias": 0.001}, "`ready` says nothing of 'body'"),
+    "compute.backward": (math.nan, "times of a step are in seconds"),
+    "cluster.link_mbit": (-1.0, "a cluster's `link_mbit` is a rate above 0"),
+    "costs.per_byte": (-1e-9, "got -1e-09 as per_byte"),
+    "costs.per_round": (None, "holds no measurements of an advice"),
+    "costs.codecs.float32": ({"per_value": math.inf, "per_byte": 0.0}, "got inf as per_value of float32"),
+    "errors.float32": (math.nan, "got nan as error of float32"),
+    "errors.novel": (0.1, "`errors` and `codecs` have the same names, and 'novel' is of one; measure anew"),
+    "ranks_on_machine": ("two", "holds no measurements of an advice"),
+    "version": (99, "measurements of version 1 are read, got 99; measure anew"),
+}
+
+
+@pytest.mark.parametrize("place", DAMAGED)
+def test_a_damaged_file_is_refused_in_one_line(place: str) -> None:
+    content = json.loads(json.dumps(measured().to_json()))
+    value, message = DAMAGED[place]
+    *parents, last = place.split(".")
+    inner = content
+    for name in parents:
+        inner = inner[name]
+    inner[last] = value
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        Measured.from_json(content)
+    assert "\n" not in str(raised.value)
 
 
 def test_two_levels_are_forecast_on_hosts_of_several_ranks() -> None:
