@@ -1855,14 +1855,21 @@ class Snapshot:
         return saved
 
     def measured(self, saved: Mapping[str, Any] | None) -> compression.Measured | None:
-        """What the run that wrote a checkpoint measured for its searches, where as many ranks go on as it asked.
+        """What the run that wrote a checkpoint measured for its searches, where as many ranks go on, on as many hosts.
 
         Its searches go on with the same predictions.
         """
         if saved is None or saved["world_size"] != self.ranks.size or "measured" not in saved:
             return None
         kept = saved["measured"]
-        return compression.Measured.from_json(kept["times"]) if kept["simulate"] == self.flags.simulate else None
+        if kept["simulate"] != self.flags.simulate:
+            return None
+        with self.ranks.fail_together():
+            measured = compression.Measured.from_json(kept["times"])
+            hosts, cluster = self.ranks.hosts(self.flags.ranks_per_host), measured.cluster
+        if self.flags.simulate:
+            return measured
+        return measured if (cluster.hosts, cluster.ranks_per_host) == (hosts.count, max(hosts.sizes)) else None
 
     def save(self, run: Run, best: bool) -> None:
         """Write the state after `run.epoch` epochs and `run.iteration` iterations. Every rank calls it.
