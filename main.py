@@ -444,8 +444,8 @@ def build_parser() -> argparse.ArgumentParser:
               help="numbers as which values travel that are not encoded: all with --compression-type none, those of "
               "small layers with the others")
     extension(encoding, "--advise", action="store_true",
-              help="train nothing: measure this model, batch and network for about ten seconds, predict the step of "
-              "every compressor, and say which flags to use; writes advice.json and advice.png")
+              help="train nothing: measure this model, batch and network for some tens of seconds, predict the step "
+              "of every compressor, and say which flags to use; writes advice.json and advice.png")
     extension(encoding, "--simulate", metavar="CLUSTER", type=cluster,
               help="with --advise or --search-objective time: for a cluster that is not there, as in 'hosts=16 ranks=8 "
               "link=25gbit latency=50us'; "
