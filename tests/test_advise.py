@@ -1,7 +1,9 @@
 """main.py --advise: on two ranks and on paper, what it writes, and one line for each bad input."""
 
 import json
+import math
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -10,6 +12,10 @@ import main
 from tests.support.program import SMALL, run, run_well
 
 ON_PAPER = ("--advise", "--simulate", "hosts=4 ranks=2 link=1gbit latency=50us")
+
+
+def forecasts_that_are_no_numbers() -> None:
+    patch.object(compression.Advice, "to_json", lambda *_: {"seconds": math.nan}).start()
 
 
 def content(workspace: Path) -> dict:
@@ -49,6 +55,11 @@ def test_one_process_is_advised_for_a_cluster_that_is_not_there(pictures: Path, 
 
     again = ("--advise-from", tmp_path / "first" / "advice.json", "--workspace", tmp_path / "again")
     run_well("no such folder", *ON_PAPER, *again)
+    assert content(tmp_path / "again") == found
+
+    [rank] = run("no such folder", *ON_PAPER, *again, before=forecasts_that_are_no_numbers)
+    assert rank.status == 2
+    assert "not JSON compliant" in rank.err
     assert content(tmp_path / "again") == found
 
     flat = (*again[:2], "--workspace", tmp_path / "flat", "--hierarchical", "off")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from compression import Measured, World
-from compression.costs import Cluster, Compute, Costs
+from compression.costs import Cluster, CodecCosts, Compute, Costs
 from compression.network.threads import ThreadCollectives, run_ranks
 from image_classification.logs import records
 from main import Snapshot
@@ -86,10 +86,10 @@ def test_steps_are_measured_on_the_ranks_that_there_are_once_in_a_run(pictures: 
 def test_times_measured_on_other_hosts_are_not_gone_on_with(ranks_per_host: int | None) -> None:
     """Two ranks on this machine, which count as two hosts where they are told so."""
     plan: Any = SimpleNamespace(workspace="w", checkpoint_filename="c", simulate=None, ranks_per_host=ranks_per_host)
-    costs = Costs(0.0, 0.0, 0.0, 0.0, 0.0, {})
-    compute = Compute(0.1, 0.1, 0.0, {"a": 0.1})
+    costs = Costs(0.0, 0.0, 0.0, 0.0, 0.0, {"float32": CodecCosts(0.0, 0.0)})
+    compute, errors = Compute(0.1, 0.1, 0.0, {"a": 0.1}), {"float32": 0.0}
     by_shape = {
-        shape: Measured({"a": (3,)}, (("a",),), compute, Cluster(*shape), costs, {}) for shape in ((1, 2), (2, 1))
+        shape: Measured({"a": (3,)}, (("a",),), compute, Cluster(*shape), costs, errors) for shape in ((1, 2), (2, 1))
     }
 
     def known(ranks: ThreadCollectives) -> list[tuple[int, int]]:

@@ -80,6 +80,8 @@ class Measured:
             costs["codecs"] = {name: CodecCosts(**each) for name, each in costs["codecs"].items()}
             if odd := costs["codecs"].keys() ^ content["errors"].keys():
                 raise ValueError(f"`errors` and `codecs` have the same names, and {min(odd)!r} is of one; measure anew")
+            if "float32" not in content["errors"]:
+                raise ValueError("float32, which every advice is held against, is not in `errors`; measure anew")
             return cls(
                 shapes={name: tuple(shape) for name, shape in content["shapes"].items()},
                 buffers=tuple(tuple(names) for names in content["buffers"]),

@@ -149,6 +149,13 @@ def test_a_damaged_file_is_refused_in_one_line(place: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_a_file_without_any_codec_is_refused() -> None:
+    content = json.loads(json.dumps(measured().to_json()))
+    content["errors"], content["costs"]["codecs"] = {}, {}
+    with pytest.raises(ValueError, match="float32, which every advice is held against, is not in `errors`"):
+        Measured.from_json(content)
+
+
 def test_two_levels_are_forecast_on_hosts_of_several_ranks() -> None:
     found = replace(measured(), cluster=Cluster(4, 2, 1_000))
     names = [str(each.choice) for each in advice(found, two_levels=True).choices]
