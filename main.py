@@ -603,10 +603,9 @@ def check(flags: argparse.Namespace, changed: set[str], launched: bool) -> None:
     refuse(flags.device == "cpu" and flags.dist_backend == "nccl",
            "--dist-backend nccl needs a GPU, and --device is cpu; use gloo")
     only_one("hvd dist_backend")
-    elsewhere = flags.advise and flags.simulate
-    for names, useful in (("dist_backend ranks_per_host verify_wire", launched),
-                          ("hierarchical", launched or elsewhere)):
-        goes_with(names, useful, "other ranks; start some, as with torchrun --nproc_per_node 2")
+    ranks = "other ranks; start some, as with torchrun --nproc_per_node 2"
+    goes_with("dist_backend ranks_per_host verify_wire", launched, ranks)
+    goes_with("hierarchical", launched or flags.simulate, ranks)
     goes_with("bb_num_parallel_steps", flags.bb_ratio, "--bb-ratio")
     only_one("bb_ratio big_grad")
     goes_with("ranks_per_host", flags.hierarchical != "off", "two levels; drop --hierarchical off")
