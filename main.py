@@ -93,6 +93,7 @@ START = {
 
 PROGRAM = "gradwire"
 ADVICE = "advice.json"  # in the workspace, of --advise
+IN_LEVELS = {"auto": None, "on": True, "off": False}  # what --hierarchical says to `attach`
 STATISTICS = "gradient_stats.jsonl"  # in the workspace, of --compression-type stats
 
 
@@ -443,8 +444,8 @@ def build_parser() -> argparse.ArgumentParser:
               help="numbers as which values travel that are not encoded: all with --compression-type none, those of "
               "small layers with the others")
     extension(encoding, "--advise", action="store_true",
-              help="train nothing: measure this model, batch and network for about ten seconds, predict the step of "
-              "every compressor, and say which flags to use; writes advice.json and advice.png")
+              help="train nothing: measure this model, batch and network for some tens of seconds, predict the step "
+              "of every compressor, and say which flags to use; writes advice.json and advice.png")
     extension(encoding, "--simulate", metavar="CLUSTER", type=cluster,
               help="with --advise or --search-objective time: for a cluster that is not there, as in 'hosts=16 ranks=8 "
               "link=25gbit latency=50us'; "
@@ -602,8 +603,9 @@ def check(flags: argparse.Namespace, changed: set[str], launched: bool) -> None:
     refuse(flags.device == "cpu" and flags.dist_backend == "nccl",
            "--dist-backend nccl needs a GPU, and --device is cpu; use gloo")
     only_one("hvd dist_backend")
-    goes_with("dist_backend hierarchical ranks_per_host verify_wire", launched,
-              "other ranks; start some, as with torchrun --nproc_per_node 2")
+    ranks = "other ranks; start some, as with torchrun --nproc_per_node 2"
+    goes_with("dist_backend ranks_per_host verify_wire", launched, ranks)
+    goes_with("hierarchical", launched or flags.simulate, ranks)
     goes_with("bb_num_parallel_steps", flags.bb_ratio, "--bb-ratio")
     only_one("bb_ratio big_grad")
     goes_with("ranks_per_host", flags.hierarchical != "off", "two levels; drop --hierarchical off")
@@ -614,6 +616,8 @@ def check(flags: argparse.Namespace, changed: set[str], launched: bool) -> None:
     for name in ("evaluate", "search", "resume", "compression_scheme", "bb_ratio", "save_weights"):
         refuse(flags.advise and name in changed, f"--advise trains nothing, and {spelled(name)} is of no use to it; "
                                                  "drop one")
+    refuse(flags.advise and flags.hierarchical == "on",
+           "--advise tells whether two levels are faster, and --hierarchical on leaves it no choice; drop it")
     refuse(flags.advise and not launched and not flags.simulate,
            "nothing travels: advice needs the number of ranks or --simulate; start some, as with torchrun "
            "--nproc_per_node 2")
@@ -786,6 +790,7 @@ def check_files(flags: argparse.Namespace) -> None:
         "--pretrained-weights": flags.pretrained_weights,
         "--compression-scheme": flags.compression_scheme,
         "--advise-from": flags.advise_from,
+        "the advice in --workspace": workspace / ADVICE if flags.advise else None,
     }
     folders = {"--workspace": flags.workspace, "--tensorboard-dir": flags.tensorboard_dir}
     for name, path in (files | folders).items():
@@ -800,13 +805,17 @@ def check_files(flags: argparse.Namespace) -> None:
 def check_world(flags: argparse.Namespace, world_size: int) -> None:
     """Hold the flags against the number of ranks.
 
-    Raises ValueError where `--optimizer-batch-size` is no multiple of ranks x batch.
+    Raises ValueError where `--optimizer-batch-size` is no multiple of ranks x batch, or asks predictions for steps of
+    several batches.
     """
-    for asked, needs in ((flags.advise, "advice needs"), (flags.search_objective == "time",
-                                                          "--search-objective time needs")):
+    batch, total = world_size * flags.batch_size, flags.optimizer_batch_size
+    for asked, who, needs in ((flags.advise, "--advise", "advice needs"),
+                              (flags.search_objective == "time", *["--search-objective time"] * 2)):
         refuse(asked and world_size == 1 and not flags.simulate,
                f"nothing travels: {needs} the number of ranks or --simulate; start two or more")
-    batch, total = world_size * flags.batch_size, flags.optimizer_batch_size
+        refuse(asked and total > batch,
+               f"{who} predicts steps of one batch a rank, {batch} images, and --optimizer-batch-size {total} makes "
+               "them of several; drop it, or raise --batch-size")
     refuse(total != -1 and total % batch,
            f"--optimizer-batch-size {total} is no multiple of ranks x --batch-size = {world_size} x "
            f"{flags.batch_size} = {batch}")
@@ -846,12 +855,19 @@ TRAINING = (
 """Flags that count in training alone."""
 
 NOT_ADVISED = (
-    "epochs run_epochs lr_schedule warmup print_freq gather_checkpoints no_checkpoints checkpoint_filename prof "
-    "training_only raport_file tensorboard_dir compression_type quantization_bits second_hop_bits bucket_size "
-    "error_feedback efx_bits efx_randk topk_ratio big_grad dgc dgc_clip compressor_warmup_steps powersgd_rank "
-    "dense_dtype check_replicas verify_wire"
+    "epochs run_epochs optimizer_batch_size lr lr_schedule warmup mixup print_freq gather_checkpoints no_checkpoints "
+    "checkpoint_filename prof training_only raport_file tensorboard_dir compression_type quantization_bits "
+    "second_hop_bits bucket_size error_feedback efx_bits efx_randk topk_ratio big_grad dgc dgc_clip "
+    "compressor_warmup_steps powersgd_rank dense_dtype check_replicas verify_wire"
 )
 """Flags that count in training, and not in an advice, which tries all compressors at their usual settings."""
+
+IN_THE_FILE = (
+    "data_backend arch model_config num_classes workers batch_size image_size crop_scale hflip skip_bad_images "
+    "label_smoothing momentum weight_decay bn_weight_decay nesterov pretrained_weights reset_head static_loss_scale "
+    "dynamic_loss_scale amp opt_level fp16 memory_format compile deterministic seed ranks_per_host"
+)
+"""Flags that count where an advice measures a model on its ranks, and not where a file has what was measured."""
 
 CALIBRATION = "crop_scale hflip label_smoothing compression_type bucket_size error_feedback dense_dtype"
 """Flags that count in training, and where a search passes over training images."""
@@ -882,6 +898,7 @@ def without_effect(flags: argparse.Namespace) -> dict[str, str]:
     idle("error_feedback", compressor.needs_feedback, "with a compressor that always has it")
     idle(TRAINING, flags.evaluate, "with --evaluate")
     idle(NOT_ADVISED, flags.advise, "with --advise")
+    idle(IN_THE_FILE, flags.advise_from, "with --advise-from, whose file holds what was measured")
     idle("checkpoint_filename", flags.evaluate and flags.resume != "auto", "with --evaluate")
     idle(CALIBRATION, flags.evaluate and not flags.search, "with --evaluate")
     idle("lr", flags.evaluate and flags.search_measure != "loss", "with --evaluate")
@@ -983,9 +1000,12 @@ def build_model(
 
 
 def build_data(
-    flags: Plan, seed: int, ranks: compression.World, alike: bool = False
+    flags: Plan, seed: int, ranks: compression.World, *, alike: bool = False, validation: bool = True
 ) -> tuple[classification.data.Loader, classification.data.Loader]:
-    """The train and the validation loader of this rank; with `alike`, a train loader of the same images on all."""
+    """The train and the validation loader of this rank; with `alike`, a train loader of the same images on all.
+
+    Without `validation`, its images need not be there.
+    """
     backend, warning = classification.data.resolve_backend(
         flags.data_backend if "data_backend" in flags.given else None
     )
@@ -1007,7 +1027,7 @@ def build_data(
         device=ranks.device,
         skip_bad_images=flags.skip_bad_images,
         training=not flags.evaluate or flags.search,
-        validation=not flags.training_only and not alike,
+        validation=validation and not flags.training_only and not alike,
     )
     return classification.data.build(options)
 
@@ -1067,7 +1087,12 @@ def advise_among(flags: Plan, ranks: compression.World) -> int:
     if flags.advise_from:
         with ranks.fail_together():
             measured = advice_of_file(flags.advise_from)
-            found = compression.on_paper(measured, flags.simulate)
+            found = compression.on_paper(
+                measured,
+                flags.simulate,
+                hierarchical=IN_LEVELS[flags.hierarchical],
+                all_reduces_bfloat16=not flags.hvd,
+            )
     else:
         found = measured_advice(flags, ranks)
     in_words = functools.partial(flags_of, several=found.cluster.hosts > 1 and found.cluster.ranks_per_host > 1)
@@ -1077,7 +1102,7 @@ def advise_among(flags: Plan, ranks: compression.World) -> int:
         if ranks.rank == 0:
             workspace = Path(flags.workspace)
             workspace.mkdir(parents=True, exist_ok=True)
-            content = json.dumps(found.to_json(in_words), indent=1).encode() + b"\n"
+            content = json.dumps(found.to_json(in_words), indent=1, allow_nan=False).encode() + b"\n"
             written = {workspace / ADVICE: content, workspace / "advice.png": found.plot()}
             for path, content in written.items():
                 with classification.atomic.replacing(path) as file:
@@ -1088,10 +1113,11 @@ def advise_among(flags: Plan, ranks: compression.World) -> int:
 
 def measured_advice(flags: Plan, ranks: compression.World) -> compression.Advice:
     """The advice on this model, with real batches and the optimizer at a learning rate of 0, which changes nothing."""
+    if flags.deterministic:
+        classification.reproducibility.use_deterministic_kernels()
     seed = flags.seed if flags.seed is not None else ranks.control.broadcast(secrets.randbelow(2**32))
     with ranks.fail_together():
-        loader, val_loader = build_data(flags, seed, ranks)
-        val_loader.close()
+        loader, _ = build_data(flags, seed, ranks, validation=False)
         module = build_model(flags, seed)
         module.train()
         classification.models.check_input_shape(module, flags.batch_size, flags.image_size)
@@ -1119,7 +1145,7 @@ def measured_advice(flags: Plan, ranks: compression.World) -> compression.Advice
             ranks.gradients,
             simulate=flags.simulate,
             update=lambda: optimizer.step(finite),
-            hierarchical={"auto": None, "on": True, "off": False}[flags.hierarchical],
+            hierarchical=IN_LEVELS[flags.hierarchical],
             ranks_per_host=None if ranks.groups else flags.ranks_per_host,
             groups=ranks.groups,
             all_reduces_bfloat16=not flags.hvd,
@@ -1133,10 +1159,13 @@ def measured_advice(flags: Plan, ranks: compression.World) -> compression.Advice
 def advice_of_file(path: str) -> compression.Measured:
     """What an advice.json says was measured. Raises ValueError where it is none."""
     try:
-        content = json.loads(Path(path).read_text())
-        return compression.Measured.from_json(content["measured"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        content = json.loads(Path(path).read_text())["measured"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"--advise-from {path} is no advice.json ({type(error).__name__}); choose another") from error
+    try:
+        return compression.Measured.from_json(content)
+    except ValueError as error:
+        raise ValueError(f"--advise-from {path}: {error}") from error
 
 
 def flags_of(choice: compression.Choice, several: bool) -> list[str]:
@@ -1277,7 +1306,7 @@ class Run:
                 self.compressor,
                 ranks.gradients,
                 self.seed,
-                hierarchical={"auto": None, "on": True, "off": False}[flags.hierarchical],
+                hierarchical=IN_LEVELS[flags.hierarchical],
                 ranks_per_host=None if ranks.groups else flags.ranks_per_host,
                 groups=ranks.groups if self.compressor.encodes else None,
                 barrier_fraction=flags.bb_ratio or 1.0,
@@ -1855,14 +1884,21 @@ class Snapshot:
         return saved
 
     def measured(self, saved: Mapping[str, Any] | None) -> compression.Measured | None:
-        """What the run that wrote a checkpoint measured for its searches, where as many ranks go on as it asked.
+        """What the run that wrote a checkpoint measured for its searches, where as many ranks go on, on as many hosts.
 
         Its searches go on with the same predictions.
         """
         if saved is None or saved["world_size"] != self.ranks.size or "measured" not in saved:
             return None
         kept = saved["measured"]
-        return compression.Measured.from_json(kept["times"]) if kept["simulate"] == self.flags.simulate else None
+        if kept["simulate"] != self.flags.simulate:
+            return None
+        with self.ranks.fail_together():
+            measured = compression.Measured.from_json(kept["times"])
+            hosts, cluster = self.ranks.hosts(self.flags.ranks_per_host), measured.cluster
+        if self.flags.simulate:
+            return measured
+        return measured if (cluster.hosts, cluster.ranks_per_host) == (hosts.count, max(hosts.sizes)) else None
 
     def save(self, run: Run, best: bool) -> None:
         """Write the state after `run.epoch` epochs and `run.iteration` iterations. Every rank calls it.

@@ -3,15 +3,17 @@
     python benchmarks/advice.py [--cells "resnet18 2x1 100" ...] [--seconds 20] [--runs FILE]
 
 A cell is a model, hosts x ranks a host, and the links' Mbit/s each way, or none for no limit. Hosts are network
-namespaces, with a rank of one thread each or several; that takes root. Without it only cells without a limit run, over
-this machine's loopback.
+namespaces, with a rank of one thread each or several; that takes root. Without root, name cells without a limit alone
+(`--cells`): they run over this machine's loopback.
 
 In each cell the ranks are first advised (`compression.advise`): all constants come from that, and are fixed from then
 on. Then every choice trains: its steps, after some to warm up, take what the table says, the median over steps of the
 slowest rank. Choices that exist in two levels are measured in those that the advice predicts to be faster. The last
-lines name every prediction that is off by more than 20 %, and how far the advised choice is from the best measured.
+lines name every prediction that is off by more than 20 %, and how far the advised choice is from the best of the
+methods measured, which are not all that an advice chooses from.
 
-With `--runs FILE` every finished cell is kept there, one JSON object a line, and is not run again by the same code.
+With `--runs FILE` every finished cell is kept there, one JSON object a line, and is not run again by the same code for
+as many seconds.
 """
 
 import argparse
@@ -232,19 +234,21 @@ def trained(step: Callable[[], None], optimizer: torch.optim.Optimizer, seconds:
 
 
 class Cells:
-    """Finished cells by (cell, methods, code), kept in a file where one is named."""
+    """Finished cells by (cell, methods, seconds, code), kept in a file where one is named."""
 
-    KEY = ("cell", "methods", "code")
+    KEY = ("cell", "methods", "seconds", "code")
 
     def __init__(self, path: Path | None, seconds: float) -> None:
         self.path, self.seconds = path, seconds
         lines = path.read_text().splitlines() if path is not None and path.exists() else []
         runs = list(map(json.loads, lines))
-        self.known = {(run["cell"], tuple(run["methods"]), run["code"]): run["rows"] for run in runs}
+        self.known = {
+            (run["cell"], tuple(run["methods"]), run.get("seconds"), run["code"]): run["rows"] for run in runs
+        }  # of earlier files, whose seconds nobody knows, none is taken
 
     def get(self, cell: Cell, methods: Sequence[str]) -> list[Row]:
         """The rows of a cell, run now where it was not before."""
-        key = (str(cell), tuple(methods), digest_of_code())
+        key = (str(cell), tuple(methods), self.seconds, digest_of_code())
         if key not in self.known:
             result = run(cell, methods, self.seconds)
             self.known[key] = result["rows"]
@@ -280,7 +284,7 @@ def table(cells: Mapping[Cell, Sequence[Row]]) -> Iterator[str]:
     yield ""
     yield f"Advised choices are bold. {len(misses)} of {len(every)} predictions are off by more than {MISS:.0%}:"
     yield from (f"* {cell}, {row.choice}: {row.ratio:.2f}" for cell, row in misses)
-    yield "The advised choice, beside the best measured:"
+    yield "The advised choice, beside the best of the methods measured:"
     for cell, rows in cells.items():
         best = min(rows, key=lambda each: each.measured)
         advised = next(row for row in rows if row.advised)

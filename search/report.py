@@ -263,8 +263,10 @@ def _step_times(result: SearchResult) -> Iterator[str]:
     yield f"Predicted step: {_ms(seconds)}; {_ms(timeline.own)} if nothing were sent; all layers alike, {steps}."
     widest = tables.widths[-1]
     if uniform[widest] <= seconds * (1 + TELLING):
+        hides = seconds <= timeline.own * (1 + TELLING)
+        why = "The codes hide behind backward" if hides else "Latency and fixed costs decide"
         yield (
-            f"The codes hide behind backward: fewer bits buy nothing here, for all layers at {widest} bits take "
+            f"{why}: fewer bits buy nothing here, for all layers at {widest} bits take "
             f"{percent(max(0.0, uniform[widest] / seconds - 1))} longer."
         )
         return

@@ -144,9 +144,10 @@ class Timeline:
         return self.seconds_of(self.parts(tables, bits))
 
     def hidden(self, tables: Tables, bits: Sequence[int]) -> NDArray[np.bool_]:
-        """Which layers [L] have bytes that backward hides: the step's longest chain waits for other ones."""
+        """Which layers [L] have bytes that backward hides: no second of them is in the step's longest chain."""
         weight_JP = self.longest(self.parts(tables, bits)).weight
-        return np.asarray(weight_JP[self.buffer, PARTS.index("network")] <= 0)
+        a_byte_J = (weight_JP * self.a_byte.max(axis=1)).sum(axis=1)
+        return np.asarray(a_byte_J[self.buffer] <= 0)
 
     def seconds_of(self, parts_JP: Floats) -> float:
         """Seconds of a step whose buffers' parts [J, P] take so many."""

@@ -1,7 +1,9 @@
 """main.py --advise: on two ranks and on paper, what it writes, and one line for each bad input."""
 
 import json
+import math
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -10,6 +12,10 @@ import main
 from tests.support.program import SMALL, run, run_well
 
 ON_PAPER = ("--advise", "--simulate", "hosts=4 ranks=2 link=1gbit latency=50us")
+
+
+def forecasts_that_are_no_numbers() -> None:
+    patch.object(compression.Advice, "to_json", lambda *_: {"seconds": math.nan}).start()
 
 
 def content(workspace: Path) -> dict:
@@ -51,6 +57,15 @@ def test_one_process_is_advised_for_a_cluster_that_is_not_there(pictures: Path, 
     run_well("no such folder", *ON_PAPER, *again)
     assert content(tmp_path / "again") == found
 
+    [rank] = run("no such folder", *ON_PAPER, *again, before=forecasts_that_are_no_numbers)
+    assert rank.status == 2
+    assert "not JSON compliant" in rank.err
+    assert content(tmp_path / "again") == found
+
+    flat = (*again[:2], "--workspace", tmp_path / "flat", "--hierarchical", "off")
+    run_well("no such folder", *ON_PAPER, *flat)
+    assert not any(each["hierarchical"] for each in content(tmp_path / "flat")["choices"])
+
 
 @pytest.mark.parametrize(
     ("flags", "message"),
@@ -64,6 +79,22 @@ def test_one_process_is_advised_for_a_cluster_that_is_not_there(pictures: Path, 
         ("--advise --evaluate --simulate hosts=2,link=1gbit", "--advise trains nothing, and --evaluate is of no use"),
         ("--advise --resume x --simulate hosts=2,link=1gbit", "--advise trains nothing, and --resume is of no use"),
         ("--advise --bb-ratio 0.5 --simulate hosts=2,link=1gbit", "--advise trains nothing, and --bb-ratio is of"),
+        ("--advise --simulate hosts=2,link=1gbit,inside=1gbit", "argument --simulate: one rank of each host has no"),
+        ("--advise --simulate hosts=2,link=1gbit --hierarchical on", "--advise tells whether two levels are faster"),
+        (
+            "--advise --simulate hosts=2,link=1gbit -b 8 --optimizer-batch-size 16",
+            "--advise predicts steps of one batch a rank, 8 images, and --optimizer-batch-size 16 makes them of several"
+            "; drop it, or raise --batch-size",
+        ),
+        (
+            "--search --search-target-error 4 --search-objective time --simulate hosts=2,link=1gbit -b 8 "
+            "--optimizer-batch-size 16",
+            "--search-objective time predicts steps of one batch a rank, 8 images, and --optimizer-batch-size 16 makes",
+        ),
+        (
+            "--advise --simulate hosts=2,link=1gbit --workspace w --advise-from w/advice.json",
+            "--advise-from and the advice in --workspace are one file, ",
+        ),
     ],
 )
 def test_flags_that_do_not_go_with_advice(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +121,33 @@ def test_flags_of_compression_are_said_to_have_no_effect(capsys: pytest.CaptureF
     assert set(plan.idle) == {"compression_type", "epochs"}
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"measured": {}}', '{"measured": 3}'])
+def test_flags_of_training_are_said_to_have_no_effect() -> None:
+    flags = "--lr 0.5 --mixup 0.2 -b 8 --optimizer-batch-size 8 --momentum 0.5"
+    plan = main.parse(["DIR", *ON_PAPER, *flags.split()])
+    assert set(plan.idle) == {"lr", "mixup", "optimizer_batch_size"}
+
+
+def test_flags_of_the_model_are_said_to_have_no_effect_where_a_file_has_its_times() -> None:
+    model = "--arch vgg16 -b 8 --image-size 32 --data-backend syntetic --num-classes 3 --amp --deterministic --seed 3"
+    plan = main.parse(["DIR", *ON_PAPER, "--advise-from", "other.json", *model.split(), "--hierarchical", "off"])
+    assert {plan.idle[name] for name in ("arch", "batch_size", "image_size", "data_backend", "amp", "seed")} == {
+        "with --advise-from, whose file holds what was measured"
+    }
+    assert {"num_classes", "deterministic"} <= set(plan.idle)
+    assert not {"hierarchical", "simulate", "advise_from"} & set(plan.idle)
+    assert plan.hierarchical == "off"
+
+
+def test_an_advice_needs_no_images_to_validate_on(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(pictures / "train")
+    run_well(tmp_path / "data", *SMALL, *ON_PAPER, "--workspace", tmp_path / "workspace")
+    assert content(tmp_path / "workspace")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"measured": {}}', '{"measured": 3}', '{"measured": {"version": 9}}', "[" * 10**5]
+)
 def test_a_file_that_is_no_advice_is_one_line_and_nothing_is_overwritten(text: str, tmp_path: Path) -> None:
     other, workspace = tmp_path / "other.json", tmp_path / "workspace"
     other.write_text(text)
@@ -99,7 +156,7 @@ def test_a_file_that_is_no_advice_is_one_line_and_nothing_is_overwritten(text: s
     [rank] = run("DIR", *ON_PAPER, "--advise-from", other, "--workspace", workspace)
     assert rank.status == 2
     assert rank.err.count("\n") == 1
-    assert rank.err.startswith("main.py: error: ")
+    assert rank.err.startswith(f"main.py: error: --advise-from {other}")
     assert (workspace / "advice.json").read_text() == "old"
 
 

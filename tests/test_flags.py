@@ -626,6 +626,9 @@ def test_a_flag_without_effect_is_refused_with_what_it_goes_with(line, capsys):
         "--search --search-balance --search-measure square --search-once --search-every 3 --search-last-steps 10",
         "--search --search-balance --search-measure root --search-method exact",
         "--search --search-target-error 4 --search-objective time --simulate hosts=2,link=1gbit --search-every 9steps",
+        "--search --search-target-error 4 --search-objective time --simulate hosts=2,ranks=2,link=1gbit "
+        "--hierarchical off",
+        "--advise --simulate hosts=2,ranks=2,link=1gbit --hierarchical off --training-only",
         "--search --search-method de --search-beta 405 --popsize 50",
         "--image-size 32 --crop-scale 0.6 --hflip 0 --skip-bad-images --device cpu --threads 2 --timeout 60",
     ],

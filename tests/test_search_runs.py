@@ -5,13 +5,18 @@ import math
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from compression import Measured, World
+from compression.costs import Cluster, CodecCosts, Compute, Costs
+from compression.network.threads import ThreadCollectives, run_ranks
 from image_classification.logs import records
+from main import Snapshot
 from search import false_claims, load_search
 from tests.support.program import SMALL, Rank, run, run_well, signal_in_step
 
@@ -75,6 +80,25 @@ def test_steps_are_measured_on_the_ranks_that_there_are_once_in_a_run(pictures: 
     assert found.keys() == {"0", "1"}
     assert found["0"]["timeline"] == found["1"]["timeline"]
     assert all(widths_of(rank) == installed(found["1"]) for rank in ranks)
+
+
+@pytest.mark.parametrize("ranks_per_host", [None, 1])
+def test_times_measured_on_other_hosts_are_not_gone_on_with(ranks_per_host: int | None) -> None:
+    """Two ranks on this machine, which count as two hosts where they are told so."""
+    plan: Any = SimpleNamespace(workspace="w", checkpoint_filename="c", simulate=None, ranks_per_host=ranks_per_host)
+    costs = Costs(0.0, 0.0, 0.0, 0.0, 0.0, {"float32": CodecCosts(0.0, 0.0)})
+    compute, errors = Compute(0.1, 0.1, 0.0, {"a": 0.1}), {"float32": 0.0}
+    by_shape = {
+        shape: Measured({"a": (3,)}, (("a",),), compute, Cluster(*shape), costs, errors) for shape in ((1, 2), (2, 1))
+    }
+
+    def known(ranks: ThreadCollectives) -> list[tuple[int, int]]:
+        snapshot = Snapshot(plan, World(ranks.rank, 2, torch.device("cpu"), ranks, None, None))
+        kept = {shape: {"times": measured.to_json(), "simulate": None} for shape, measured in by_shape.items()}
+        return [shape for shape in kept if snapshot.measured({"world_size": 2, "measured": kept[shape]}) is not None]
+
+    expected = (1, 2) if ranks_per_host is None else (2, 1)
+    assert run_ranks(2, known) == [[expected]] * 2
 
 
 def test_a_balance_is_of_squared_errors(pictures: Path, tmp_path: Path) -> None:

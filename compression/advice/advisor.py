@@ -249,13 +249,22 @@ def ranks_per_core(ranks: Sequence[tuple[str, frozenset[int]]]) -> float:
     return max(1.0, *(count[machine] / len(cores[machine]) for machine in cores))
 
 
-def on_paper(measured: Measured, simulate: str | Cluster, *, all_reduces_bfloat16: bool = True) -> Advice:
-    """The advice for a cluster that is not there, from what was measured elsewhere; nothing runs."""
+def on_paper(
+    measured: Measured,
+    simulate: str | Cluster,
+    *,
+    hierarchical: bool | None = None,
+    all_reduces_bfloat16: bool = True,
+) -> Advice:
+    """The advice for a cluster that is not there, from what was measured elsewhere; nothing runs.
+
+    `hierarchical` False leaves out two levels.
+    """
     cluster = cluster_of(simulate) if isinstance(simulate, str) else simulate
-    several = cluster.hosts > 1 and cluster.ranks_per_host > 1
+    two_levels = hierarchical is not False and cluster.hosts > 1 and cluster.ranks_per_host > 1
     ways = [
         choice
-        for choice in choices(several, all_reduces_bfloat16=all_reduces_bfloat16)
+        for choice in choices(two_levels, all_reduces_bfloat16=all_reduces_bfloat16)
         if choice.codec in measured.errors
     ]
     return advice_on(replace(measured, cluster=cluster), cluster, ways)

@@ -50,6 +50,10 @@ def cluster_of(text: str) -> "Cluster":
         if hosts == 1 and key in given:
             raise ValueError(f"one host has no link to others, and {key} would have no effect; leave it out")
 
+    for key in ("inside", "inside_latency"):
+        if ranks == 1 and key in given:
+            raise ValueError(f"one rank of each host has no other inside, and {key} would have no effect; leave it out")
+
     def quantity(key: str, units: dict[str, float], default: float) -> float:
         return _quantity(key, given[key], units) if key in given else default
 

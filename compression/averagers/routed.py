@@ -96,9 +96,10 @@ class Routed(Averager):
             (part, self.families[name].post(Gradients(gradients.flat[:0], part.names, part.offsets), step))
             for name, part in parts.items()
         ]
-        return lambda gradients: self._phases(gradients.flat, averagings)
+        self.overlaps = overlaps = all(each.overlaps for each in self.families.values())  # some may warm up
+        return lambda gradients: self._phases(gradients.flat, averagings, overlaps)
 
-    def _phases(self, flat: Tensor, averagings: Sequence[tuple[_Part, Averaging]]) -> Phases:
+    def _phases(self, flat: Tensor, averagings: Sequence[tuple[_Part, Averaging]], overlaps: bool) -> Phases:
         """As many as the family has that has most: in each, all go on until others may begin."""
         buffers = [part.taken(flat) for part, _ in averagings]
         under_way = [
@@ -114,7 +115,7 @@ class Routed(Averager):
                     going.append(phases)
             under_way = going
             if under_way:
-                yield Meanwhile.OTHERS_BEGIN if self.overlaps else Meanwhile.NONE_BEGINS
+                yield Meanwhile.OTHERS_BEGIN if overlaps else Meanwhile.NONE_BEGINS
         for buffer, (part, _) in zip(buffers, averagings, strict=True):
             part.put_back(buffer, flat)
 

@@ -12,11 +12,15 @@ from .base import Averager, Averaging, Sent
 
 
 class WarmUp(Averager):
-    """The first steps by an averager that encodes nothing, then by another."""
+    """The first steps by an averager that encodes nothing, then by another.
+
+    What it promises before its first step is the other's; `overlaps` is then that of the averager whose turn it is.
+    """
 
     def __init__(self, inner: Averager, dense: Averager, steps: int) -> None:
         self.inner, self.dense, self.steps = inner, dense, steps
         self.widths, self.without_momentum = inner.widths, inner.without_momentum
+        self.overlaps = inner.overlaps
         self.states = inner.states
         self._compressed = False
 
@@ -32,7 +36,9 @@ class WarmUp(Averager):
 
     def post(self, gradients: Gradients, step: int) -> Averaging:
         self._compressed = step >= self.steps
-        return (self.inner if self._compressed else self.dense).post(gradients, step)
+        averager = self.inner if self._compressed else self.dense
+        self.overlaps = averager.overlaps
+        return averager.post(gradients, step)
 
     def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
         return self.inner.sent(layers, world_size)

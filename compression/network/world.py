@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .collectives import Collectives, Solo
 from .heartbeat import Heartbeat, Watch
+from .hosts import Hosts, find_hosts
 from .launchers import TORCHRUN, Launcher
 from .rendezvous import meet
 from .torch_distributed import TorchDistributed, let_works_go
@@ -74,6 +75,14 @@ class World:
         kind = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         threads = torch.get_num_threads()
         return f"{kind}, {threads} {'thread' if threads == 1 else 'threads'}"
+
+    def hosts(self, ranks_per_host: int | None = None) -> Hosts:
+        """The hosts of the ranks, each taken as several of so many ranks where that is given. Every rank calls it.
+
+        Raises ValueError as `Hosts.split` does.
+        """
+        hosts = find_hosts(self.control)
+        return hosts if ranks_per_host is None else hosts.split(ranks_per_host)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over the ranks."""

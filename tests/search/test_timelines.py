@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,6 +124,16 @@ def test_what_backward_hides_keeps_the_least_error():
     assert set(found.bits[20:]) != {8}
 
 
+def test_bytes_that_keep_the_processor_from_backward_are_not_hidden():
+    """The network is never waited for, and handling its bytes delays backward."""
+    tables = random_tables(30, 0)
+    buffer = np.repeat([0, 1, 2], 10)
+    seconds = np.zeros((3, len(WIDTHS), 4))
+    seconds[:2, :, 2] = 1.0 / tables.nbytes[:, -1].sum()
+    processor = Timeline(9.0, 9.0, [0.1, 0.2, 0.3], buffer, np.zeros((3, 4)), seconds, contention=0.5)
+    assert processor.hidden(tables, [8] * 30).tolist() == [False] * 20 + [True] * 10
+
+
 def test_where_no_width_is_faster_all_have_the_least_error():
     tables = random_tables(30, 0)
     timeline = in_turn([0.1, 0.9], [0] * 30, 0.05 / tables.nbytes[:, -1].sum(), len(WIDTHS))
@@ -219,7 +230,11 @@ def test_a_file_is_solved_again_for_bytes_and_for_time(tmp_path, capsys):
 
 def test_the_report_says_where_fewer_bits_buy_nothing(tmp_path):
     _, result, _ = written(tmp_path, link=1e-6)
-    assert "fewer bits buy nothing here, for all layers at 8 bits take" in as_text(result, 0)
+    said = "fewer bits buy nothing here, for all layers at 8 bits take"
+    assert f"The codes hide behind backward: {said}" in as_text(result, 0)
+    late = replace(result.timeline, fixed=result.timeline.fixed + 1.0)
+    late = search(result.tables, Wish.time(4), "exact", timeline=late)
+    assert f"Latency and fixed costs decide: {said}" in as_text(late, 0)
     _, slow, _ = written(tmp_path, link=10.0)
     assert "buy nothing here" not in as_text(slow, 0)
     assert "least possible" in as_text(slow, 0)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -185,11 +186,55 @@ def test_a_file_of_something_else_is_refused(content: object) -> None:
         Measured.from_json(content)
 
 
+DAMAGED = {
+    "shapes.stem": ([64, -48], "shapes are of whole numbers, got (64, -48) of 'stem'"),
+    "shapes.new": ([2], "`buffers` hold every one of the shapes' names once"),
+    "buffers": ([["bias", "head"], ["body", "stem", "body"]], "`buffers` hold every one of the shapes' names once"),
+    "compute.ready": ({"bias": 0.001}, "`ready` says nothing of 'body'"),
+    "compute.backward": (math.nan, "times of a step are in seconds"),
+    "cluster.link_mbit": (-1.0, "a cluster's `link_mbit` is a rate above 0"),
+    "costs.per_byte": (-1e-9, "got -1e-09 as per_byte"),
+    "costs.per_round": (None, "holds no measurements of an advice"),
+    "costs.codecs.float32": ({"per_value": math.inf, "per_byte": 0.0}, "got inf as per_value of float32"),
+    "errors.float32": (math.nan, "got nan as error of float32"),
+    "errors.novel": (0.1, "`errors` and `codecs` have the same names, and 'novel' is of one; measure anew"),
+    "ranks_on_machine": ("two", "holds no measurements of an advice"),
+    "version": (99, "measurements of version 1 are read, got 99; measure anew"),
+}
+
+
+@pytest.mark.parametrize("place", DAMAGED)
+def test_a_damaged_file_is_refused_in_one_line(place: str) -> None:
+    content = json.loads(json.dumps(measured().to_json()))
+    value, message = DAMAGED[place]
+    *parents, last = place.split(".")
+    inner = content
+    for name in parents:
+        inner = inner[name]
+    inner[last] = value
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        Measured.from_json(content)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_without_any_codec_is_refused() -> None:
+    content = json.loads(json.dumps(measured().to_json()))
+    content["errors"], content["costs"]["codecs"] = {}, {}
+    with pytest.raises(ValueError, match="float32, which every advice is held against, is not in `errors`"):
+        Measured.from_json(content)
+
+
 def test_two_levels_are_forecast_on_hosts_of_several_ranks() -> None:
     found = replace(measured(), cluster=Cluster(4, 2, 1_000))
     names = [str(each.choice) for each in advice(found, two_levels=True).choices]
     assert {"maxmin, bits 4", "maxmin, bits 4, two levels", "bfloat16, two levels"} <= set(names)
     assert on_paper(measured(), "hosts=4 ranks=2 link=1gbit").choices == advice(found, two_levels=True).choices
+
+
+def test_two_levels_can_be_left_out_on_paper() -> None:
+    flat = on_paper(measured(), "hosts=4 ranks=2 link=1gbit", hierarchical=False)
+    assert flat.choices
+    assert not any(each.choice.hierarchical for each in flat.choices)
 
 
 def test_the_table_has_a_line_for_each_choice_and_ends_with_what_to_use() -> None:

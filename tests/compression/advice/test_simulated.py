@@ -38,6 +38,8 @@ def test_one_host_of_several_ranks_has_no_link() -> None:
         ("hosts=2", "give their rate"),
         ("hosts=1", "nothing travels on one host of one rank"),
         ("hosts=1 ranks=2 link=1gbit", "link would have no effect"),
+        ("hosts=2 link=1gbit inside=1gbit", "no other inside, and inside would have no effect; leave it out"),
+        ("hosts=2 ranks=1 link=1gbit inside_latency=1us", "inside_latency would have no effect"),
         ("hosts=100000 ranks=8 link=1gbit", "at most 65536 ranks"),
         ("hosts=2 link=0mbit", "link is from 1kbit to 100tbit, got '0mbit'"),
         ("hosts=2 link=-1gbit", "link is a number with a unit"),

@@ -254,6 +254,21 @@ def test_between_hosts_layers_are_cut_as_the_strictest_family_has_it(grid: tuple
     assert sum(counted for *_, counted, _ in results) / len(results) == pytest.approx(results[0][3])
 
 
+def test_a_warm_up_promises_to_overlap_and_does_so_once_it_is_over() -> None:
+    """While one family still adds up float32, which waits for all ranks, no other buffer may begin."""
+    options = {**FEEDBACK, "warmup_steps": 2}
+    assert build("maxmin", **options).averager(LAYERS, Solo(), 0).overlaps
+    routes = {"conv": ("maxmin", options), "wide": ("eden", FEEDBACK)}
+    layers = [layer for layer in LAYERS if layer.name in routes]
+    averager = mixed(routes).averager(layers, Solo(), 0)
+    assert averager.overlaps
+    for step, others_begin in ((0, False), (1, False), (2, True)):
+        found = buffer(gradient(0, step), tuple(routes))
+        yielded = set(averager.post(found, step)(found))
+        assert (Meanwhile.OTHERS_BEGIN in yielded) == others_begin
+        assert averager.overlaps == others_begin
+
+
 def test_each_family_warms_up_by_itself() -> None:
     routes = {"conv": ("maxmin", {**FEEDBACK, "warmup_steps": 2}), "wide": ROUTES["wide"]}
     compressor = mixed(routes)
