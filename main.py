@@ -1888,10 +1888,8 @@ class Snapshot:
 
         Its searches go on with the same predictions.
         """
-        if saved is None or saved["world_size"] != self.ranks.size or "measured" not in saved:
-            return None
-        kept = saved["measured"]
-        if kept["simulate"] != self.flags.simulate:
+        kept = saved and saved.get("measured")
+        if not (saved and kept) or saved["world_size"] != self.ranks.size or kept["simulate"] != self.flags.simulate:
             return None
         with self.ranks.fail_together():
             measured = compression.Measured.from_json(kept["times"])
@@ -1933,10 +1931,9 @@ class Snapshot:
                     "world_size": ranks.size,
                     "version": compression.__version__,
                     "arithmetic": compression.ARITHMETIC,
+                    "measured": run.measured and {"times": run.measured.to_json(), "simulate": flags.simulate},
                     "ranks": everyone,
                 }
-                if run.measured is not None:
-                    content["measured"] = {"times": run.measured.to_json(), "simulate": flags.simulate}
                 classification.checkpoints.save(
                     content, self.path.parent, self.path.name, best=best, gather=flags.gather_checkpoints
                 )

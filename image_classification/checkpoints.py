@@ -18,7 +18,7 @@ keys only, and knows neither models, optimizers nor ranks.
 | `widths` | layer name -> bits of its codes, 32 where it is not encoded |
 | `searched` | whether a search chose those bits |
 | `compressor` | its `name`, and its options: what compression remembers is of use to the same one only |
-| `measured` | `times` from which a search for step time predicts, and the cluster to `simulate` |
+| `measured` | `times` from which a search for step time predicts, and the cluster to `simulate`, or none |
 | `seed` | seed of the run, also where none was asked for |
 | `world_size` | ranks that wrote it |
 | `version` | version of the program that wrote it, for people: nothing depends on it |

@@ -114,7 +114,11 @@ def test_commands_for_other_machines_are_what_the_program_takes(page: Path, monk
     for command in [command for block in shown(page, "console") for command in commands(block)]:
         words = shlex.split(command)
         if "main.py" in words:
-            main.parse(words[words.index("main.py") + 1 :])
+            ranks = next((int(words[at + 1]) for at, word in enumerate(words) if word == "--nproc_per_node"), 0)
+            with monkeypatch.context() as launched:
+                for name, value in {"RANK": 0, "WORLD_SIZE": ranks}.items() if ranks else ():
+                    launched.setenv(name, str(value))
+                main.parse(words[words.index("main.py") + 1 :])
         elif words[0] == "make":
             assert set(words[1:]) <= set(targets), command
         elif words[1:] and words[1].startswith("benchmarks/"):
