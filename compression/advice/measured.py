@@ -40,9 +40,9 @@ class Measured:
             if not all(isinstance(size, int) and size >= 0 for size in shape):
                 raise ValueError(f"shapes are of whole numbers, got {shape} of {name!r}")
         if sorted(name for names in self.buffers for name in names) != sorted(self.shapes):
-            raise ValueError("`buffers` hold every one of the shapes' names once, and these do not; measure anew")
+            raise ValueError("buffers hold every one of the shapes' names once, and these do not; measure anew")
         if missing := self.shapes.keys() - self.compute.ready.keys():
-            raise ValueError(f"`ready` says nothing of {min(missing)!r}; measure anew")
+            raise ValueError(f"ready says nothing of {min(missing)!r}; measure anew")
         plain = {name: value for name, value in vars(self.costs).items() if name != "codecs"}
         speeds = {
             f"{name} of {choice}": value
@@ -79,9 +79,9 @@ class Measured:
             costs = dict(content["costs"])
             costs["codecs"] = {name: CodecCosts(**each) for name, each in costs["codecs"].items()}
             if odd := costs["codecs"].keys() ^ content["errors"].keys():
-                raise ValueError(f"`errors` and `codecs` have the same names, and {min(odd)!r} is of one; measure anew")
+                raise ValueError(f"errors and codecs have the same names, and {min(odd)!r} is of one; measure anew")
             if "float32" not in content["errors"]:
-                raise ValueError("float32, which every advice is held against, is not in `errors`; measure anew")
+                raise ValueError("float32, which every advice is held against, is not in errors; measure anew")
             return cls(
                 shapes={name: tuple(shape) for name, shape in content["shapes"].items()},
                 buffers=tuple(tuple(names) for names in content["buffers"]),

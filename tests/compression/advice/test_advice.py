@@ -188,16 +188,16 @@ def test_a_file_of_something_else_is_refused(content: object) -> None:
 
 DAMAGED = {
     "shapes.stem": ([64, -48], "shapes are of whole numbers, got (64, -48) of 'stem'"),
-    "shapes.new": ([2], "`buffers` hold every one of the shapes' names once"),
-    "buffers": ([["bias", "head"], ["body", "stem", "body"]], "`buffers` hold every one of the shapes' names once"),
-    "compute.ready": ({"bias": 0.001}, "`ready` says nothing of 'body'"),
+    "shapes.new": ([2], "buffers hold every one of the shapes' names once"),
+    "buffers": ([["bias", "head"], ["body", "stem", "body"]], "buffers hold every one of the shapes' names once"),
+    "compute.ready": ({"bias": 0.001}, "ready says nothing of 'body'"),
     "compute.backward": (math.nan, "times of a step are in seconds"),
     "cluster.link_mbit": (-1.0, "a cluster's `link_mbit` is a rate above 0"),
     "costs.per_byte": (-1e-9, "got -1e-09 as per_byte"),
     "costs.per_round": (None, "holds no measurements of an advice"),
     "costs.codecs.float32": ({"per_value": math.inf, "per_byte": 0.0}, "got inf as per_value of float32"),
     "errors.float32": (math.nan, "got nan as error of float32"),
-    "errors.novel": (0.1, "`errors` and `codecs` have the same names, and 'novel' is of one; measure anew"),
+    "errors.novel": (0.1, "errors and codecs have the same names, and 'novel' is of one; measure anew"),
     "ranks_on_machine": ("two", "holds no measurements of an advice"),
     "version": (99, "measurements of version 1 are read, got 99; measure anew"),
 }
@@ -220,7 +220,7 @@ def test_a_damaged_file_is_refused_in_one_line(place: str) -> None:
 def test_a_file_without_any_codec_is_refused() -> None:
     content = json.loads(json.dumps(measured().to_json()))
     content["errors"], content["costs"]["codecs"] = {}, {}
-    with pytest.raises(ValueError, match="float32, which every advice is held against, is not in `errors`"):
+    with pytest.raises(ValueError, match="float32, which every advice is held against, is not in errors"):
         Measured.from_json(content)
 
 
