@@ -5,9 +5,8 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 
@@ -17,7 +16,7 @@ from ..layers import shard
 from ..network.arrangement import Arrangement
 from ..network.collectives import Collectives
 from ..network.inside import Inside
-from ..streams import POLL_SECONDS, Meanwhile, Until
+from ..streams import Phases, run_all
 
 SIZES = (1, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24)
 """Bytes of a message to each of the others, tried in turn."""
@@ -29,8 +28,6 @@ LONGEST = 0.25
 """Seconds of an exchange after which no larger one is tried."""
 
 TURN_SECONDS, LEAST_TURNS, MOST_TURNS = 0.1, 3, 15  # of each size
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -177,27 +174,16 @@ def _inside(inside: Inside, network: Collectives, device: torch.device) -> tuple
         first = shard(values, 1, inside.world_size, 0)
         posted = [[span] for span in first]
 
-        def both() -> None:
+        def both() -> Phases:
             exchange = inside.post(values, posted)
-            _finish(exchange.hand_out(_finish(exchange.add_up(flat)), flat))
+            own = yield from exchange.add_up(flat)
+            yield from exchange.hand_out(own, flat)
 
-        return timed(network, device, both).seconds
+        return timed(network, device, lambda: run_all(both())).seconds
 
     few, many = inside.world_size, 2**21
     short, long = times(few), times(many)
     return short / 2, max(0.0, long - short) / (2 * 4 * many)
-
-
-def _finish(phases: Generator[Meanwhile | Until, None, Result]) -> Result:
-    """Run phases to their end, and return what they do."""
-    while True:
-        try:
-            meanwhile = next(phases)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
-        while isinstance(meanwhile, Until) and not meanwhile.ready():
-            time.sleep(POLL_SECONDS)
 
 
 def with_codecs(costs: Costs, codecs: dict[str, CodecCosts], adding: dict[str, float]) -> Costs:

@@ -1,8 +1,7 @@
 """Averaging in two levels: ranks of a host add up as they are, and hosts average in codes."""
 
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
@@ -11,8 +10,9 @@ from ..layers import Layer, owned_slices
 from ..network.collectives import Collectives, Solo
 from ..network.inside import Levels, PostedInside, Spans
 from ..plans import PlanCache
-from ..streams import Meanwhile, Until, run_all
+from ..streams import Meanwhile, Until
 from .base import Averager, Averaging, Sent
+from .in_levels import InLevels
 
 Bind = Callable[[Sequence[Layer], Collectives, int], Averager]
 """(layers, collectives, seed) -> the averager bound to them."""
@@ -27,7 +27,7 @@ class _Group:
     offsets: tuple[int, ...]
 
 
-class Hierarchical(Averager):
+class Hierarchical(InLevels):
     """What crosses the hosts' links is encoded once a host, by any averager; what does not is float32.
 
     The ranks of a host add up their gradients, each rank becoming the owner of slices of layers; the owners of the same
@@ -51,41 +51,16 @@ class Hierarchical(Averager):
         bucket_size: int,
         ownership: str = "slices",
     ) -> None:
-        self.levels, self._bind = levels, bind
+        self._bind = bind
         self._bucket_size, self.ownership = bucket_size, ownership
         inside = levels.inside
         self.owned = owned_slices(layers, bucket_size, inside.world_size, ownership)
         own = self._of_place(layers, inside.world_size, inside.rank)
         # A seed is a stream's first name. The first owner's is the run's: one owner alone is as without hosts.
-        self.inner = bind(own, levels.between, seed + 2**32 * inside.rank)
-        self.widths, self.without_momentum = self.inner.widths, self.inner.without_momentum
-        self.states = self.inner.states
+        super().__init__(levels, bind(own, levels.between, seed + 2**32 * inside.rank))
         self._groups: PlanCache[_Group] = PlanCache()
 
-    @property
-    def encoded_bytes(self) -> int:
-        return self.inner.encoded_bytes
-
-    def set_widths(self, widths: Mapping[str, int]) -> None:
-        self.inner.set_widths(widths)
-
-    def settle(self, applied: Tensor | bool, layers: Collection[str] | None = None) -> None:
-        self.inner.settle(applied, layers)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.inner.load_state_dict(state)
-
-    def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
-        """What crosses the links, as a mean over all ranks, on hosts of as many ranks as this one."""
-        by_place = self.sent_by_place(layers, world_size)
-        mean = Sent(*(sum(parts) / len(by_place) for parts in zip(*by_place, strict=True)))
-        return mean._replace(rounds=max(sent.rounds for sent in by_place))
-
     def sent_by_place(self, layers: Sequence[Layer], world_size: int) -> list[Sent]:
-        """What the owner at each place sends to those of the other hosts, [ranks a host]."""
         places = self.levels.inside.world_size
         sent = []
         for place in range(places):
@@ -105,9 +80,6 @@ class Hierarchical(Averager):
             for place in range(places)
         ]
         return [sum(of_layer) for of_layer in zip(*by_place, strict=True)]
-
-    def average_(self, gradients: Gradients, step: int) -> None:
-        run_all(self.post(gradients, step)(gradients))
 
     def post(self, gradients: Gradients, step: int) -> Averaging:
         group = self._groups.of(gradients, self._grouped)

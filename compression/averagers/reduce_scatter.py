@@ -1,8 +1,7 @@
 """Averaging of shards: each rank gets the mean of the values that it owns, and of no others."""
 
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from ..plans import Plan, PlanCache, Segment, drop_message, joined, spans
 from ..randomness import stream_keys
 from ..streams import Meanwhile, Phases, Until, run_all
 from .base import Averager, Averaging, Sent
+from .in_levels import InLevels
 from .quantized import Quantized, Shards
 
 _HOP = 1  # of the streams of random numbers
@@ -190,7 +190,7 @@ class _Rows:
     offsets: tuple[int, ...]
 
 
-class ReduceScatterInLevels(Averager):
+class ReduceScatterInLevels(InLevels):
     """What crosses the hosts' links is encoded once a host, by `ReduceScatter`; what does not is float32.
 
     Place p of every host adds up, over its host, the rows of all ranks at place p; those ranks then reduce-scatter over
@@ -209,43 +209,20 @@ class ReduceScatterInLevels(Averager):
         levels: Levels,
         seed: int,
     ) -> None:
-        self.levels, self.places, self._bind, self._pieces = levels, places, bind, pieces
+        self.places, self._bind, self._pieces = places, bind, pieces
         own = self._of_place(levels.inside.rank)
         # A seed is a stream's first name: places draw from different streams.
-        self.inner = bind(layers, own, levels.between, seed + 2**32 * levels.inside.rank)
-        self.widths, self.states = self.inner.widths, self.inner.states
+        super().__init__(levels, bind(layers, own, levels.between, seed + 2**32 * levels.inside.rank))
         self._groups: PlanCache[_Rows] = PlanCache()
 
-    @property
-    def encoded_bytes(self) -> int:
-        return self.inner.encoded_bytes
-
-    def set_widths(self, widths: Mapping[str, int]) -> None:
-        self.inner.set_widths(widths)
-
-    def settle(self, applied: Tensor | bool, layers: Collection[str] | None = None) -> None:
-        self.inner.settle(applied, layers)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.inner.load_state_dict(state)
-
-    def sent(self, layers: Sequence[Layer], world_size: int) -> Sent:
-        """What crosses the links, as a mean over all ranks."""
-        by_place = [owner.sent(layers, world_size // len(self.places)) for owner in self._owners(layers)]
-        mean = Sent(*(sum(parts) / len(by_place) for parts in zip(*by_place, strict=True)))
-        return mean._replace(rounds=max(sent.rounds for sent in by_place))
+    def sent_by_place(self, layers: Sequence[Layer], world_size: int) -> list[Sent]:
+        return [owner.sent(layers, world_size // len(self.places)) for owner in self._owners(layers)]
 
     def encoded_bytes_at(self, layers: Sequence[Layer], bits: int, world_size: int) -> list[int]:
         """What a host encodes of each layer, all its ranks together."""
         hosts = world_size // len(self.places)
         by_place = [owner.encoded_bytes_at(layers, bits, hosts) for owner in self._owners(layers)]
         return [sum(of_layer) for of_layer in zip(*by_place, strict=True)]
-
-    def average_(self, gradients: Gradients, step: int) -> None:
-        run_all(self.post(gradients, step)(gradients))
 
     def post(self, gradients: Gradients, step: int) -> Averaging:
         rows = self._groups.of(gradients, self._grouped)

@@ -83,24 +83,14 @@ def _nothing() -> None:
     return None
 
 
-class ShardedHooks:
-    """Hooks on the units of a model whose shards are averaged over hosts: those of this rank, number `rank` of them."""
+class UnitHooks:
+    """The base of hooks on a model's units: switches, the backward under way, and the gradients that arrived."""
 
-    def __init__(
-        self, model: nn.Module, units: Sequence[Unit], rank: int, begin: OnBackward, submit: Submit, end: OnEnd
-    ) -> None:
-        self._units, self._rank, self._submit = units, rank, submit
+    def __init__(self, model: nn.Module, units: Sequence[Unit], begin: OnBackward, end: OnEnd) -> None:
+        self._units = units
         self._switches = Switches(model)
-        if unit := next((unit for unit in units if unit.group._all_reduce_hook is not None), None):
-            self._switches.restore()
-            raise ValueError(
-                f"{unit.title} has an all-reduce hook already, which would run no more; take it off "
-                "(set_all_reduce_hook), and attach then"
-            )
         self._backward = Backward(model, begin, end)
         self._handles = watch(units)
-        for unit in units:
-            unit.module.set_all_reduce_hook(partial(self._average, unit))
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         return unsynchronized(self._units)
@@ -110,6 +100,27 @@ class ShardedHooks:
         self._switches.restore()
         for handle in self._handles:
             handle.remove()
+
+
+class ShardedHooks(UnitHooks):
+    """Hooks on the units of a model whose shards are averaged over hosts: those of this rank, number `rank` of them."""
+
+    def __init__(
+        self, model: nn.Module, units: Sequence[Unit], rank: int, begin: OnBackward, submit: Submit, end: OnEnd
+    ) -> None:
+        super().__init__(model, units, begin, end)
+        self._rank, self._submit = rank, submit
+        if unit := next((unit for unit in units if unit.group._all_reduce_hook is not None), None):
+            super().remove()
+            raise ValueError(
+                f"{unit.title} has an all-reduce hook already, which would run no more; take it off "
+                "(set_all_reduce_hook), and attach then"
+            )
+        for unit in units:
+            unit.module.set_all_reduce_hook(partial(self._average, unit))
+
+    def remove(self) -> None:
+        super().remove()
         for unit in self._units:
             unit.module.set_all_reduce_hook(None)  # type: ignore[arg-type]  # as it was
 

@@ -1,6 +1,5 @@
 """Reduce-scatters of FSDP2 in codes: what a unit's ranks send one another, where the shards themselves span hosts."""
 
-import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,8 +25,8 @@ from ..network.torch_distributed import TorchDistributed
 from ..registry import Compressor
 from .exchange import ShardedExchange
 from .gathering import Gathering
-from .hooks import Backward, Switches, unsynchronized
-from .units import Piece, Unit, parameters_of, watch
+from .hooks import Backward, UnitHooks
+from .units import Piece, Unit, parameters_of
 
 _log = logging.getLogger(__name__)
 
@@ -158,29 +157,20 @@ def scattering(
     return exchange
 
 
-class ScatterHooks:
+class ScatterHooks(UnitHooks):
     """A reduce-scatter of its own for every unit of a model, on one of the `ranks` that share it."""
 
     def __init__(
         self, model: nn.Module, units: Sequence[Unit], ranks: Collectives, begin: OnBackward, submit: Submit, end: OnEnd
     ) -> None:
-        self._units = units
-        self._switches = Switches(model)
-        self._backward = Backward(model, begin, end)
-        self._handles = watch(units)
+        super().__init__(model, units, begin, end)
         self._before = [unit.group._reduce_scatter_comm for unit in units]
         for unit in units:
             comm: Any = ReduceScatter(unit, ranks, self._backward, submit)  # FSDP's base of these is private
             unit.module.set_custom_reduce_scatter(comm)
 
-    def no_sync(self) -> contextlib.AbstractContextManager[None]:
-        return unsynchronized(self._units)
-
     def remove(self) -> None:
-        self._backward.remove()
-        self._switches.restore()
-        for handle in self._handles:
-            handle.remove()
+        super().remove()
         for unit, comm in zip(self._units, self._before, strict=True):
             unit.module.set_custom_reduce_scatter(comm)
 
