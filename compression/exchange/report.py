@@ -20,12 +20,12 @@ class Report:
     """Bytes and seconds of a number of optimizer steps, on this rank or as the mean over ranks. `Report()` is of none.
 
     `bytes_dense` are those of an all-reduce in float32, or of a reduce-scatter where each rank gets the averages of its
-    own shards only. `ratio` is their quotient, and at one rank, where
-    nothing is sent, encoded bytes over 4 bytes a value. `host_bytes` are those that a host puts on its link, the mean
-    over hosts, and `host_bytes_dense` those that a ring all-reduce in float32, over the same ranks in order, would:
-    0 on one host. `exposed_seconds` are those from the last gradient of backward
-    to the last average: what backward did not hide of the exchange. On a GPU they are the host's. `gathered_bytes` and
-    `host_gathered_bytes` are beside `bytes_sent` and `host_bytes`: a sharded model's parameters, gathered in codes.
+    own shards only. `ratio` is their quotient, and at one rank, where nothing is sent, encoded bytes over 4 bytes a
+    value. `host_bytes` are those that a host puts on its link, the mean over hosts, and `host_bytes_dense` those that a
+    ring all-reduce in float32, over the same ranks in order, would: 0 on one host. `exposed_seconds` are those from the
+    last gradient of backward to the last average: what backward did not hide of the exchange. On a GPU they are the
+    host's. `gathered_bytes` and `host_gathered_bytes` are beside `bytes_sent` and `host_bytes`: a sharded model's
+    parameters, gathered in codes.
     """
 
     steps: float = 0

@@ -23,7 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 import compression
 from compression.sharded.exchange import ShardedExchange
+from tests.support import sharded_training
 from tests.support.gloo_ranks import as_rank, run
+from tests.support.sharded_training import whole
 
 STEPS = 3
 
@@ -140,19 +142,8 @@ def divided(model: nn.Module, step: int) -> None:
     one_backward(model, step)
 
 
-def whole(model: nn.Module) -> Tensor:
-    """All weights, gathered from the ranks of the host."""
-    return torch.cat([p.full_tensor().detach().flatten() for p in model.parameters()])  # type: ignore[attr-defined]
-
-
 def train(model: Any, backward: Callable[[Any, int], None] = one_backward, first: int = 0, last: int = STEPS) -> Tensor:
-    """The weights after some steps of a loop that knows nothing of an exchange."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step in range(first, last):
-        optimizer.zero_grad()
-        backward(model, step)
-        optimizer.step()
-    return whole(model)
+    return sharded_training.train(model, backward, first, last)
 
 
 def everyones(value: Any) -> list[Any]:

@@ -17,7 +17,9 @@ from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 import compression
+from tests.support import sharded_training
 from tests.support.gloo_ranks import as_rank, run
+from tests.support.sharded_training import whole
 
 STEPS = 3
 MESHES: list[DeviceMesh] = []  # of this process: groups are made once
@@ -84,10 +86,6 @@ def batch(step: int, width: int = 33) -> Tensor:
     return torch.randn(8, width, generator=torch.Generator().manual_seed(100 * step + dist.get_rank()))
 
 
-def whole(model: nn.Module) -> Tensor:
-    return torch.cat([p.full_tensor().detach().cpu().flatten() for p in model.parameters()])  # type: ignore[attr-defined]
-
-
 def loss_of(model: nn.Module, step: int) -> Tensor:
     return torch.as_tensor(model(batch(step)).float().square().mean())
 
@@ -124,13 +122,7 @@ def skip_a_module(model: nn.Module, step: int) -> None:
 def train(
     model: nn.Module, backward: Callable[[nn.Module, int], None] = step_once, first: int = 0, last: int = STEPS
 ) -> Tensor:
-    """The weights after some steps of a loop that knows nothing of an exchange."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step in range(first, last):
-        optimizer.zero_grad()
-        backward(model, step)
-        optimizer.step()
-    return whole(model)
+    return sharded_training.train(model, backward, first, last)
 
 
 def by_columns(parameter: nn.Parameter) -> Shard | None:
