@@ -1,5 +1,6 @@
 """Backend `pytorch`: Pillow decodes, in the worker processes of torch's DataLoader."""
 
+import gc
 import mmap
 import signal
 import warnings
@@ -86,6 +87,12 @@ class _Worker(ForkProcess):
     @staticmethod
     def _Popen(process_obj: Any) -> Popen:
         return _Killable(process_obj)
+
+    def run(self) -> None:
+        # What the program had let go is the program's to collect. A process group among it waits, as it is destroyed,
+        # for threads that a fork does not copy: for ever.
+        gc.freeze()
+        super().run()
 
 
 class _Forking(ForkContext):

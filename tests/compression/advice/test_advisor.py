@@ -206,12 +206,6 @@ def test_what_no_advice_can_time_is_refused_before_the_first_step(tmp_path: Path
             compression.advise(model, step, simulate="hosts=2 link=1gbit")
         assert step.calls == 0
         step()  # a training goes on
-        sharded = network()
-        from torch.distributed.fsdp import fully_shard
-
-        fully_shard(sharded, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
-        with pytest.raises(ValueError, match="this model was given to fully_shard; give the model as it was before"):
-            compression.advise(sharded, step, simulate="hosts=2 link=1gbit")
 
 
 def test_buffers_are_those_of_the_users_ddp_and_none_is_broadcast(tmp_path: Path) -> None:

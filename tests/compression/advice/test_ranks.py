@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import compression
@@ -29,9 +30,20 @@ def failing(rank: int) -> dict[str, Any]:
     return {}
 
 
+def sharded() -> dict[str, Any]:
+    """A model that shards its own gradients, which no advice times."""
+    model = nn.Linear(64, 32)
+    fully_shard(model)
+    with pytest.raises(ValueError, match="this model was given to fully_shard; give the model as it was before"):
+        compression.advise(model, lambda: None, simulate="hosts=2 link=1gbit")
+    return {}
+
+
 def work(rank: int, folder: Path, ranks_per_host: str) -> dict[str, Any]:
     if ranks_per_host == "failing":
         return failing(rank)
+    if ranks_per_host == "sharded":
+        return sharded()
     if rank == 0 and hasattr(os, "sched_setaffinity"):  # ranks that may use other cores than others still agree
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.manual_seed(0)
@@ -69,6 +81,11 @@ def test_a_step_that_fails_before_its_forward_holds_up_no_rank(tmp_path: Path) -
     results, _ = run(__file__, 2, tmp_path, "failing")
     said = "a step of this model fails: RuntimeError: no data; run it without advice first"
     assert results == [{"said": said, "broadcasts": True}] * 2
+
+
+def test_a_sharded_model_is_refused(tmp_path: Path) -> None:
+    """In a process of its own: what FSDP keeps of a thread hangs or ends processes that another thread forks later."""
+    run(__file__, 1, tmp_path, "sharded")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Promises of both folder backends about the batches that they read from files."""
 
+import gc
 import multiprocessing
 import os
 import random
@@ -17,6 +18,7 @@ import torch
 
 from image_classification import data
 from image_classification.data.pillow import Flag
+from image_classification.data.samples import Samples
 from image_classification.torchvision_import import torchvision
 from tests.support.image_folders import PHOTOS, options, pixels, same, write_folder
 
@@ -264,6 +266,35 @@ def test_a_loader_and_its_workers_share_a_flag(root):
     assert isinstance(train._reader._running._workers_done_event, Flag)
     train.close()
     val.close()
+
+
+def test_a_worker_collects_nothing_that_the_program_let_go(root, monkeypatch):
+    """What is destroyed there may wait for a thread that only the program has."""
+    program, rendered = os.getpid(), Samples.rendered
+
+    class Circle:
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            if os.getpid() != program:
+                os._exit(1)
+
+    def collected_and_rendered(*args):
+        assert os.getpid() != program
+        gc.collect()
+        return rendered(*args)
+
+    monkeypatch.setattr(Samples, "rendered", collected_and_rendered)
+    train, val = data.build(options(root, workers=1, batch_size=1))
+    gc.disable()  # in the program, which is to have the circle as it forks
+    try:
+        Circle()
+        assert len(list(train.epoch(0))) == 22
+    finally:
+        gc.enable()
+        train.close()
+        val.close()
 
 
 def test_a_killed_worker_is_an_error_that_says_what_to_do(root):
