@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ class Gradients:
     floating-point type, and `loss_scale` in them.
 
     `unused` are those that this rank's step does not use, whose values are zeros; None where all are used on all ranks.
+    `absent` are those that got no gradient in this rank's step, and whose zeros travel all the same.
     """
 
     flat: Tensor
@@ -23,6 +24,7 @@ class Gradients:
     offsets: tuple[int, ...]
     loss_scale: float | Tensor = 1.0
     unused: frozenset[str] | None = None
+    absent: frozenset[str] = frozenset()
 
     def layers(self, sizes: Mapping[str, int]) -> Iterator[tuple[str, Tensor]]:
         """(name, values) of each layer, flat views; `sizes` are numbers of values by name."""
@@ -33,7 +35,7 @@ class Gradients:
         """The same in float32 and without loss scale; they share the buffer where it is both."""
         flat, scale = self.flat.to(torch.float32), self.loss_scale
         unscaled = flat if is_unit_scale(scale) else flat / scale
-        return Gradients(unscaled, self.names, self.offsets, unused=self.unused)
+        return replace(self, flat=unscaled, loss_scale=1.0)
 
     @staticmethod
     def packed(values: Mapping[str, Tensor], loss_scale: float | Tensor = 1.0) -> "Gradients":

@@ -33,7 +33,8 @@ class FlatGradient:
             self._flat = torch.empty(values, dtype=dtype, device=parts[0].flat.device)
         for joined, own in self._pairs(self._flat, parts):
             joined.copy_(own)
-        return Gradients(self._flat, self._names, self._offsets, parts[0].loss_scale)
+        absent = frozenset().union(*(part.absent for part in parts))
+        return Gradients(self._flat, self._names, self._offsets, parts[0].loss_scale, absent=absent)
 
     def split(self, joined: Gradients, parts: Sequence[Gradients]) -> None:
         """The inverse of `join`: copy the layers back into their parts."""

@@ -216,14 +216,17 @@ class ParameterHooks:
     def _launch(self) -> None:
         bucket = self._buckets[self._submitted]
         self._submitted += 1
+        absent = set()
         for name in tuple(bucket.missing):
             gradient, view = self._parameters[name].grad, bucket.views[name]
             # A gradient that is the view already is the last average, which nobody cleared.
             if gradient is None or (gradient.data_ptr() == view.data_ptr() and name not in self._accumulated):
                 view.zero_()
+                absent.add(name)
             else:
                 bucket.fill(name, gradient)
-        bucket.done = self._submit(Gradients(bucket.flat, tuple(bucket.views), bucket.offsets))
+        gradients = Gradients(bucket.flat, tuple(bucket.views), bucket.offsets, absent=frozenset(absent))
+        bucket.done = self._submit(gradients)
 
     def _complete(self) -> None:
         """End a backward, when autograd says so: layers without a gradient since the last step count as zero.

@@ -41,7 +41,7 @@ class Recorder:
     def record(self, gradients: Gradients) -> None:
         """Take in this rank's own gradients of one step, before anything encodes them."""
         device = gradients.flat.device
-        names = (self.layers.keys() & gradients.names) - (gradients.unused or frozenset())
+        names = (self.layers.keys() & gradients.names) - (gradients.unused or frozenset()) - gradients.absent
         current, pending = self.state.allocate(device, names)
         weight, pending_weight = self.weight.allocate(device, names)
         decay = 1.0 if self.mean else DECAY

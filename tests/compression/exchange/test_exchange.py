@@ -423,6 +423,20 @@ def test_a_layer_without_any_gradient_is_named_and_one_with_zeros_is_not() -> No
         assert not any(values.any() for values in exchange.recorder.averaged(compression.Solo()).values())
 
 
+@pytest.mark.parametrize("big_grad", [False, True])
+def test_a_layer_that_no_step_used_is_named(big_grad: bool) -> None:
+    """Its zeros travel, and are no gradient of it, which would have no error at any width."""
+    with solo("maxmin", record=True, big_grad=big_grad) as (network, exchange):
+        network[0](batch(0, 0)[0]).sum().backward()
+        exchange.settle(exchange.finish())
+        assert exchange.recorder is not None
+        with pytest.raises(ValueError, match=r"no finite gradient of 2\.weight was recorded yet, on no rank"):
+            exchange.recorder.averaged(compression.Solo())
+        backward(network)
+        exchange.settle(exchange.finish())
+        assert all(values.any() for values in exchange.recorder.averaged(compression.Solo()).values())
+
+
 def test_moved_weights_come_back_with_their_bits() -> None:
     network = nn.Conv2d(3, 32, 3).to(memory_format=torch.channels_last)
     exchange = compression.attach(network, compression.build("maxmin"), record=True)
