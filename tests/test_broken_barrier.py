@@ -85,6 +85,7 @@ def test_a_moving_loss_scale_backs_off_and_the_run_goes_on(pictures: Path, tmp_p
 
 
 @needs_horovod
+@pytest.mark.slow
 def test_under_horovod_late_averages_give_the_same_bits_as_under_ddp(pictures: Path, tmp_path: Path) -> None:
     flags = "-a resnet18 --image-size 32 -b 2 --epochs 1 --prof 4 --training-only --num-classes 3 --seed 1 --lr 0.02"
     flags += f" --data-backend pytorch -j 0 {CODED} --bb-ratio 0.9 --bb-num-parallel-steps 2"

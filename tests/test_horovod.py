@@ -48,7 +48,7 @@ def torchrun(ranks: int, *program: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_horovod
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_compressor_gives_the_same_bits_as_under_torch_distributed(ranks: int, tmp_path: Path) -> None:
     for launch, name, extra in ((horovodrun, "hvd.pt", ["hvd"]), (torchrun, "ddp.pt", [])):
         done = launch(ranks, str(AVERAGE), str(tmp_path / name), *extra)
@@ -89,6 +89,7 @@ def test_training_gives_the_same_parameters_as_under_ddp(trained: dict[str, Path
 
 
 @needs_horovod
+@pytest.mark.slow
 def test_accumulation_and_a_scaled_loss_in_half_precision_give_the_same_parameters_as_under_ddp(tmp_path: Path) -> None:
     for launch, name, extra in ((horovodrun, "hvd", ["--hvd"]), (torchrun, "ddp", [])):
         done = launch(2, "main.py", *MIXED.split(), *extra, "--workspace", str(tmp_path / name))
@@ -98,6 +99,7 @@ def test_accumulation_and_a_scaled_loss_in_half_precision_give_the_same_paramete
 
 
 @needs_horovod
+@pytest.mark.slow
 def test_checkpoints_move_between_launchers(trained: dict[str, Path], tmp_path: Path) -> None:
     """From DDP to Horovod, from Horovod to DDP, and from both to a single process."""
     flags = f"{TRAINING} --prof 2 --epochs 2".split()

@@ -108,6 +108,7 @@ def test_levels_that_cannot_be_are_refused_in_one_line_before_anything_is_writte
 
 
 @needs_horovod
+@pytest.mark.slow
 def test_horovod_gives_the_same_parameters_on_two_hosts_of_two_ranks(tmp_path: Path) -> None:
     """Hosts are names to horovodrun: this machine has two."""
     hosts = ["-H", "localhost:2,127.0.0.1:2"]

@@ -120,7 +120,7 @@ class Case:
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     hierarchical: bool = False
-    arch: str | None = "resnet50"
+    arch: str | None = "resnet18"
     messages: int = 0
     sharded: str = ""
 
@@ -260,7 +260,7 @@ def test_the_bytes_of_a_host_follow_from_where_the_ranks_are(ranks_per_host: Any
     world_size = len(measured)
     for number in range(len(cases)):
         check_against_the_kernel(hosts, [rank[number] for rank in measured])
-    values = sum(parameter.numel() for parameter in models.build("resnet50").parameters())
+    values = sum(parameter.numel() for parameter in models.build("resnet18").parameters())
     ring = 2 * (world_size - 1) / world_size * 4 * values
     for rank in measured:
         assert rank[1]["dense"] == pytest.approx(ring * edges / 2)
@@ -270,7 +270,7 @@ def test_the_bytes_of_a_host_follow_from_where_the_ranks_are(ranks_per_host: Any
 @pytest.mark.skipif(WHY_NOT is not None, reason=f"no network namespaces here: {WHY_NOT}")
 def test_what_hosts_of_shards_send_is_their_averages() -> None:
     """What FSDP sends stays inside a host."""
-    cases = [Case(*QUANTIZED, arch="resnet18", sharded="inside"), Case(*DENSE, arch="resnet18", sharded="inside")]
+    cases = [Case(*QUANTIZED, sharded="inside"), Case(*DENSE, sharded="inside")]
     measured = on_two_hosts(cases, ranks_per_host=2)
     for number in range(len(cases)):
         ranks = [rank[number] for rank in measured]
@@ -285,7 +285,7 @@ def test_what_hosts_of_shards_send_is_their_averages() -> None:
 def test_reduce_scatters_send_what_they_promise() -> None:
     """In float32 a value once, where gloo's own sends it twice; in two levels once a host."""
     cases = [
-        Case(*kind, levels, arch="resnet18", sharded="everywhere")
+        Case(*kind, levels, sharded="everywhere")
         for kind in (QUANTIZED, DENSE) for levels in (False, True)
     ]  # fmt: skip
     measured = on_two_hosts(cases, ranks_per_host=2)

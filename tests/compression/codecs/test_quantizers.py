@@ -306,21 +306,21 @@ GRADIENTS = torch.randn(2, VALUES, generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.parametrize(("name", "options"), AT_FEW_WIDTHS, ids=str)
 def test_with_error_feedback_what_was_applied_follows_the_gradients(name: str, options: dict[str, Any]) -> None:
-    """The difference of their sums is what is still remembered, and that stays bounded over 1,000 steps."""
+    """The difference of their sums is what is still remembered, and that stays bounded over 700 steps."""
 
     def work(ranks: ThreadCollectives) -> tuple[float, float]:
         bound = build(name, **options, bucket_size=64, error_feedback=True).averager(LAYERS, ranks, 0)
         assert isinstance(bound, TwoHop)
         difference, middle = torch.zeros(VALUES), 0.0
         noise = torch.Generator().manual_seed(ranks.rank)
-        for step in range(1000):
+        for step in range(700):
             values = GRADIENTS[ranks.rank] + torch.randn(VALUES, generator=noise)
             mean, flat = values.clone(), values
             ranks.sum_(mean)
             bound.average_(Gradients(flat, ("weight", "bias"), (0, 1000)), step)
             bound.settle(True)
             difference += mean / ranks.world_size - flat
-            if step == 499:
+            if step == 349:
                 middle = float(difference[:1000].norm())
         return middle, float(difference[:1000].norm())
 

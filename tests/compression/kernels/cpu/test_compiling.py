@@ -125,7 +125,7 @@ def test_where_no_folder_can_be_made_kernels_are_compiled(kept: tuple[Path, list
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (OTHER_VERSION, "numba 0.0.1 is installed"),
+        pytest.param(OTHER_VERSION, "numba 0.0.1 is installed", marks=pytest.mark.slow),
         pytest.param(OTHER_INTERNALS, "JITCodeLibrary", marks=pytest.mark.slow),
     ],
 )
