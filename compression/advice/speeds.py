@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..averagers import Averager
 from ..costs import Cluster, CodecCosts, load_of
 from ..exchange.pipeline import Pipeline
 from ..gradients import Gradients
@@ -70,7 +69,9 @@ class Codecs:
         steps = itertools.count()
 
         def turn(buffers: Sequence[Sequence[Layer]]) -> tuple[float, float]:
-            times = [self._turn(pipeline, echo, averager, buffer, next(steps)) for buffer in buffers]
+            step = next(steps)
+            times = [self._turn(pipeline, echo, buffer, step) for buffer in buffers]
+            averager.settle(True)
             return sum(before for before, _ in times), sum(after for _, after in times)
 
         def buffers_in_time() -> list[list[Layer]]:
@@ -104,9 +105,7 @@ class Codecs:
         ranks: list[CodecCosts] = self.network.collect(own)
         return CodecCosts(max(each.per_value for each in ranks), max(each.per_byte for each in ranks))
 
-    def _turn(
-        self, pipeline: Pipeline, echo: Echo, averager: Averager, buffer: Sequence[Layer], step: int
-    ) -> tuple[float, float]:
+    def _turn(self, pipeline: Pipeline, echo: Echo, buffer: Sequence[Layer], step: int) -> tuple[float, float]:
         """Seconds of the exchange of one buffer before something is sent, and after that."""
         gradients = Gradients.packed({layer.name: self.gradient[layer.name] for layer in buffer})
         device = gradients.flat.device
@@ -117,7 +116,6 @@ class Codecs:
         end = _now(device)
         pipeline.wait()
         pipeline.check()
-        averager.settle(True)
         sent = echo.first_sent or end
         return sent - start, max(0.0, end - sent)
 
