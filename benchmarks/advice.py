@@ -17,6 +17,7 @@ as many seconds.
 """
 
 import argparse
+import gc
 import json
 import math
 import platform
@@ -182,6 +183,7 @@ def rank(model: str, methods: Sequence[str], seconds: float) -> None:
     del replicated, optimizer, step
     rows = []
     for forecast in chosen(advice, methods):
+        gc.collect()  # DDP and its hooks make circles, which hold several times a model's memory
         replicated, optimizer, step = replica()
         choice = forecast.choice
         exchange = compression.attach(replicated, choice.compressor, hierarchical=choice.hierarchical)

@@ -37,6 +37,11 @@ Job = Callable[[], Phases | None]
 Futures = Sequence["torch.futures.Future[Any]"]
 """The futures that a job completes."""
 
+CLOSED = (
+    "the exchange of this model is closed, and averages no more gradients; close it after the last backward, or build "
+    "the model and its DistributedDataParallel anew and attach to that"
+)
+
 
 class Engine:
     """Runs jobs one after the other on a thread of its own, and on a stream of its own where `device` is a GPU.
@@ -94,6 +99,7 @@ class Engine:
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            self._choose = bool  # who chose may own this: with a circle its buffers would outlive it
 
     def _at_rest(self) -> bool:
         return (self._idle and not (self._waiting or self._urgent)) or not self._thread.is_alive()
@@ -102,10 +108,7 @@ class Engine:
     def _queueing(self) -> Iterator[None]:
         with self._changed:
             if self._closing:
-                raise RuntimeError(
-                    "the exchange of this model is closed, and averages no more gradients; close it after the last "
-                    "backward, or build the model and its DistributedDataParallel anew and attach to that"
-                )
+                raise RuntimeError(CLOSED)
             yield
             self._changed.notify_all()
 

@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 
 from ..gradients import Gradients
+from .engine import CLOSED
 from .models import finds_unused
 
 BUCKET_BYTES = 25 * 2**20  # of gradients that travel together where DDP does not choose
@@ -87,7 +88,8 @@ class DdpHooks:
         submit: Submit,
         end: OnEnd,
     ) -> None:
-        self._model, self._begin, self._submit, self._end = model, begin, submit, end
+        self._model = weakref.ref(model)
+        self._begin, self._submit, self._end = begin, submit, end
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._futures: list[torch.futures.Future[Tensor]] = []  # of this backward
         try:
@@ -105,12 +107,19 @@ class DdpHooks:
         )
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
-        return self._model.no_sync()
+        model = self._model()
+        assert model is not None
+        return model.no_sync()
 
     def remove(self) -> None:
-        """DDP has its hook for life; those on parameters go."""
+        """DDP has its hook for life, which raises RuntimeError from now on; those on parameters go.
+
+        DDP's reference to the hook is not one that Python's collector sees: what it leads to must not lead back.
+        """
         for remover in self._removers:
             remover.remove()
+        self._begin = self._end = _closed
+        self._submit = _closed
 
     def _mark_used(self, parameter: Tensor) -> None:
         self._used.add(self._names[id(parameter)])
@@ -139,6 +148,10 @@ class DdpHooks:
         self._used.difference_update(names)
         self._futures.append(self._submit(Gradients(flat, names, offsets, unused=unused)))
         return self._futures[-1]
+
+
+def _closed(*_: object) -> NoReturn:
+    raise RuntimeError(CLOSED)
 
 
 class ParameterHooks:

@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import gc
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -142,6 +144,26 @@ def test_a_backward_of_a_ddp_model_whose_exchange_is_closed_raises() -> None:
     for told in on_gloo(2, backward_after_close):
         assert len(told) == 2
         assert all("the exchange of this model is closed" in words for words in told)
+
+
+def held_after_close(rank: int) -> list[str]:
+    """What is still there of a model and its exchange once nobody has them."""
+    wrapped = DistributedDataParallel(model())
+    exchange = compression.attach(wrapped, compression.build("maxmin", error_feedback=True))
+    backward(wrapped)
+    exchange.close()
+    with exchange.no_sync():  # needs no averages
+        backward(wrapped)
+    held = {"weights": wrapped.module[0].weight, "exchange": exchange, "averager": exchange.averager}
+    references = {name: weakref.ref(each) for name, each in held.items()}
+    del wrapped, exchange, held
+    gc.collect()
+    return [name for name, reference in references.items() if reference() is not None]
+
+
+def test_a_model_whose_exchange_is_closed_can_be_let_go() -> None:
+    """A program that trains many would run out of memory."""
+    assert on_gloo(2, held_after_close) == [[], []]
 
 
 def failing_network(rank: int) -> str:

@@ -1,5 +1,8 @@
 """The pipeline: averages of tensors that no model and no backward ever saw."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -103,6 +106,23 @@ def test_seconds_and_submissions_are_counted() -> None:
     assert pipeline.submitted == 2
     assert pipeline.seconds > 0
     pipeline.close()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_an_averager_remembers_goes_with_the_last_who_knows_a_closed_pipeline(whole: bool) -> None:
+    """Not when the collector comes by: an advice makes dozens, each with twice a model's memory."""
+    averager = build("maxmin", bucket_size=64, error_feedback=True).averager(LAYERS, Solo(), 0)
+    pipeline = Pipeline(averager, LAYERS, CPU, needs_full_gradient=whole)
+    averaged(pipeline, parts(0))
+    held, collects = weakref.ref(averager), gc.isenabled()
+    gc.disable()
+    try:
+        pipeline.close()
+        del averager, pipeline
+        assert held() is None
+    finally:
+        if collects:
+            gc.enable()
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
