@@ -33,7 +33,7 @@ MOST_RANKS = 4
 """Ranks among which codecs are timed; with more, what grows with the ranks is bytes to decode."""
 
 MOST_VALUES = 2**23
-"""Values of a buffer on which a codec is timed, at least one layer: more than a buffer of DDP's has by default."""
+"""Values of a buffer on which a codec is timed, at most: more than a buffer of DDP's has by default."""
 
 SAMPLE = 2**18
 """Values on which an error is measured, at least one layer."""
@@ -55,15 +55,14 @@ class Codecs:
 
     def _speed(self, compressor: Compressor, world_size: int) -> CodecCosts:
         echo = Echo(min(max(world_size, 2), MOST_RANKS))
-        layers = {layer.name: layer for layer in layers_of(self.shapes.items(), compressor.bucket_size)}
+        shapes = {name: _part_of(shape) for name, shape in self.shapes.items()}
+        layers = {layer.name: layer for layer in layers_of(shapes.items(), compressor.bucket_size)}
         averager = compressor.averager(tuple(layers.values()), echo, 0)
         device = next(iter(self.gradient.values())).device
         buffers = [[layers[name] for name in names] for names in self.buffers]
         if compressor.needs_full_gradient:
             buffers = [[layer for buffer in buffers for layer in buffer]]
-        else:
-            buffers = [_cut(buffer) for buffer in buffers]
-        by_size = sorted(buffers, key=lambda buffer: numel([buffer]))
+        by_size = _telling(buffers if compressor.needs_full_gradient else [_cut(buffer) for buffer in buffers])
         pipeline = Pipeline(averager, tuple(layers.values()), device)
 
         steps = itertools.count()
@@ -107,7 +106,7 @@ class Codecs:
 
     def _turn(self, pipeline: Pipeline, echo: Echo, buffer: Sequence[Layer], step: int) -> tuple[float, float]:
         """Seconds of the exchange of one buffer before something is sent, and after that."""
-        gradients = Gradients.packed({layer.name: self.gradient[layer.name] for layer in buffer})
+        gradients = Gradients.packed({layer.name: self.gradient[layer.name][: layer.numel] for layer in buffer})
         device = gradients.flat.device
         echo.restart()
         pipeline.clear()
@@ -156,13 +155,25 @@ def numel(buffers: Sequence[Sequence[Layer]]) -> int:
     return sum(layer.numel for buffer in buffers for layer in buffer)
 
 
+def _part_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a layer's first rows, as many as a codec is timed on at most, one at least."""
+    row = math.prod(shape[1:])
+    return (max(1, min(shape[0], MOST_VALUES // max(1, row))), *shape[1:]) if shape else shape
+
+
 def _cut(buffer: Sequence[Layer]) -> list[Layer]:
-    """The layers of a buffer, but for the largest ones of one that is too large to be timed whole."""
-    kept = list(buffer)
+    """The largest layers of a buffer, which hold most of its values: as many as a codec is timed on at most."""
+    kept: list[Layer] = []
     for layer in sorted(buffer, key=lambda layer: -layer.numel):
-        if len(kept) > 1 and numel([kept]) > MOST_VALUES:
-            kept.remove(layer)
-    return kept
+        if not kept or numel([kept]) + layer.numel <= MOST_VALUES:
+            kept.append(layer)
+    return [layer for layer in buffer if layer in kept]
+
+
+def _telling(buffers: Sequence[list[Layer]]) -> list[list[Layer]]:
+    """The buffers whose time tells that of a model's values, smaller ones first: of tiny ones it is that of a call."""
+    by_size = sorted(buffers, key=lambda buffer: numel([buffer]))
+    return [buffer for buffer in by_size if 10 * numel([buffer]) >= numel(by_size[-1:])]
 
 
 def _sample(gradient: Mapping[str, Tensor], values: int) -> list[str]:

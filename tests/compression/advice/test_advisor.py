@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -247,11 +248,34 @@ def test_buffers_overlap_where_the_ranks_networks_let_them() -> None:
     assert found(tagged) == (False, True)
 
 
-def test_a_codec_is_timed_on_a_part_of_a_model_that_is_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_codec_is_timed_on_what_holds_most_of_a_models_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the bias that is left of a buffer whose weight is too large, nor on a buffer of a few values."""
     monkeypatch.setattr(speeds, "MOST_VALUES", 1000)
-    layers = layers_of([("a", (20, 20)), ("b", (900, 10)), ("c", (30, 20))], 0)
-    assert [layer.name for layer in speeds._cut(layers)] == ["a", "c"]
-    assert [layer.name for layer in speeds._cut(layers[1:2])] == ["b"]
+    assert [speeds._part_of(shape) for shape in [(900, 10), (20, 20), (3, 2000), (5,), ()]] == [
+        (100, 10), (20, 20), (1, 2000), (5,), ()
+    ]  # fmt: skip
+    bias, weight, head = layers_of([("bias", (90,)), ("weight", (100, 10)), ("head", (60, 15))], 0)
+    assert speeds._cut([bias, weight]) == [weight]
+    assert speeds._cut([bias, head]) == [bias, head]
+    assert speeds._telling([[weight], [bias], [head]]) == [[head], [weight]]
+
+
+def test_a_large_layer_is_timed_on_its_first_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speeds, "MOST_VALUES", 2**12)
+    shapes = {"weight": (1024, 64), "bias": (64,)}
+    gradient = {name: torch.randn(*shape).flatten() for name, shape in shapes.items()}
+    codecs = Codecs(gradient, shapes, [("bias", "weight")], Solo())
+    timed = []
+    turn = Codecs._turn
+
+    def watched(self: Codecs, pipeline: Any, echo: Echo, buffer: Any, step: int) -> tuple[float, float]:
+        timed.append({layer.name: layer.shape for layer in buffer})
+        return turn(self, pipeline, echo, buffer, step)
+
+    monkeypatch.setattr(Codecs, "_turn", watched)
+    found = codecs.speeds(choices(), 2)
+    assert all(each.per_value > 0 for each in found.values())
+    assert all(each["weight"] == (64, 64) for each in timed)
 
 
 def test_an_update_is_timed_and_not_called_without_a_need() -> None:
