@@ -116,7 +116,7 @@ def test_the_wheel_is_one_package_with_every_module(wheel: Path) -> None:
     assert len(licenses) == 1
 
 
-@pytest.mark.parametrize(("ranks", "system"), [pytest.param(4, "as here", marks=pytest.mark.slow), (2, "as on macOS")])
+@pytest.mark.parametrize(("ranks", "system"), [(2, "as here"), (4, "as on macOS")])
 def test_ranks_train_beside_packages_of_these_names(ranks: int, system: str, python: Path, project: Path) -> None:
     launch = (python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks))
     first, *others = map(json.loads, run(*launch, "train.py", system, cwd=project, OMP_NUM_THREADS="1").splitlines())
