@@ -62,7 +62,9 @@ class Codecs:
         buffers = [[layers[name] for name in names] for names in self.buffers]
         if compressor.needs_full_gradient:
             buffers = [[layer for buffer in buffers for layer in buffer]]
-        by_size = _telling(buffers if compressor.needs_full_gradient else [_cut(buffer) for buffer in buffers])
+        else:
+            buffers = [_cut(buffer) for buffer in buffers]
+        by_size = _telling(buffers)
         pipeline = Pipeline(averager, tuple(layers.values()), device)
 
         steps = itertools.count()
@@ -157,17 +159,21 @@ def numel(buffers: Sequence[Sequence[Layer]]) -> int:
 
 def _part_of(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of a layer's first rows, as many as a codec is timed on at most, one at least."""
-    row = math.prod(shape[1:])
-    return (max(1, min(shape[0], MOST_VALUES // max(1, row))), *shape[1:]) if shape else shape
+    if not shape:
+        return shape
+    rows, *row = shape
+    return max(1, min(rows, MOST_VALUES // max(1, math.prod(row)))), *row
 
 
 def _cut(buffer: Sequence[Layer]) -> list[Layer]:
     """The largest layers of a buffer, which hold most of its values: as many as a codec is timed on at most."""
-    kept: list[Layer] = []
+    kept: set[str] = set()
+    values = 0
     for layer in sorted(buffer, key=lambda layer: -layer.numel):
-        if not kept or numel([kept]) + layer.numel <= MOST_VALUES:
-            kept.append(layer)
-    return [layer for layer in buffer if layer in kept]
+        if not kept or values + layer.numel <= MOST_VALUES:
+            kept.add(layer.name)
+            values += layer.numel
+    return [layer for layer in buffer if layer.name in kept]
 
 
 def _telling(buffers: Sequence[list[Layer]]) -> list[list[Layer]]:
